@@ -1,0 +1,201 @@
+"""Losses against loops written from the papers' formulas, and against pytorch-metric-learning."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vipr_utils import losses
+
+pml = pytest.importorskip("pytorch_metric_learning")
+from pytorch_metric_learning import distances as pml_distances  # noqa: E402
+from pytorch_metric_learning import losses as pml_losses  # noqa: E402
+from pytorch_metric_learning import miners as pml_miners  # noqa: E402
+from pytorch_metric_learning.reducers import AvgNonZeroReducer  # noqa: E402
+
+
+def batch(seed=0, n=16, dim=8, products=4):
+    generator = torch.Generator().manual_seed(seed)
+    x = F.normalize(torch.randn(n, dim, generator=generator), dim=1).requires_grad_()
+    return x, torch.arange(n) % products
+
+
+def slow_distance(a, b, distance):
+    a, b = a.tolist(), b.tolist()
+    if distance == "cosine":
+        dot = sum(u * v for u, v in zip(a, b))
+        return 1 - dot / math.sqrt(sum(u * u for u in a)) / math.sqrt(sum(v * v for v in b))
+    if distance == "euclidean":
+        return math.sqrt(sum((u - v) ** 2 for u, v in zip(a, b)))
+    return sum(abs(u - v) for u, v in zip(a, b))
+
+
+@pytest.mark.parametrize("distance", losses.DISTANCES)
+def test_distance_matrix_equals_a_loop_over_pairs(distance):
+    x, _ = batch()
+    got = losses.distance_matrix(x, x[:5], distance)
+    want = [[slow_distance(a, b, distance) for b in x[:5]] for a in x]
+    np.testing.assert_allclose(got.detach(), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", losses.DISTANCES)
+def test_contrastive_equals_a_loop_over_pairs(distance):
+    x, labels = batch()
+    margin = losses.default_margin("contrastive", distance, 8) * 1.6
+    got, active = losses.contrastive(x, labels, distance=distance, margin=margin)
+    positive, negative, inside = [], [], []
+    for i, j in itertools.permutations(range(len(x)), 2):
+        d = slow_distance(x[i], x[j], distance)
+        if labels[i] == labels[j]:
+            positive.append(d**2 / 2)
+        else:
+            inside.append(d < margin)
+            if d < margin:
+                negative.append((margin - d) ** 2 / 2)
+    assert 0 < active < 1
+    assert float(got.detach()) == pytest.approx(np.mean(positive) + np.mean(negative), abs=1e-5)
+    assert active == pytest.approx(np.mean(inside))
+
+
+@pytest.mark.parametrize("distance", losses.DISTANCES)
+@pytest.mark.parametrize("mining", ["all", "semi_hard", "batch_hard"])
+def test_triplet_equals_a_loop_over_triplets(distance, mining):
+    x, labels = batch(seed=1)
+    margin = losses.default_margin("triplet", distance, 8)
+    got, active = losses.triplet(x, labels, distance=distance, margin=margin, mining=mining)
+    n = len(x)
+    d = [[slow_distance(x[i], x[j], distance) for j in range(n)] for i in range(n)]
+    gaps = []
+    for a in range(n):
+        positives = [p for p in range(n) if p != a and labels[p] == labels[a]]
+        negatives = [q for q in range(n) if labels[q] != labels[a]]
+        if mining == "batch_hard":
+            gaps.append(max(d[a][p] for p in positives) - min(d[a][q] for q in negatives))
+        elif mining == "semi_hard":
+            for p in positives:
+                beyond = [d[a][q] for q in negatives if d[a][q] > d[a][p]]
+                gaps += [d[a][p] - min(beyond)] if beyond else []
+        else:
+            gaps += [d[a][p] - d[a][q] for p in positives for q in negatives]
+    values = [g + margin for g in gaps if g + margin > 0]
+    assert float(got.detach()) == pytest.approx(np.mean(values), abs=1e-5)
+    assert active == pytest.approx(len(values) / len(gaps))
+
+
+@pytest.mark.parametrize(
+    "distance, theirs",
+    [
+        ("euclidean", pml_distances.LpDistance(normalize_embeddings=False, p=2)),
+        ("manhattan", pml_distances.LpDistance(normalize_embeddings=False, p=1)),
+    ],
+)
+@pytest.mark.parametrize("mining", ["all", "batch_hard"])
+def test_triplet_and_its_gradient_equal_pytorch_metric_learning(distance, theirs, mining):
+    x, labels = batch(seed=2)
+    y = x.detach().clone().requires_grad_()
+    margin = losses.default_margin("triplet", distance, 8)
+    ours, _ = losses.triplet(x, labels, distance=distance, margin=margin, mining=mining)
+    criterion = pml_losses.TripletMarginLoss(margin=margin, distance=theirs, reducer=AvgNonZeroReducer())
+    mined = pml_miners.BatchHardMiner(distance=theirs)(y, labels) if mining == "batch_hard" else None
+    their_loss = criterion(y, labels, mined)
+    ours.backward()
+    their_loss.backward()
+    assert ours.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    np.testing.assert_allclose(x.grad, y.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("subcentres", [1, 3])
+def test_arcface_and_its_gradient_equal_pytorch_metric_learning(subcentres):
+    x, labels = batch(seed=3)
+    y = x.detach().clone().requires_grad_()
+    ours = losses.ArcFace(8, 4, margin=0.5, scale=16, subcentres=subcentres)
+    degrees = math.degrees(0.5)
+    if subcentres == 1:
+        theirs = pml_losses.ArcFaceLoss(4, 8, margin=degrees, scale=16)
+    else:
+        theirs = pml_losses.SubCenterArcFaceLoss(
+            num_classes=4, embedding_size=8, margin=degrees, scale=16, sub_centers=subcentres
+        )
+    with torch.no_grad():
+        ours.centres.copy_(theirs.W.T)
+    a, b = ours(x, labels)[0], theirs(y, labels)
+    a.backward()
+    b.backward()
+    assert a.item() == pytest.approx(b.item(), rel=1e-5)
+    np.testing.assert_allclose(x.grad, y.grad, atol=1e-6)
+    np.testing.assert_allclose(ours.centres.grad.T, theirs.W.grad, atol=1e-6)
+
+
+def test_arcface_loss_never_falls_as_the_angle_grows():
+    head = losses.ArcFace(3, 2, margin=0.8, scale=10)
+    with torch.no_grad():  # the other centre stands upright on the plane in which x turns
+        head.centres.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    angles = torch.linspace(0.01, math.pi - 0.01, 50)
+    x = torch.stack([angles.cos(), angles.sin(), torch.zeros(50)], 1)
+    true = torch.stack([head(row[None], torch.tensor([0]))[0] for row in x])
+    assert (true.diff() > 0).all()
+
+
+def test_adaptive_margins_are_widest_for_the_rarest_product():
+    margins = losses.adaptive_margins([1, 16, 256], low=0.2, high=0.5)
+    np.testing.assert_allclose(margins, [0.5, 0.2 + 0.3 / 3, 0.2], atol=1e-6)
+
+
+LOSSES = {
+    "contrastive": lambda x, y: losses.contrastive(x, y, margin=0.5),
+    "triplet all": lambda x, y: losses.triplet(x, y, margin=0.2, mining="all"),
+    "triplet semi-hard": lambda x, y: losses.triplet(x, y, margin=0.2, mining="semi_hard"),
+    "triplet batch-hard": lambda x, y: losses.triplet(x, y, margin=0.2, mining="batch_hard"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_without_a_valid_pair_gives_zero_and_a_finite_gradient(name):
+    x, _ = batch()
+    for labels in (torch.arange(len(x)), torch.zeros(len(x), dtype=torch.long)):
+        x.grad = None
+        loss, _ = LOSSES[name](x, labels)
+        loss.backward()
+        assert torch.isfinite(x.grad).all()
+        if name != "contrastive":
+            assert loss.item() == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("distance", losses.DISTANCES)
+def test_identical_embeddings_give_a_finite_gradient(name, distance):
+    x = torch.ones(8, 4).div(2).requires_grad_()
+    labels = torch.arange(8) % 2
+    loss = {"contrastive": losses.contrastive}.get(name, losses.triplet)(x, labels, distance=distance, margin=0.5)[0]
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_embeddings_give_the_float32_loss(name):
+    x, labels = batch(seed=4)
+    half = x.detach().half()
+    assert LOSSES[name](half, labels)[0].dtype == torch.float32
+    assert LOSSES[name](half, labels)[0].item() == pytest.approx(LOSSES[name](half.float(), labels)[0].item(), abs=1e-6)
+
+
+def test_unknown_names_are_named_with_the_choices():
+    x, labels = batch()
+    with pytest.raises(ValueError, match="'chebyshev' is unknown.*cosine"):
+        losses.distance_matrix(x, x, "chebyshev")
+    with pytest.raises(ValueError, match="'hardest' is unknown.*batch_hard"):
+        losses.triplet(x, labels, margin=0.1, mining="hardest")
+    with pytest.raises(ValueError, match="'arcface' has no margin in a distance"):
+        losses.default_margin("arcface", "cosine", 8)
+
+
+@pytest.mark.parametrize("distance", losses.DISTANCES)
+def test_default_margins_sit_below_the_distance_of_random_embeddings(distance):
+    generator = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.randn(200, 128, generator=generator), dim=1)
+    typical = losses.distance_matrix(x[:100], x[100:], distance).mean().item()
+    assert losses.default_margin("contrastive", distance, 128) == pytest.approx(0.5 * typical, rel=0.02)
+    assert losses.default_margin("triplet", distance, 128) == pytest.approx(0.2 * typical, rel=0.02)

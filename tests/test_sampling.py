@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from vipr_utils.sampling import PKSampler, ShuffledSampler
+
+LONG_TAIL = np.repeat(np.arange(20), [1, 1, 2, 3, 5, 8, 13, 21, 34, 55] * 2)
+
+
+def test_each_batch_holds_p_products_with_k_images_each():
+    for batch in PKSampler(LONG_TAIL, products=5, images=4).batches(0):
+        _, counts = np.unique(LONG_TAIL[batch], return_counts=True)
+        assert counts.tolist() == [4] * 5
+
+
+def test_an_epoch_shows_nearly_every_image_once():
+    sampler = PKSampler(np.repeat(np.arange(50), 8), products=5, images=4)
+    shown = np.concatenate(sampler.batches(3))
+    assert len(np.unique(shown)) == len(shown) >= 0.9 * 400
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    def flat(seed, epoch):
+        return np.concatenate(PKSampler(LONG_TAIL, products=4, images=2, seed=seed).batches(epoch)).tolist()
+
+    assert flat(0, 1) == flat(0, 1)
+    assert flat(0, 1) != flat(0, 2)
+    assert flat(0, 1) != flat(1, 1)
+
+
+def test_images_of_one_run_are_different_while_the_product_has_enough():
+    labels = np.repeat(np.arange(6), 5)
+    for batch in PKSampler(labels, products=3, images=4).batches(0):
+        for product in np.unique(labels[batch]):
+            run = batch[labels[batch] == product]
+            assert len(np.unique(run)) >= 4 - 3  # a filled-up run may repeat, never more than its fill
+    full = PKSampler(np.repeat(np.arange(6), 8), products=3, images=4).batches(0)
+    assert all(len(np.unique(b)) == 12 for b in full)
+
+
+def test_too_few_images_without_replacement_names_the_smallest_product():
+    with pytest.raises(ValueError, match=r"needs 4 images per product, 8 of 20 .*smallest: 0 with 1.*replace=True"):
+        PKSampler(LONG_TAIL, products=4, images=4, replace=False)
+
+
+def test_too_few_products_says_how_many_there_are():
+    with pytest.raises(ValueError, match="needs 8 products in a batch, the data has 3"):
+        PKSampler([0, 0, 1, 1, 2, 2], products=8, images=2)
+
+
+def test_max_images_caps_what_one_product_shows_in_an_epoch():
+    shown = np.concatenate(PKSampler(LONG_TAIL, products=4, images=4, max_images=8).batches(0))
+    assert max(np.bincount(LONG_TAIL[shown])) <= 8
+
+
+def test_shuffled_batches_cover_everything_once():
+    shown = np.concatenate(ShuffledSampler(103, batch_size=10).batches(0))
+    assert sorted(shown) == list(range(103))
+
+
+def test_a_single_left_over_image_is_dropped_since_batch_statistics_need_two():
+    assert len(np.concatenate(ShuffledSampler(101, batch_size=10).batches(0))) == 100

@@ -1,0 +1,279 @@
+"""The Products-10K tables as one DataFrame; protocols, subsets, duplicates and leaks.
+
+A catalog has one row per photo: image_id ("train/1.jpg"), name, path (below the data root), split (train, test),
+product_id, group (-1: unknown), domain ("shop", "customer", "": unknown). Its row numbers are used everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+
+DOMAINS = ("", "shop", "customer")
+PROTOCOLS = ("test", "seen", "unseen")
+STRATEGIES = ("random", "largest", "capped")
+
+
+class CatalogError(ValueError):
+    """A table that cannot be used: names file, row and remedy."""
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def read(root: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(catalog, problems) of a data root in the Products-10K layout.
+
+    Photos that are named but absent or empty are listed in problems (file, row, problem) and left out. attrs of the
+    catalog: root, fingerprint (of tables and file sizes), notes. A root without test.csv has train photos only.
+    Raises CatalogError for a table that is missing, lacks columns, or holds values that cannot be right.
+    """
+    root = Path(root)
+    if not (root / "train.csv").is_file():
+        raise CatalogError(
+            f"{root.name}/train.csv is missing: a data root holds train.csv (name,class,group), test.csv and the "
+            "folders train/ and test/"
+        )
+    digest, notes, parts, problems = hashlib.sha256(), [], [], []
+    for split in ("train", "test"):
+        if split == "test" and not (root / "test.csv").is_file():
+            notes.append("test.csv is missing: protocols seen and unseen only")
+            continue
+        table = _table(root, split, notes)
+        present, missing = _present(root, split, table, digest)
+        parts.append(present)
+        problems.append(missing)
+    catalog = pd.concat(parts, ignore_index=True)
+    if not (catalog["split"] == "train").any():
+        raise CatalogError(f"{root.name}/train: none of the photos named in train.csv is there; unpack train/ beside it")
+    catalog.attrs = {"root": str(root), "fingerprint": digest.hexdigest()[:16], "notes": notes}
+    return catalog, pd.concat(problems, ignore_index=True)
+
+
+def _table(root: Path, split: str, notes: list[str]) -> pd.DataFrame:
+    """name, product_id, group, domain of train.csv or test.csv, checked row by row."""
+    file = root / f"{split}.csv"
+    table = _read_csv(file)
+    required = ["name", "class"] if split == "train" else ["name"]
+    if absent := [c for c in required if c not in table]:
+        raise CatalogError(
+            f"{file.name}: column{'s' * (len(absent) > 1)} {', '.join(absent)} missing, found {', '.join(table.columns)}. "
+            f"Expected name,class,group{'' if split == 'train' else ' (class and group where known)'}"
+        )
+    if extra := [c for c in table if c not in ("name", "class", "group", "domain")]:
+        notes.append(f"{file.name}: columns {', '.join(extra)} ignored")
+    if table.empty:
+        raise CatalogError(f"{file.name} has no rows: expected one per photo")
+    if split == "test" and "class" not in table and (root / "test_kaggletest.csv").is_file():
+        table = table.merge(_read_csv(root / "test_kaggletest.csv")[["name", "class"]], on="name", how="left")
+    _check_names(table["name"], file.name)
+    domain = table["domain"].fillna("") if "domain" in table else pd.Series("", index=table.index)
+    if (wrong := ~domain.isin(DOMAINS)).any():
+        row = wrong.idxmax()
+        raise CatalogError(f"{file.name} row {row + 2}: domain {domain[row]!r} is unknown, expected shop or customer")
+    ids = {c: _integers(table, c, file.name, unknown_allowed=c == "group" or split == "test") for c in ("class", "group")}
+    return pd.DataFrame({"name": table["name"], "product_id": ids["class"], "group": ids["group"], "domain": domain})
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(file, dtype=str, encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{file.name} is no readable CSV ({error}): expected UTF-8 with a header name,class,group") from error
+    return table.rename(columns=lambda c: c.strip())
+
+
+def _check_names(names: pd.Series, file: str) -> None:
+    """Row numbers in messages count from the header as line 1, as an editor shows them."""
+    if names.isna().any():
+        raise CatalogError(f"{file} row {names.isna().idxmax() + 2}: no name")
+    if (twice := names.duplicated()).any():
+        row = twice.idxmax()
+        raise CatalogError(
+            f"{file} row {row + 2}: {names[row]!r} stands there twice ({twice.sum()} duplicate names); keep one row per photo"
+        )
+    for row, name in names.items():
+        if name.startswith(("/", "\\")) or ".." in name and ".." in PurePosixPath(name.replace("\\", "/")).parts:
+            raise CatalogError(f"{file} row {row + 2}: {name!r} leaves the data root; names are relative to the image folder")
+
+
+def _integers(table: pd.DataFrame, column: str, file: str, *, unknown_allowed: bool) -> np.ndarray:
+    if column not in table:
+        return np.full(len(table), -1, np.int64)
+    values = pd.to_numeric(table[column], errors="coerce")
+    wrong = (values.isna() & (table[column].notna() | (not unknown_allowed))) | (values.notna() & (values % 1 != 0))
+    wrong |= values < (-1 if unknown_allowed else 0)
+    if wrong.any():
+        row = wrong.idxmax()
+        raise CatalogError(f"{file} row {row + 2}: {column} {table[column][row]!r} is no whole number >= 0")
+    return values.fillna(-1).astype(np.int64).to_numpy()
+
+
+def _present(root: Path, split: str, table: pd.DataFrame, digest) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows whose file is there, problems); each image folder is listed once, so 142,000 files take a second."""
+    folder = f"{split}/{split}" if (root / split / split).is_dir() else split
+    sizes: dict[str, int] = {}
+    for sub in sorted({str(PurePosixPath(n).parent) for n in table["name"]}):
+        where = root / folder / sub
+        if where.is_dir():
+            with os.scandir(where) as entries:
+                sizes |= {str(PurePosixPath(sub) / e.name): e.stat().st_size for e in entries if e.is_file()}
+    size = table["name"].map(lambda n: sizes.get(str(PurePosixPath(n)), -1))
+    digest.update(pd.util.hash_pandas_object(table.assign(size=size), index=False).to_numpy().tobytes())
+    good = size > 0
+    rows = table[good].assign(split=split)
+    rows["image_id"] = split + "/" + rows["name"]
+    rows["path"] = folder + "/" + rows["name"]
+    bad = pd.DataFrame(
+        {
+            "file": folder + "/" + table["name"][~good],
+            "row": table.index[~good] + 2,
+            "problem": np.where(size[~good] < 0, "absent", "empty file"),
+        }
+    )
+    return rows[["image_id", "name", "path", "split", "product_id", "group", "domain"]], bad
+
+
+def describe_data(catalog: pd.DataFrame) -> dict:
+    """The `data` entry of run.json; the root by its folder name only."""
+    split = catalog["split"]
+    return {
+        "root": Path(catalog.attrs["root"]).name,
+        "n_train": int((split == "train").sum()),
+        "n_test": int((split == "test").sum()),
+        "n_products": int(catalog["product_id"][split == "train"].nunique()),
+        "fingerprint": catalog.attrs["fingerprint"],
+    }
+
+
+# -------------------------------------------------------------------------------------------- protocols, subsets
+
+
+def split(
+    catalog: pd.DataFrame, protocol: str, *, seed: int = 0, gallery_domain: str = "", holdout: float = 0.2
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(train, queries, gallery), rows of the catalog with their row numbers kept.
+
+    test: queries are the test photos, the gallery is the train photos.
+    seen: a share `holdout` (at least one) of each product's train photos are queries, where two or more are there;
+    customer photos where domains are known. unseen: the share `holdout` of products is not trained on; half of their
+    photos are queries, the other half joins all other products in the gallery.
+    gallery_domain narrows the gallery to 'shop' or 'customer' photos.
+    """
+    train = catalog[catalog["split"] == "train"]
+    if protocol == "test":
+        queries = catalog[catalog["split"] == "test"]
+        if queries.empty:
+            raise CatalogError("protocol 'test' needs test photos and there are none: add test.csv and test/, or use 'seen' or 'unseen'")
+        gallery = train
+    elif protocol == "seen":
+        queries = _held_out(train, holdout, seed)
+        train = gallery = train.drop(queries.index)
+    elif protocol == "unseen":
+        products = np.random.default_rng(seed).permutation(np.unique(train["product_id"]))
+        hidden = train[train["product_id"].isin(products[: max(1, round(holdout * len(products)))])]
+        queries = _held_out(hidden, 0.5, seed)
+        gallery, train = train.drop(queries.index), train.drop(hidden.index)
+    else:
+        raise ValueError(f"protocol {protocol!r} is unknown: use one of {PROTOCOLS}")
+    return train, queries, narrow(gallery, gallery_domain)
+
+
+def narrow(gallery: pd.DataFrame, domain: str) -> pd.DataFrame:
+    """The gallery rows of one domain; '' keeps all. Raises CatalogError when none is left."""
+    if domain not in DOMAINS:
+        raise ValueError(f"gallery_domain {domain!r} is unknown: use 'shop', 'customer' or '' for all")
+    narrowed = gallery[gallery["domain"] == domain] if domain else gallery
+    if narrowed.empty:
+        found = gallery["domain"].replace("", "unknown").value_counts().to_dict()
+        raise CatalogError(f"gallery_domain {domain!r} leaves no photo (domains here: {found}); use '' for all")
+    return narrowed
+
+
+def _held_out(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """A share of each product's photos, at least one, never the last one; customer photos where domains are known."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for _, product in rows.groupby("product_id"):
+        candidates = product.index[product["domain"] != "shop"].to_numpy()
+        take = min(max(1, round(share * len(candidates))), len(candidates), len(product) - 1)
+        chosen.append(rng.permutation(candidates)[:take])
+    return rows.loc[np.sort(np.concatenate(chosen).astype(np.int64))]
+
+
+def subset(train: pd.DataFrame, strategy: str, n_products: int, *, seed: int = 0) -> pd.DataFrame:
+    """Photos of n_products products: 'random'; 'largest' (most photos); 'capped' (random among products with at
+    least 4 photos, at most 50 of each: Conde 2022)."""
+    counts = train["product_id"].value_counts().sort_index()
+    rng = np.random.default_rng(seed)
+    if strategy == "largest":
+        products = counts.sort_values(ascending=False, kind="stable").index[:n_products]
+    elif strategy in ("random", "capped"):
+        pool = counts.index[counts >= 4] if strategy == "capped" else counts.index
+        if pool.empty:
+            raise CatalogError("strategy 'capped' needs products with 4 photos and there are none: use 'random'")
+        products = rng.permutation(pool)[:n_products]
+    else:
+        raise ValueError(f"strategy {strategy!r} is unknown: use one of {STRATEGIES}")
+    rows = train[train["product_id"].isin(products)]
+    if strategy == "capped":
+        order = pd.Series(rng.random(len(rows)), rows.index).groupby(rows["product_id"]).rank()
+        rows = rows[order <= 50]
+    return rows
+
+
+def with_labels(rows: pd.DataFrame) -> np.ndarray:
+    """(N,) int64 labels 0..C-1 in the order of the product ids."""
+    return np.unique(rows["product_id"], return_inverse=True)[1].astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------ duplicates and leaks
+
+
+def exact_duplicates(catalog: pd.DataFrame) -> pd.DataFrame:
+    """Photos whose files are equal byte by byte: row, copy_of (rows of the catalog). Hashes only files of equal size."""
+    root = Path(catalog.attrs["root"])
+    sizes = pd.Series([os.path.getsize(root / p) for p in catalog["path"]], catalog.index)
+    same_size = sizes[sizes.duplicated(keep=False)].index
+    hashes = pd.Series(
+        [hashlib.sha256((root / p).read_bytes()).hexdigest() for p in catalog.loc[same_size, "path"]], same_size, dtype=object
+    )
+    first = {h: row for row, h in reversed(list(hashes.items()))}
+    pairs = [(row, first[h]) for row, h in hashes.items() if first[h] != row]
+    return pd.DataFrame(pairs, columns=["row", "copy_of"], dtype=np.int64)
+
+
+def near_duplicates(hashes: np.ndarray, max_bits: int = 4) -> np.ndarray:
+    """Pairs (M, 2) of positions i < j whose 64-bit hashes (N,) uint64 differ in at most max_bits bits. Exact.
+
+    Hashes that differ in b bits agree in at least one of b + 1 bands, so only photos that share a band are compared:
+    Manku et al. 2007. A crowded band (blank photos) is compared in blocks and stays within memory.
+    """
+    hashes, found = np.asarray(hashes, np.uint64), []
+    edges = np.linspace(0, 64, max_bits + 2).astype(int)
+    for low, high in zip(edges, edges[1:]):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        for shared in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
+            for start in range(0, len(shared) if len(shared) > 1 else 0, 1024):
+                rows = shared[start : start + 1024]
+                close = np.bitwise_count(hashes[rows][:, None] ^ hashes[shared]) <= max_bits
+                i, j = np.nonzero(close)
+                found.append(np.stack([rows[i], shared[j]], 1))
+    pairs = np.concatenate(found) if found else np.empty((0, 2), int)
+    return np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0)
+
+
+def leaks(catalog: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
+    """Of pairs (M, 2) of catalog rows, those between train and test: train, test, same_product."""
+    pairs = np.asarray(pairs, int).reshape(-1, 2)
+    splits = catalog["split"].to_numpy()[pairs]
+    pairs, splits = pairs[splits[:, 0] != splits[:, 1]], splits[splits[:, 0] != splits[:, 1]]
+    train = np.where(splits[:, 0] == "train", pairs[:, 0], pairs[:, 1])
+    test = np.where(splits[:, 0] == "train", pairs[:, 1], pairs[:, 0])
+    product = catalog["product_id"].to_numpy()
+    return pd.DataFrame({"train": train, "test": test, "same_product": product[train] == product[test]})

@@ -1,0 +1,118 @@
+"""Photos + model -> embeddings (N, D) float32, kept on disk; embeddings -> ranked lists with their scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vipr_utils import host, images, metrics, search
+
+
+def mixed_precision(device: torch.device) -> torch.dtype | None:
+    """The half precision that pays on this device: bf16 from Ampere on and on CPUs with bf16 units, fp16 on older
+    GPUs (T4), None (float32) elsewhere: on a CPU that emulates bf16 it is ten times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and any(getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
+        return torch.bfloat16
+    return None
+
+
+def autocast(device: torch.device):
+    dtype = mixed_precision(device)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@torch.inference_mode()
+def embed(
+    model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
+    cache_dir: Path | None = None,
+) -> np.ndarray:
+    """(N, D) float32 embeddings of the catalog rows given, in their order, with the model's own eval transform.
+
+    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. With cache_dir the result is kept
+    under a key of weights, data, rows and transform. A row that the store could not read gets NaN, which `retrieve`
+    counts and `search.top_k` refuses.
+    """
+    size = image_size or model.record["image_size"]
+    path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit)}.npy" if cache_dir else None
+    if path and path.exists():
+        return np.load(path)
+    r = model.record
+    transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
+    rows = np.asarray(rows)
+    readable = store.readable[rows]
+    photos = images.Photos(store, rows[readable], transform)
+    loader = images.loader(photos, batch_size=batch_size, device=device)
+    was_training = model.training
+    model.eval().to(device, memory_format=torch.channels_last)
+    out = [np.zeros((0, r["embedding_dim"]), np.float32)]
+    for pixels, _, _ in loader:
+        pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
+        with autocast(device):
+            out.append(model(pixels).float().cpu().numpy())
+    model.train(was_training)
+    embeddings = np.full((len(rows), r["embedding_dim"]), np.nan, np.float32)
+    embeddings[readable] = np.concatenate(out)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with host.whole_file(path) as part, open(part, "wb") as file:
+            np.save(file, embeddings)
+    return embeddings
+
+
+def _key(model, store, rows, size: int, fit: str) -> str:
+    digest = hashlib.sha256(json.dumps([model.record["name"], size, fit, store.key], sort_keys=True).encode())
+    digest.update(np.asarray(rows, dtype=np.int64).tobytes())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Ranked lists of Q queries: scores, ranks (rows of the gallery table), hits (Q, k); metrics as in run.json."""
+
+    scores: np.ndarray
+    ranks: np.ndarray
+    hits: np.ndarray
+    n_relevant: np.ndarray
+    metrics: dict
+
+
+def retrieve(
+    query_embeddings, gallery_embeddings, queries: pd.DataFrame, gallery: pd.DataFrame, *, k: int = 5,
+    distance: str = "cosine", seed: int = 0, device="cpu",
+) -> Retrieval:
+    """Search the gallery with every query and score the lists where products are known.
+
+    A query that could not be read (NaN) is ranked by the centre of the gallery and counted as n_unreadable_queries.
+    """
+    q, unreadable = query_embeddings.copy(), np.isnan(query_embeddings).any(1)
+    q[unreadable] = gallery_embeddings.mean(0)
+    ids = {"query_ids": queries["image_id"].to_numpy(), "gallery_ids": gallery["image_id"].to_numpy()}
+    scores, ranks = search.top_k(q, gallery_embeddings, k, distance=distance, device=device, **ids)
+    wanted, there = queries["product_id"].to_numpy(), gallery["product_id"].to_numpy()
+    hits = metrics.hits_from_ranks(ranks, wanted, there)
+    n_relevant = metrics.count_relevant(wanted, there) - np.isin(ids["query_ids"], ids["gallery_ids"])
+    known = wanted >= 0
+    summary = metrics.summary(hits[known], n_relevant[known], wanted[known], seed=seed) if known.any() else {}
+    summary |= {"n_gallery": len(gallery), "n_unreadable_queries": int(unreadable.sum())}
+    return Retrieval(scores, ranks, hits, n_relevant, summary)
+
+
+def evaluate(
+    model, store, queries: pd.DataFrame, gallery: pd.DataFrame, *, distance: str = "cosine", k: int = 5, seed: int = 0,
+    **embed_settings,
+) -> Retrieval:
+    """Embed queries and gallery with one model and retrieve; settings as in `embed`."""
+    q = embed(model, store, queries.index, **embed_settings)
+    g = embed(model, store, gallery.index, **embed_settings)
+    return retrieve(q, g, queries, gallery, k=k, distance=distance, seed=seed)

@@ -1,0 +1,301 @@
+"""Photos: decoding, the packed store, transforms, loaders."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+from vipr_utils import host
+
+MAX_PIXELS = 300_000_000  # larger ones are listed, not decoded: 0.9 GB as RGB
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class BrokenImage(ValueError):
+    """A file that cannot be shown as the photo it claims to be: names path and reason."""
+
+
+# ----------------------------------------------------------------------------------------------------- decoding
+
+
+def read_image(path: Path | str, *, least_px: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8 RGB as a person would see it: EXIF rotation applied, transparency on white, 16 bit scaled to 8.
+
+    least_px: the decoder may reduce a larger JPEG as long as its shorter side keeps this many pixels; 0: full size.
+    Raises BrokenImage for empty, truncated, non-image files and ones over MAX_PIXELS.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _decode(file.read(), Path(path), least_px)
+    except OSError as error:
+        raise BrokenImage(f"{path}: cannot be opened ({error.strerror or error})") from error
+
+
+def _decode(data: bytes, path: Path, least_px: int) -> np.ndarray:
+    if not data:
+        raise BrokenImage(f"{path}: empty file; copy it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size and metadata warnings: the checks here are stricter
+            picture = Image.open(io.BytesIO(data))
+            if picture.width * picture.height > MAX_PIXELS:
+                raise BrokenImage(
+                    f"{path}: {picture.width} x {picture.height} is over {MAX_PIXELS // 10**6} megapixels; make it smaller"
+                )
+            if least_px and picture.format == "JPEG":
+                picture.draft("RGB" if picture.mode == "YCbCr" else None, (least_px, least_px))
+            picture.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+    except BrokenImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(f"{path}: {error}; make it smaller") from error
+    except Exception as error:  # every decoder has its own ways to fail
+        raise BrokenImage(f"{path}: no readable image ({type(error).__name__}: {error}); replace or remove it") from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):  # 16-bit grey: convert() would clip it
+        grey = np.asarray(picture, dtype=np.float64)
+        full = 65535.0 if grey.max(initial=0) > 255 else 255.0
+        picture = Image.fromarray((grey.clip(0, full) * (255.0 / full)).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+# -------------------------------------------------------------------------------------------------------- store
+
+
+class Store:
+    """All photos of a catalog in one file, each decoded once: `store[row]` is (H, W, 3) uint8.
+
+    readable (N,) bool; problems: DataFrame file, row, problem of those that are not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.key = Path(folder), Path(folder).name
+        with np.load(self.folder / "index.npz") as index:
+            self.offsets = index["offsets"]  # (N + 1,)
+        self.problems = pd.DataFrame(json.loads((self.folder / "problems.json").read_text()), columns=["file", "row", "problem"])
+        self.readable = np.diff(self.offsets) > 0
+        if (size := (self.folder / "images.bin").stat().st_size) != self.offsets[-1]:
+            raise OSError(f"{self.folder}/images.bin has {size} bytes, its index says {self.offsets[-1]}")
+        self._file = (-1, -1)  # (process, descriptor): opened in the process that reads
+
+    def __len__(self) -> int:
+        return len(self.readable)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        start, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        if start == end:
+            raise BrokenImage(f"row {row} could not be read when the store was built; leave it out (store.readable)")
+        if self._file[0] != os.getpid():
+            self._file = (os.getpid(), os.open(self.folder / "images.bin", os.O_RDONLY))
+        data = np.frombuffer(os.pread(self._file[1], end - start, start), np.uint8)
+        return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": (-1, -1)}
+
+
+def build_store(catalog: pd.DataFrame, *, cache_dir: Path, store_px: int = 256) -> Store:
+    """The Store of a catalog, built once in `cache_dir` and found again by data fingerprint and size.
+
+    A photo whose shorter side is up to 1.5 * store_px keeps its JPEG bytes; larger ones are reduced to store_px
+    (JPEG, quality 95). Unreadable photos are listed in `problems` and have no record. Written whole: the folder appears
+    when it is complete, a damaged one is built anew.
+    """
+    folder = Path(cache_dir) / "stores" / f"{catalog.attrs['fingerprint']}-{len(catalog)}-{store_px}"
+    if folder.is_dir():
+        try:
+            return Store(folder)
+        except (OSError, KeyError, ValueError):
+            (folder / "index.npz").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    root, problems, sizes = Path(catalog.attrs["root"]), [], np.zeros(len(catalog) + 1, np.int64)
+
+    def pack(path: str) -> bytes | BrokenImage:
+        try:
+            return _packed(root / path, store_px)
+        except BrokenImage as error:
+            return error
+
+    with host.whole_file(folder / "images.bin") as part, open(part, "wb") as out, ThreadPoolExecutor(host.cores()) as pool:
+        for start in range(0, len(catalog), 512):  # a block at a time: the pool never runs ahead of the disk
+            block = catalog["path"].iloc[start : start + 512]
+            for row, (path, result) in enumerate(zip(block, pool.map(pack, block)), start):
+                if isinstance(result, BrokenImage):
+                    reason = str(result).removeprefix(f"{root / path}: ")
+                    problems.append({"file": path, "row": row, "problem": reason})
+                else:
+                    out.write(result)
+                    sizes[row + 1] = len(result)
+        out.flush()
+    with host.whole_file(folder / "problems.json") as part:
+        part.write_text(json.dumps(problems))
+    with host.whole_file(folder / "index.npz") as part, open(part, "wb") as file:
+        np.savez(file, offsets=np.cumsum(sizes))
+    return Store(folder)
+
+
+def _packed(path: Path, store_px: int) -> bytes:
+    """JPEG bytes of a photo at store size: the file's own where it is a small, plain, upright JPEG."""
+    pixels = read_image(path, least_px=2 * store_px)
+    with Image.open(path) as picture:
+        plain = picture.format == "JPEG" and picture.mode == "RGB" and picture.getexif().get(0x0112, 1) == 1
+        small = min(picture.size) <= 1.5 * store_px
+        longest = max(picture.size)
+    if plain and small and longest <= 6 * store_px:
+        return path.read_bytes()
+    scale = store_px / min(pixels.shape[:2])
+    if scale < 1 / 1.5 or longest > 6 * store_px:
+        scale = min(scale, 1.0)
+        size = [max(1, min(6 * store_px, round(side * scale))) for side in pixels.shape[1::-1]]
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    return data.tobytes()
+
+
+# --------------------------------------------------------------------------------------------------- transforms
+
+FITS = ("squash", "crop", "pad")
+
+
+def eval_transform(image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bilinear", fit="squash") -> T.Compose:
+    """uint8 (H, W, 3) -> float32 (3, S, S), normalised. fit: 'squash' to the square, centre 'crop', or 'pad' with white."""
+    if fit not in FITS:
+        raise ValueError(f"fit {fit!r} is unknown: use one of {FITS}")
+    how = {"interpolation": InterpolationMode(interpolation), "antialias": True}
+    steps = {
+        "squash": [T.Resize((image_size, image_size), **how)],
+        "crop": [T.Resize(image_size, **how), T.CenterCrop(image_size)],
+        "pad": [_PadToSquare(), T.Resize((image_size, image_size), **how)],
+    }[fit]
+    return T.Compose([T.ToImage(), *steps, *_finish(mean, std)])
+
+
+class _PadToSquare(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[-2:]
+        side = max(h, w)
+        left, top = (side - w) // 2, (side - h) // 2
+        return T.functional.pad(x, [left, top, side - w - left, side - h - top], fill=255)
+
+
+def _finish(mean, std) -> list:
+    return [T.ToDtype(torch.float32, scale=True), T.Normalize(list(mean), list(std))]
+
+
+def study_steps(image_size: int = 224) -> dict[str, torch.nn.Module]:
+    """The reference study's six augmentations by name, in its order; Resize is 8/7 of the crop, 256 for 224."""
+    large = round(image_size * 8 / 7)
+    return {
+        "Resize": T.Resize((large, large), antialias=True),
+        "RandomResizedCrop": T.RandomResizedCrop(image_size, antialias=True),
+        "RandomRotation": T.RandomRotation(50),
+        "RandomHorizontalFlip": T.RandomHorizontalFlip(),
+        "ColorJitter": T.ColorJitter(0.1, 0.1, 0.1, 0.1),
+        "ToTensor": T.ToDtype(torch.float32, scale=True),
+    }
+
+
+def study_transform(image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> T.Compose:
+    """The study's training transform: uint8 (H, W, 3) -> float32 (3, S, S)."""
+    return T.Compose([T.ToImage(), *study_steps(image_size).values(), T.Normalize(list(mean), list(std))])
+
+
+def train_transform(
+    image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD, scale=(0.4, 1.0), rotation: float = 15.0, flip: float = 0.5,
+    jitter: float = 0.3,
+) -> T.Compose:
+    """A training transform for retrieval: crop of `scale` of the area, +-rotation degrees, flip with this
+    probability, brightness, contrast and saturation jitter (hue, a variant's only difference at times, stays)."""
+    steps = [T.RandomResizedCrop(image_size, scale=scale, antialias=True)]
+    steps += [T.RandomRotation(rotation, InterpolationMode.BILINEAR)] if rotation else []
+    steps += [T.RandomHorizontalFlip(flip)] if flip else []
+    steps += [T.ColorJitter(jitter, jitter, jitter)] if jitter else []
+    return T.Compose([T.ToImage(), *steps, *_finish(mean, std)])
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+
+
+class Photos(torch.utils.data.Dataset):
+    """Items (image (3, S, S), label, row) of the catalog rows given; labels default to -1.
+
+    Random transforms are seeded by (seed, epoch, row): the same photo looks the same in the same epoch whatever the
+    order, the number of workers, or where a run was interrupted.
+    """
+
+    def __init__(self, store: Store, rows, transform, *, labels=None, seed: int = 0) -> None:
+        self.store, self.rows, self.transform = store, np.asarray(rows, np.int64), transform
+        self.labels = np.full(len(self.rows), -1, np.int64) if labels is None else np.asarray(labels, np.int64)
+        if len(self.labels) != len(self.rows):
+            raise ValueError(f"{len(self.labels)} labels for {len(self.rows)} rows: give one each")
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+        row = int(self.rows[i])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, row)).generate_state(1, np.uint64)[0]) >> 1)
+            image = self.transform(self.store[row])
+        return torch.as_tensor(image), int(self.labels[i]), row
+
+
+def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, workers: int = -1):
+    """A DataLoader in order (batch_size) or by batch_sampler (a list of index lists).
+
+    workers -1: on a GPU one process per core; on a CPU none where the cores are busy with the network anyway.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if workers < 0:
+        workers = min(host.cores(), 8) if on_gpu else 0
+    n_batches = len(batch_sampler) if batch_sampler is not None else math.ceil(len(photos) / batch_size)
+    how = {"num_workers": workers if n_batches > 1 else 0, "pin_memory": on_gpu}
+    if batch_sampler is not None:
+        return torch.utils.data.DataLoader(photos, batch_sampler=[b.tolist() for b in batch_sampler], **how)
+    return torch.utils.data.DataLoader(photos, batch_size=batch_size, **how)
+
+
+# ------------------------------------------------------------------------------------------- what a picture says
+
+
+def difference_hash(image: np.ndarray) -> np.uint64:
+    """64 bits, one per pair of horizontal neighbours of the 9 x 8 grey thumbnail: near duplicates differ in few.
+    Source: Krawetz 2013, "Kind of Like That"."""
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)[0]
+
+
+def border_whiteness(image: np.ndarray, *, width: float = 0.04) -> float:
+    """Share of the picture's border (4 % of each side) that is nearly white and nearly grey, in 0..1."""
+    small = cv2.resize(image, (128, 128), interpolation=cv2.INTER_AREA).astype(np.int16)
+    w = max(1, round(128 * width))
+    border = np.concatenate([small[:w].reshape(-1, 3), small[-w:].reshape(-1, 3), small[:, :w].reshape(-1, 3), small[:, -w:].reshape(-1, 3)])
+    return float(((border.min(1) > 225) & (np.ptp(border, axis=1) < 20)).mean())
+
+
+def estimate_domain(image: np.ndarray, *, threshold: float = 0.5) -> str:
+    """'shop' when more than `threshold` of the border is white ground, else 'customer'."""
+    return "shop" if border_whiteness(image) > threshold else "customer"

@@ -1,0 +1,150 @@
+"""Contrastive and triplet losses under three distances, and the ArcFace family.
+
+Embeddings (B, D) are L2-normalised by the model; labels (B,) are integers. Every loss is a scalar in float32:
+half precision is left before any distance is taken.
+Margins carry the unit of their distance: cosine in [0, 2], euclidean in [0, 2], manhattan in [0, 2 sqrt(D)].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+DISTANCES = ("cosine", "euclidean", "manhattan")
+
+
+def distance_matrix(x: torch.Tensor, y: torch.Tensor, distance: str = "cosine") -> torch.Tensor:
+    """Pairwise distances (B, D), (C, D) -> (B, C), smaller is nearer.
+
+    cosine: 1 - <x, y> / (|x| |y|). euclidean: |x - y|_2. manhattan: |x - y|_1.
+    """
+    x, y = x.float(), y.float()
+    if distance == "cosine":
+        return 1.0 - F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+    if distance == "euclidean":  # the exact form: the fast one loses small distances to rounding
+        return torch.cdist(x, y, p=2.0, compute_mode="donot_use_mm_for_euclid_dist")
+    if distance == "manhattan":
+        return torch.cdist(x, y, p=1.0)
+    raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
+
+
+def default_margin(loss: str, distance: str, embedding_dim: int) -> float:
+    """A margin in the distance's own unit.
+
+    Two random unit vectors in many dimensions lie at cosine 1, euclidean sqrt(2), manhattan 1.13 sqrt(D).
+    Contrastive asks for half of that between different products, triplet for a fifth of it.
+    """
+    typical = {"cosine": 1.0, "euclidean": math.sqrt(2.0), "manhattan": math.sqrt(4.0 * embedding_dim / math.pi)}
+    if distance not in typical:
+        raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
+    share = {"contrastive": 0.5, "triplet": 0.2}
+    if loss not in share:
+        raise ValueError(f"loss {loss!r} has no margin in a distance: use one of {tuple(share)}")
+    return share[loss] * typical[distance]
+
+
+def contrastive(embeddings, labels, *, distance: str = "cosine", margin: float) -> tuple[torch.Tensor, float]:
+    """(loss, share of negative pairs inside the margin).
+
+    Mean over positive pairs of d^2 / 2 plus mean over negative pairs inside the margin of (margin - d)^2 / 2,
+    all pairs of the batch. Batches with no pair of a kind add 0 for it.
+    Source: Hadsell, Chopra, LeCun 2006; the negative mean runs over active pairs, which are few late in training.
+    """
+    d = distance_matrix(embeddings, embeddings, distance)
+    same, different = _pairs(labels)
+    hinge = (margin - d).clamp(min=0)
+    active = different & (hinge > 0)
+    loss = 0.5 * _mean(d.square(), same) + 0.5 * _mean(hinge.square(), active)
+    return loss, float(active.sum() / different.sum().clamp(min=1))
+
+
+def triplet(
+    embeddings, labels, *, distance: str = "cosine", margin: float, mining: str = "batch_hard"
+) -> tuple[torch.Tensor, float]:
+    """(loss, share of active triplets): mean over active triplets of max(0, d(a, p) - d(a, n) + margin).
+
+    mining: 'all' valid triplets of the batch; 'semi_hard': for each (a, p) the nearest negative farther than the
+    positive but inside the margin (Schroff et al. 2015, arXiv:1503.03832), pairs without one left out;
+    'batch_hard': farthest positive and nearest negative of each anchor (Hermans et al. 2017, arXiv:1703.07737).
+    """
+    d = distance_matrix(embeddings, embeddings, distance)
+    same, different = _pairs(labels)
+    if mining == "batch_hard":
+        valid = same.any(1) & different.any(1)
+        farthest = d.masked_fill(~same, -torch.inf).amax(1)
+        nearest = d.masked_fill(~different, torch.inf).amin(1)
+        gap = torch.where(valid, farthest - nearest, -torch.inf)  # (B,)
+    elif mining == "semi_hard":
+        beyond = different[:, None, :] & (d[:, None, :] > d[:, :, None])  # (a, p, n)
+        nearest = d[:, None, :].expand_as(beyond).masked_fill(~beyond, torch.inf).amin(2)
+        valid = same & torch.isfinite(nearest)
+        gap = torch.where(valid, d - torch.where(valid, nearest, 0.0), -torch.inf)  # (a, p)
+    elif mining == "all":
+        valid = same[:, :, None] & different[:, None, :]  # (a, p, n)
+        gap = torch.where(valid, d[:, :, None] - d[:, None, :], -torch.inf)
+    else:
+        raise ValueError(f"mining {mining!r} is unknown: use 'all', 'semi_hard' or 'batch_hard'")
+    active = valid & (gap + margin > 0)
+    loss = _mean(torch.where(active, gap + margin, 0.0), active)
+    return loss, float(active.sum() / valid.sum().clamp(min=1))
+
+
+def _pairs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(same product and not itself, different product), both (B, B) bool."""
+    equal = labels[:, None] == labels[None, :]
+    return equal & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~equal
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the masked values; 0 (with a gradient of 0) when the mask is empty."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+class ArcFace(nn.Module):
+    """Angular-margin softmax over learned class centres; forward(embeddings, labels) -> (loss, accuracy).
+
+    logits = scale * cos(theta + margin of the true class), cross-entropy. margin in radians, one number or one
+    per class (adaptive margins for long tails: Ha et al. 2020, arXiv:2010.05350). subcentres K > 1: the nearest of
+    K centres speaks for the class (Deng et al. 2020, ECCV). Source: Deng et al. 2019, arXiv:1801.07698.
+    The centres are parameters: they belong into the optimiser.
+    """
+
+    def __init__(self, embedding_dim: int, n_classes: int, *, margin=0.3, scale: float = 30.0, subcentres: int = 1):
+        super().__init__()
+        self.centres = nn.Parameter(torch.empty(n_classes * subcentres, embedding_dim))
+        nn.init.xavier_uniform_(self.centres)
+        margins = torch.as_tensor(margin, dtype=torch.float32).expand(n_classes).clone()
+        self.register_buffer("margins", margins)
+        self.n_classes, self.scale, self.subcentres = n_classes, scale, subcentres
+
+    def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Cosine to the nearest centre of each class, (B, D) -> (B, C)."""
+        cosines = F.linear(F.normalize(embeddings.float(), dim=1), F.normalize(self.centres.float(), dim=1))
+        return cosines.view(len(embeddings), self.n_classes, self.subcentres).amax(2)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            cosines = self.cosines(embeddings)
+            row = torch.arange(len(labels), device=labels.device)
+            true = cosines[row, labels].clamp(-1 + 1e-7, 1 - 1e-7)
+            margin = self.margins[labels]
+            shifted = torch.cos(true.acos() + margin)
+            # Past theta = pi - margin the cosine would rise again; there the loss goes on as a straight line.
+            straight = true - margin.sin() * margin
+            shifted = torch.where(true > -margin.cos(), shifted, straight)
+            logits = self.scale * cosines.index_put((row, labels), shifted)
+            loss = F.cross_entropy(logits, labels)
+        return loss, float((cosines.argmax(1) == labels).float().mean())
+
+
+def adaptive_margins(counts, *, low: float = 0.2, high: float = 0.5) -> torch.Tensor:
+    """ArcFace margins (C,) in radians that fall with the number of images: high for the rarest, low for the commonest.
+
+    Proportional to counts^(-1/4), scaled to [low, high]. Source: Ha et al. 2020, arXiv:2010.05350.
+    """
+    rarity = torch.as_tensor(counts, dtype=torch.float32).clamp(min=1).pow(-0.25)
+    span = (rarity.max() - rarity.min()).clamp(min=1e-12)
+    return low + (high - low) * (rarity - rarity.min()) / span

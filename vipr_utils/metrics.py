@@ -1,0 +1,216 @@
+"""How good a ranking is: average precision at k and its relatives, each with an interval. No model, no file.
+
+Everything stands on two arrays: `hits` (Q, k) bool, "the image at this rank shows the query's product", best
+rank first, and `n_relevant` (Q,) int, the gallery images that could have been found. A query with n = 0 has
+no right answer: its value is NaN, means leave it out, and `summary` counts it.
+
+>>> hits = [[True, False, False, True, True], [True, False, False, False, False]]
+>>> average_precision_at_k(hits, n_relevant=[3, 14]).round(3).tolist()
+[0.7, 0.2]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+DEFINITION = ("AP@5 = (1 / min(n, 5)) * sum over ranks i <= 5 of P(i) * rel(i); n = relevant gallery images "
+              "of the query; queries with n = 0 are excluded and counted")
+
+
+def _ids(ids, name: str) -> np.ndarray:
+    """Product ids as an integer vector (N,)."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"{name} has shape {ids.shape} and type {ids.dtype}, expected a vector of integer "
+                         f"product ids (-1 = unknown). Pass catalog.product_id, or factorize names.")
+    return ids.astype(np.int64)
+
+
+def hits_from_ranks(ranks, query_ids, gallery_ids) -> np.ndarray:
+    """Hits (Q, k) bool: does the gallery row at this rank show the query's product?
+
+    ranks (Q, k) int are row numbers into gallery_ids (G,), best first; -1 = nothing there, never a hit.
+    query_ids (Q,) and gallery_ids (G,) are product ids; -1 = unknown, matches nothing. A row listed twice
+    scores at its first rank only and leaves its later ranks empty, as in Kaggle's `apk`.
+    Raises ValueError for a rank outside -1..G-1, which would silently point at another image.
+
+    >>> hits_from_ranks([[0, 2, 2, -1]], [7], [7, 8, 7]).tolist()
+    [[True, True, False, False]]
+    """
+    ranks, query_ids = np.asarray(ranks), _ids(query_ids, "query_ids")
+    gallery_ids = _ids(gallery_ids, "gallery_ids")
+    if ranks.ndim != 2 or len(ranks) != len(query_ids) or (ranks.size and ranks.dtype.kind not in "iu"):
+        raise ValueError(f"ranks has shape {ranks.shape} and type {ranks.dtype}, expected integers of shape "
+                         f"({len(query_ids)}, k), one row for each query id. Pass the ranks of search.top_k.")
+    if ranks.size and not -1 <= ranks.min() <= ranks.max() < len(gallery_ids):
+        raise ValueError(f"ranks run from {ranks.min()} to {ranks.max()}, expected -1 to "
+                         f"{len(gallery_ids) - 1} for {len(gallery_ids)} rows. Pass the gallery_ids searched.")
+    ranks = ranks.astype(np.int64)
+    found = np.append(gallery_ids, -1)[ranks]                     # (Q, k); rank -1 reads the -1 appended here
+    order = np.argsort(ranks, axis=1, kind="stable")
+    in_order = np.take_along_axis(ranks, order, axis=1)
+    repeated = np.zeros(ranks.shape, dtype=bool)                  # equal neighbours in order: the later one
+    np.put_along_axis(repeated, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
+    return (found == query_ids[:, None]) & (found != -1) & ~repeated
+
+
+def count_relevant(query_ids, gallery_ids) -> np.ndarray:
+    """n_relevant (Q,) int64: gallery images of the query's product; 0 for the unknown product -1.
+
+    Where the query itself is in the gallery (leave one out), subtract it: it cannot be found.
+    """
+    query_ids, gallery_ids = _ids(query_ids, "query_ids"), np.sort(_ids(gallery_ids, "gallery_ids"))
+    first, last = (np.searchsorted(gallery_ids, query_ids, side=side) for side in ("left", "right"))
+    return np.where(query_ids == -1, 0, last - first)
+
+
+def _checked(hits, n_relevant, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """hits (Q, k) bool and n_relevant (Q,) int64, or a ValueError that says what is wrong with them."""
+    hits, n = np.asarray(hits), np.asarray(n_relevant)
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k is {k!r}, expected a whole number of at least 1.")
+    if hits.ndim != 2 or n.shape != hits.shape[:1]:
+        raise ValueError(f"hits has shape {hits.shape} and n_relevant {n.shape}, expected (Q, k) and (Q,): "
+                         f"one row and one count for each query.")
+    if hits.shape[1] < k:
+        raise ValueError(f"hits has {hits.shape[1]} ranks, expected at least k = {k}. Search with k={k}; "
+                         f"where the gallery is smaller, fill up with False (rank -1).")
+    if n.size and (n.dtype.kind not in "iu" or n.min() < 0):
+        raise ValueError(f"n_relevant has type {n.dtype} and smallest value {n.min()}, expected whole "
+                         f"numbers >= 0 (0 = no relevant image). Pass the result of count_relevant.")
+    if hits.dtype != bool and not np.isin(hits, (0, 1)).all():
+        raise ValueError(f"hits holds {hits[~np.isin(hits, (0, 1))][0]!r}, expected only True and False. "
+                         f"Pass the result of hits_from_ranks, not scores.")
+    hits, n = hits.astype(bool), n.astype(np.int64)
+    if (over := np.flatnonzero(hits.sum(axis=1) > n)).size:
+        raise ValueError(f"query {over[0]} has {hits[over[0]].sum()} hits but n_relevant = {n[over[0]]}, "
+                         f"expected no more hits than relevant images. Count them over the gallery searched.")
+    return hits[:, :k], n
+
+
+def _ratio(total, denominator) -> np.ndarray:
+    """total / denominator, float64 (Q,), NaN where the denominator is 0."""
+    return np.divide(total, denominator, out=np.full(len(denominator), np.nan), where=denominator > 0)
+
+
+def average_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
+    """AP@k (Q,) float64 in 0..1, NaN where n = 0: (1 / min(n, k)) * sum over ranks i <= k of P(i) * rel(i).
+
+    P(i) is the share of hits in the first i ranks. With min(n, k) a perfect list scores 1 whatever n is.
+    Others call "mAP@5" the same sum divided by the hits found (torchmetrics, open-metric-learning: one hit at
+    rank 1 scores 1) or by n (pytorch-metric-learning: five hits of 14 score 0.357). Raises ValueError for
+    arrays that do not fit. Source: Kaggle's `apk` (benhamner/Metrics); Google Landmark Retrieval.
+    """
+    hits, n = _checked(hits, n_relevant, k)
+    precision = np.cumsum(hits, axis=1) / np.arange(1, k + 1)     # (Q, k) P(i)
+    return _ratio((precision * hits).sum(axis=1), np.minimum(n, k))
+
+
+def map_at_k(hits, n_relevant, k: int = 5) -> float:
+    """mAP@k in 0..1: mean AP@k over the queries with n > 0; NaN when there is none."""
+    return _mean(average_precision_at_k(hits, n_relevant, k))
+
+
+def precision_at_1(hits, n_relevant) -> np.ndarray:
+    """P@1 (Q,) in {0, 1}, NaN where n = 0: is the best-ranked image a hit?"""
+    return average_precision_at_k(hits, n_relevant, k=1)
+
+
+def recall_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
+    """R@k (Q,) in {0, 1}, NaN where n = 0: is there a hit in the first k ranks?
+
+    This is the Recall@K of metric learning (Oh Song 2016, arXiv 1511.06452), elsewhere "hit rate"; it is not
+    the share hits / n of text retrieval, which cannot pass k / n.
+    """
+    hits, n = _checked(hits, n_relevant, k)
+    return _ratio(hits.any(axis=1), np.minimum(n, 1))
+
+
+def mrr_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
+    """Reciprocal rank (Q,) in 0..1, NaN where n = 0: 1 / rank of the first hit, 0 for none up to rank k."""
+    hits, n = _checked(hits, n_relevant, k)
+    return _ratio(hits.any(axis=1) / (1 + hits.argmax(axis=1)), np.minimum(n, 1))
+
+
+def guie_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
+    """mP@k of Google Universal Image Embedding (Q,), NaN where n = 0: hits in ranks 1..min(n, k) / min(n, k).
+
+    Not an average precision: a hit behind rank min(n, k) is worth nothing. Source: Kaggle, GUIE 2022.
+    """
+    hits, n = _checked(hits, n_relevant, k)
+    inside = np.arange(1, k + 1) <= np.minimum(n, k)[:, None]     # (Q, k)
+    return _ratio((hits & inside).sum(axis=1), np.minimum(n, k))
+
+
+def r_precision(hits, n_relevant) -> np.ndarray:
+    """R-precision (Q,) in 0..1, NaN where n = 0: hits in the first n ranks / n.
+
+    Raises ValueError when hits has fewer than max(n) ranks: the missing ones cannot be guessed.
+    Source: Musgrave 2020 (arXiv 2003.08505).
+    """
+    return guie_precision_at_k(hits, n_relevant, k=max(1, int(np.max(n_relevant, initial=1))))
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN when there is none."""
+    counted = values[~np.isnan(values)]
+    return float(counted.mean()) if counted.size else float("nan")
+
+
+def bootstrap_interval(values, products, *, seed: int = 0, n_boot: int = 1000,
+                       level: float = 0.95) -> tuple[float, float]:
+    """(low, high): percentile interval of the mean of values (Q,), resampling products, not queries.
+
+    The queries of one product stand or fall together, so whole products (Q,) are drawn with replacement; the
+    mean is over all queries drawn: sum of values / number of values. NaN values are left out; with fewer than
+    two products left nothing can be resampled and both ends are NaN. The same seed gives the same interval.
+    Source: Field and Welsh, Bootstrapping clustered data, JRSS B 69 (2007).
+    """
+    values, products = np.asarray(values, dtype=np.float64), np.asarray(products)
+    if values.ndim != 1 or values.shape != products.shape or np.isinf(values).any():
+        raise ValueError(f"values has shape {values.shape} ({np.isinf(values).sum()} infinite) and products "
+                         f"{products.shape}, expected finite numbers (or NaN) and one product for each.")
+    if n_boot < 1 or not 0 < level < 1:
+        raise ValueError(f"n_boot is {n_boot} and level {level}, expected n_boot >= 1 and 0 < level < 1, "
+                         f"for example 1000 and 0.95.")
+    counted = ~np.isnan(values)
+    names, product = np.unique(products[counted], return_inverse=True)
+    if len(names) < 2:
+        return float("nan"), float("nan")
+    totals = np.stack([np.bincount(product, weights=values[counted]), np.bincount(product)], axis=1)  # (P, 2)
+    rng, n = np.random.default_rng(seed), len(names)
+    # one bincount a draw: at 10,000 products 8 times as fast as a multinomial matrix, in 1/1000 of its memory
+    drawn = np.array([np.bincount(rng.integers(n, size=n), minlength=n) @ totals for _ in range(n_boot)])
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(a, b, products, *, seed: int = 0) -> tuple[float, float, float]:
+    """(difference, low, high): mean of a - b over the same queries, with its 95 % interval over products.
+
+    a and b (Q,) are per-query values of two runs, row by row the same query. Hard queries are hard for both:
+    this interval is narrower than the runs' own. Raises ValueError where only one of the runs counts a query.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+        raise ValueError(f"a {a.shape} counts {(~np.isnan(a)).sum()} queries and b {b.shape} "
+                         f"{(~np.isnan(b)).sum()}, expected the same queries in both. Compare runs of one "
+                         f"protocol, gallery and query order.")
+    return _mean(a - b), *bootstrap_interval(a - b, products, seed=seed)
+
+
+def summary(hits, n_relevant, products, *, seed: int = 0) -> dict:
+    """The figures of a run: mAP@5 its 95 % interval over products (Q,), P@1, MRR@5, R@5, sizes, definition.
+
+    Means are over the n_queries with n > 0, NaN when there is none; n_excluded counts the others, n_products
+    the products of the counted ones. hits has 5 ranks or more. The caller adds n_gallery.
+    """
+    ap = average_precision_at_k(hits, n_relevant)
+    low, high = bootstrap_interval(ap, products, seed=seed)
+    counted = ~np.isnan(ap)
+    return {"map_at_5": _mean(ap), "map_at_5_low": low, "map_at_5_high": high,
+            "precision_at_1": _mean(precision_at_1(hits, n_relevant)),
+            "mrr_at_5": _mean(mrr_at_k(hits, n_relevant)),
+            "recall_at_5": _mean(recall_at_k(hits, n_relevant)),
+            "n_queries": int(counted.sum()), "n_excluded": int((~counted).sum()),
+            "n_products": len(np.unique(np.asarray(products)[counted])), "definition": DEFINITION}

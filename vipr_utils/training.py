@@ -1,0 +1,329 @@
+"""The training loop: mixed precision, schedules, stages, time budget, checkpoints that continue bit for bit.
+
+Everything random is a pure function of (seed, epoch, step): batches come from `sampler.batches(epoch)`, each photo's
+augmentation from (seed, epoch, row), dropout from (seed, step). A checkpoint therefore holds no random state, and a
+run that was killed anywhere ends with the weights of one that never was.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from vipr_utils import host, images, models
+from vipr_utils.embedding import autocast, mixed_precision
+from vipr_utils.losses import distance_matrix
+
+
+class Diverged(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+def fit(
+    model: models.Embedder,
+    criterion,
+    photos: images.Photos,
+    sampler,
+    *,
+    folder: Path,
+    epochs: int,
+    lr: float,
+    device: torch.device = torch.device("cpu"),
+    head_lr: float = 0.0,  # neck and criterion; 0 takes lr
+    optimizer: str = "adamw",
+    weight_decay: float = 1e-4,
+    schedule: str = "cosine",  # cosine (with warm-up), multistep, constant
+    warmup: float = 0.05,  # share of all steps
+    milestones: tuple[int, ...] = (),  # epochs, for multistep
+    gamma: float = 0.1,
+    frozen_epochs: int = 0,  # epochs in which only neck and criterion learn
+    micro_batch: int = 0,  # images in memory at once; 0 is the whole batch
+    clip_norm: float = 0.0,
+    ema_decay: float = 0.0,
+    validate=None,  # model -> dict with map_at_5
+    validate_every: int = 1,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 5.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train `model` in place and return its history, one row an epoch.
+
+    criterion(embeddings, labels) -> (loss, share of active pairs or accuracy); an nn.Module's parameters are trained.
+    With `validate` the epoch with the best map_at_5 is kept, else the last. max_minutes counts from the first start,
+    over restarts; when it is used up training stops, keeps what it has, and returns.
+    Raises Diverged when the loss is not finite; the last checkpoint stays.
+    """
+    no_matter = ("max_minutes", "checkpoint_minutes", "progress")
+    settings = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in no_matter}
+    settings["milestones"] = list(milestones)
+    start, folder = time.monotonic(), Path(folder)
+    state = _State(model, criterion, device, optimizer, weight_decay, head_lr or lr, lr, ema_decay)
+    state.identity = _identity(settings, model, photos, sampler)
+    state.resume(folder / "checkpoint.pt")
+    per_epoch = [len(sampler.batches(e)) for e in range(epochs)] if epochs < 50 else [len(sampler.batches(0))] * epochs
+    if epochs and not per_epoch[0]:
+        raise ValueError("the sampler gives no batch: use a smaller batch_size or more images")
+    last_saved = start
+    for epoch in range(state.epoch, epochs):
+        batches = sampler.batches(epoch)
+        model.train()
+        _freeze_backbone(model, epoch < frozen_epochs)
+        photos.set_epoch(epoch)
+        loader = images.loader(photos, batch_sampler=batches[state.batch :], device=device)
+        scale = 0.0  # stays so only if every batch of this epoch was done before a restart
+        for pixels, labels, _ in loader:
+            done = sum(per_epoch[:epoch]) + state.batch
+            scale = rate(done, sum(per_epoch), schedule, warmup, [sum(per_epoch[:m]) for m in milestones], gamma)
+            state.step(pixels, labels, scale, seed * 1_000_003 + done, micro_batch, clip_norm)
+            now = time.monotonic()
+            spent = state.seconds + now - start
+            if max_minutes and spent > max_minutes * 60:
+                break
+            if now - last_saved > checkpoint_minutes * 60:
+                state.save(folder / "checkpoint.pt", spent)
+                last_saved = now
+        out_of_time = bool(max_minutes and state.seconds + time.monotonic() - start > max_minutes * 60)
+        row = state.end_epoch(epoch, lr * scale, state.seconds + time.monotonic() - start)
+        if validate and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs or out_of_time):
+            row |= validate(state.evaluated())
+            state.keep_best(row, folder / "best.pt")
+        state.history.append(row)
+        _warn_of_collapse(row)
+        if progress:
+            print(_line(row, epochs), flush=True)
+        if out_of_time:
+            break
+        state.save(folder / "checkpoint.pt", state.seconds + time.monotonic() - start)
+        last_saved = time.monotonic()
+    _freeze_backbone(model, False)
+    model.load_state_dict(state.final(folder / "best.pt"))
+    model.eval()
+    for file in ("checkpoint.pt", "best.pt"):
+        (folder / file).unlink(missing_ok=True)
+    history = pd.DataFrame(state.history)
+    with host.whole_file(folder / "history.csv") as part:
+        history.to_csv(part, index=False)
+    return history
+
+
+def rate(step: int, steps: int, schedule: str, warmup: float, milestones: list[int], gamma: float) -> float:
+    """The factor on the learning rate at a step, in (0, 1].
+
+    cosine: linear warm-up over `warmup * steps`, then half a cosine down to 0 (Loshchilov, Hutter 2017,
+    arXiv:1608.03983). multistep: gamma to the number of milestones (in steps) passed. constant: 1.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "multistep":
+        return gamma ** sum(step >= m for m in milestones)
+    if schedule == "cosine":
+        rise = max(1.0, warmup * steps)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+    raise ValueError(f"schedule {schedule!r} is unknown: use 'cosine', 'multistep' or 'constant'")
+
+
+class _State:
+    """What a checkpoint holds: weights, optimiser, scaler, averages, position, history."""
+
+    def __init__(self, model, criterion, device, optimizer, weight_decay, head_lr, lr, ema_decay) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.criterion = criterion.to(device) if isinstance(criterion, nn.Module) else criterion
+        self.device, self.ema_decay = device, ema_decay
+        self.optimizer = _optimizer(model, criterion, optimizer, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
+        half = mixed_precision(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+        self.average = copy.deepcopy(model).eval() if ema_decay else None
+        self.epoch = self.batch = self.updates = 0
+        self.seconds, self.history, self.best = 0.0, [], -1.0
+        self.identity, self.sums = "", np.zeros(4)
+
+    def step(self, pixels, labels, scale: float, seed: int, micro_batch: int, clip_norm: float) -> None:
+        """One update; the loss always sees the whole batch, whatever fits into memory at once."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        pixels = pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        small = micro_batch and micro_batch < len(pixels)
+        backward = self._backward_in_parts if small else self._backward
+        loss, active, embeddings = backward(pixels, labels, seed, micro_batch)
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"loss is {loss} in epoch {self.epoch}, batch {self.batch}: lower lr or set clip_norm (1.0 is usual); "
+                "the last checkpoint is kept"
+            )
+        self.scaler.unscale_(self.optimizer)
+        if clip_norm:
+            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._update_average()
+        half = len(embeddings) // 2  # neighbours in a P x K batch are one product: pair across the halves
+        apart = (1 - (embeddings[:half] * embeddings[-half:]).sum(1)).mean()
+        self.sums += (loss * len(labels), active * len(labels), float(apart) * len(labels), len(labels))
+        self.batch += 1
+
+    def _backward(self, pixels, labels, seed, _):
+        torch.manual_seed(seed)
+        with autocast(self.device):
+            embeddings = self.model(pixels)
+        loss, active = self.criterion(embeddings, labels)
+        self.scaler.scale(loss).backward()
+        return loss.item(), active, embeddings.detach()
+
+    def _backward_in_parts(self, pixels, labels, seed, micro_batch):
+        """Embed in parts, take the loss over all pairs, send its gradient back part by part.
+
+        Same gradient as the whole batch but for batch statistics, which are per part.
+        Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
+        """
+        parts = pixels.split(micro_batch)
+        with torch.no_grad(), autocast(self.device):
+            embeddings = torch.cat([_seeded(self.model, p, seed + i) for i, p in enumerate(parts)])
+        leaf = embeddings.float().requires_grad_()
+        loss, active = self.criterion(leaf, labels)
+        self.scaler.scale(loss).backward()
+        with _statistics_kept(self.model):
+            for i, (part, grad) in enumerate(zip(parts, leaf.grad.split(micro_batch))):
+                with autocast(self.device):
+                    again = _seeded(self.model, part, seed + i)
+                again.backward(grad.to(again.dtype))
+        return loss.item(), active, embeddings
+
+    def _update_average(self) -> None:
+        if self.average is None:
+            return
+        self.updates += 1
+        decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))  # short memory while young
+        for a, b in zip(self.average.state_dict().values(), self.model.state_dict().values()):
+            a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
+
+    def evaluated(self) -> nn.Module:
+        return self.average or self.model
+
+    def end_epoch(self, epoch: int, lr: float, seconds: float) -> dict:
+        loss, active, apart, n = self.sums / max(1.0, self.sums[3])
+        row = {"epoch": epoch + 1, "loss": loss, "active": active, "random_distance": apart, "lr": lr, "seconds": seconds}
+        self.epoch, self.batch, self.sums = epoch + 1, 0, np.zeros(4)
+        return row
+
+    def keep_best(self, row: dict, path: Path) -> None:
+        value = row.get("map_at_5")
+        if value is not None and value > self.best:
+            self.best = value
+            models.save(self.evaluated(), path)
+
+    def final(self, best: Path) -> dict:
+        return models.load(best).state_dict() if best.exists() and self.best >= 0 else self.evaluated().state_dict()
+
+    def save(self, path: Path, seconds: float) -> None:
+        keep = ("epoch", "batch", "updates", "history", "best", "identity")
+        data = {k: getattr(self, k) for k in keep} | {"seconds": seconds, "sums": self.sums.tolist()}
+        data |= {k: v.state_dict() for k, v in self._parts().items()}
+        with host.whole_file(path) as part:
+            torch.save(data, part)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of the same settings; one of other settings is left behind."""
+        if not path.exists():
+            return
+        data = torch.load(path, map_location=self.device, weights_only=True)
+        if data["identity"] != self.identity:
+            return
+        for key in ("epoch", "batch", "updates", "history", "best", "seconds"):
+            setattr(self, key, data[key])
+        self.sums = np.array(data["sums"])
+        for key, part in self._parts().items():
+            part.load_state_dict(data[key])
+
+    def _parts(self) -> dict:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
+        parts["criterion"] = self.criterion if isinstance(self.criterion, nn.Module) else None
+        return {k: v for k, v in parts.items() if v is not None}
+
+
+def _optimizer(model, criterion, name: str, *, lr: float, head_lr: float, weight_decay: float):
+    """Four groups: backbone and head, each with and without weight decay (none on biases, norms, GeM's p)."""
+    heads = list(model.neck.parameters()) + (list(criterion.parameters()) if isinstance(criterion, nn.Module) else [])
+    head_ids = {id(p) for p in heads}
+    body = [p for p in model.parameters() if id(p) not in head_ids]
+    groups = []
+    for parameters, base in ((body, lr), (heads, head_lr)):
+        for decays, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [p for p in parameters if (p.ndim > 1) == decays]
+            if chosen:
+                groups.append({"params": chosen, "lr": base, "base_lr": base, "weight_decay": decay})
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if name not in kinds:
+        raise ValueError(f"optimizer {name!r} is unknown: use one of {tuple(kinds)}")
+    return kinds[name](groups)
+
+
+def _identity(settings: dict, model, photos, sampler) -> str:
+    """A hash of all that decides the outcome, so that a checkpoint is only continued by the run it belongs to."""
+    digest = hashlib.sha256(json.dumps([settings, model.record], sort_keys=True, default=str).encode())
+    digest.update(np.asarray(photos.rows, dtype=np.int64).tobytes())
+    digest.update(np.concatenate(sampler.batches(0)).astype(np.int64).tobytes())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _freeze_backbone(model, frozen: bool) -> None:
+    model.backbone.requires_grad_(not frozen)
+    if frozen:
+        model.backbone.eval()  # batch statistics stay those of pretraining
+
+
+def _seeded(model, pixels, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return model(pixels)
+
+
+@contextmanager
+def _statistics_kept(model):
+    """BatchNorm normalises by the batch but leaves its running averages alone."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m, m.momentum) for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in kept:
+            m.momentum = momentum
+
+
+def _warn_of_collapse(row: dict) -> None:
+    if row["random_distance"] < 0.05:
+        warnings.warn(
+            f"collapse: random pairs lie {row['random_distance']:.3f} apart (cosine; 1 is usual). Every product looks "
+            "alike to the network: lower lr, use mining='semi_hard' or 'all' at first, or a larger margin.",
+            stacklevel=3,
+        )
+
+
+def _line(row: dict, epochs: int) -> str:
+    line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  active {row['active']:.2f}  {row['seconds']:.0f} s"
+    return line + (f"  mAP@5 {row['map_at_5']:.3f}" if "map_at_5" in row else "")
+
+
+def mean_random_distance(embeddings: np.ndarray, distance: str = "cosine", *, n: int = 2000, seed: int = 0) -> float:
+    """Mean distance of n random pairs of rows of (N, D): near 0 the embedding has collapsed."""
+    a, b = np.random.default_rng(seed).integers(len(embeddings), size=(2, n))
+    x, y = torch.as_tensor(embeddings[a]), torch.as_tensor(embeddings[b])
+    return float(torch.stack([distance_matrix(u[None], v[None], distance)[0, 0] for u, v in zip(x, y)]).mean())
