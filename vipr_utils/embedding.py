@@ -29,7 +29,6 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-@torch.inference_mode()
 def embed(
     model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
     cache_dir: Path | None = None,
@@ -53,9 +52,9 @@ def embed(
     was_training = model.training
     model.eval().to(device, memory_format=torch.channels_last)
     out = [np.zeros((0, r["embedding_dim"]), np.float32)]
-    for pixels, _, _ in loader:
-        pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
-        with autocast(device):
+    with torch.inference_mode(), autocast(device):
+        for pixels, _, _ in loader:
+            pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
             out.append(model(pixels).float().cpu().numpy())
     model.train(was_training)
     embeddings = np.full((len(rows), r["embedding_dim"]), np.nan, np.float32)

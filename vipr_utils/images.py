@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
-from vipr_utils import host
+from vipr_utils import catalog, host, toy
 
 MAX_PIXELS = 300_000_000  # larger ones are listed, not decoded: 0.9 GB as RGB
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -151,6 +151,20 @@ def build_store(catalog: pd.DataFrame, *, cache_dir: Path, store_px: int = 256) 
     with host.whole_file(folder / "index.npz") as part, open(part, "wb") as file:
         np.savez(file, offsets=np.cumsum(sizes))
     return Store(folder)
+
+
+def open_data(data_root: str, cache_dir: str, *, px: int = 256) -> tuple[pd.DataFrame, Store, pd.DataFrame]:
+    """(photos, store, lost): the catalog of what can be read, its packed store of at least `px`, and what was left out.
+
+    The data root: the one given, $VIPR_DATA, one attached, else the toy set; attrs["said"] names it.
+    """
+    root, said = toy.data_root_or_toy(data_root, cache_dir)
+    photos, absent = catalog.read(root)
+    store = build_store(photos, cache_dir=host.cache_folder(cache_dir), store_px=max(128, px))
+    lost = pd.concat([absent, store.problems], ignore_index=True)
+    photos = photos[store.readable]
+    photos.attrs["said"] = "\n".join([said, *photos.attrs["notes"], *([f"{len(lost)} files left out"] if len(lost) else [])])
+    return photos, store, lost
 
 
 def _packed(path: Path, store_px: int) -> bytes:

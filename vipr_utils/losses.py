@@ -8,6 +8,7 @@ Margins carry the unit of their distance: cosine in [0, 2], euclidean in [0, 2],
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,15 @@ def default_margin(loss: str, distance: str, embedding_dim: int) -> float:
     if loss not in share:
         raise ValueError(f"loss {loss!r} has no margin in a distance: use one of {tuple(share)}")
     return share[loss] * typical[distance]
+
+
+def criterion(loss: str, distance: str, embedding_dim: int, *, margin: float = 0.0, mining: str = "batch_hard"):
+    """The pair loss of that name, ready for training.fit: (embeddings, labels) -> (loss, active share).
+
+    margin 0 takes default_margin; mining is for triplet alone.
+    """
+    settings = {"distance": distance, "margin": margin or default_margin(loss, distance, embedding_dim)}
+    return partial(contrastive, **settings) if loss == "contrastive" else partial(triplet, mining=mining, **settings)
 
 
 def contrastive(embeddings, labels, *, distance: str = "cosine", margin: float) -> tuple[torch.Tensor, float]:

@@ -214,3 +214,16 @@ def summary(hits, n_relevant, products, *, seed: int = 0) -> dict:
             "recall_at_5": _mean(recall_at_k(hits, n_relevant)),
             "n_queries": int(counted.sum()), "n_excluded": int((~counted).sum()),
             "n_products": len(np.unique(np.asarray(products)[counted])), "definition": DEFINITION}
+
+
+def chance_map_at_k(n_relevant, n_gallery: int, k: int = 5) -> float:
+    """Expected mAP@k in 0..1 of a ranking drawn at random from n_gallery images; queries with n = 0 left out.
+
+    For one query (1 / min(n, k)) * sum over i <= k of p * (1 + (i - 1) * (n - 1) / (G - 1)) / i with p = n / G: a hit at
+    rank i, and the expected hits before it.
+    """
+    n = np.asarray(n_relevant, dtype=np.float64)
+    n = n[n > 0]
+    i = np.arange(1, min(k, n_gallery) + 1)[:, None]
+    before = (i - 1) * (n - 1) / max(1, n_gallery - 1)                # (k, Q) expected hits above rank i
+    return float(((n / n_gallery * (1 + before) / i).sum(axis=0) / np.minimum(n, k)).mean())

@@ -1,0 +1,55 @@
+# make demo                 the whole series on the toy set, then the scoreboard
+# make demo DATA=folder PROFILE=laptop     the same on your own photos
+# make test                 every check
+PYTHON ?= python3
+PROFILE ?= smoke
+DATA ?=
+OUT ?= submissions
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+export MPLBACKEND := Agg
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: demo test lint unit smoke nbval notebooks readme clean
+
+demo: .venv/demo.stamp
+	$(BIN)/python -m vipr_utils.batch params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
+
+test: lint unit smoke nbval
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+
+unit: .venv/test.stamp
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+# The series by papermill into a folder of its own; nbval then runs what papermill wrote, and what is committed,
+# and demands the same outputs again.
+smoke: .venv/test.stamp
+	rm -rf .venv/smoke
+	$(BIN)/python -m vipr_utils.batch params/smoke --output-dir .venv/smoke
+
+nbval: smoke
+	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope $(NOTEBOOKS) .venv/smoke/*/notebook.ipynb
+
+# Run the notebooks in place with their defaults, as they are committed.
+notebooks: .venv/test.stamp
+	$(BIN)/python tests/refresh_notebooks.py $(NOTEBOOKS)
+
+readme: .venv/demo.stamp
+	$(BIN)/python -m vipr_utils.runs $(OUT) --readme README.md
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed, name it with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
+	touch $@
+
+.venv/test.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@ .venv/demo.stamp
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,306 @@
+"""Headless runs: parameters are checked before any kernel starts, failures are named, finished work is not repeated."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from vipr_utils import batch, host, runs
+
+PARAMETERS = """\
+data_root: str = ""  # a folder
+output_dir: str = "submissions"
+run_name: str = ""
+seed: int = 0
+lr: float = 0.001
+augment: bool = True
+milestones: list[int] = [2, 4]
+fail: str = ""
+"""
+# What every notebook does, without the package: a kernel that imports torch takes seconds more.
+WORK = """\
+import json, os, pathlib
+folder = pathlib.Path(output_dir) / (run_name or "tiny")
+(folder / "count").open("a").write("x")
+if fail == "killed":
+    os.kill(os.getpid(), 9)
+if fail == "memory":
+    raise MemoryError("no room for 9 GiB")
+if fail:
+    raise ValueError(fail)
+params = dict(data_root=data_root, output_dir=output_dir, run_name=run_name, seed=seed, lr=lr, augment=augment)
+record = dict(
+    run=folder.name, notebook="tiny", params=params, data={}, protocol="test", metrics={"map_at_5": lr * 100},
+    model=None, seconds=0.1, versions={}, device="cpu", git="",
+)
+(folder / "run.json").write_text(json.dumps(record))
+(folder / "submission.csv").write_text("id,images\\n")
+"""
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A checkout of one or two notebooks."""
+    monkeypatch.setattr(batch, "_root", lambda: tmp_path)
+    monkeypatch.setattr(host, "repository", lambda: tmp_path)
+    for name in ("VIPR_DATA", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    notebook(tmp_path, "tiny")
+    return tmp_path
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    def started(*_):
+        raise AssertionError("a kernel was started")
+
+    monkeypatch.setattr(batch, "_papermill", started)
+
+
+def notebook(root, stem, parameters=PARAMETERS, work=WORK):
+    cells = [
+        {"cell_type": "code", "metadata": {"tags": tags}, "source": source, "outputs": [], "execution_count": None}
+        for tags, source in ((["parameters"], parameters), ([], work))
+    ]
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    spec = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    path = root / "notebooks" / f"{stem}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+def params_file(root, text, name="tiny"):
+    path = root / "params" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- parameters
+
+
+def test_parameters_cell_is_read_with_types_and_defaults(repo):
+    found = batch.parameters_of(repo / "notebooks" / "tiny.ipynb")
+    assert found["lr"] == ("float", 0.001) and found["milestones"] == ("list[int]", [2, 4])
+    assert list(found) == [line.split(":")[0] for line in PARAMETERS.splitlines()]
+
+
+@pytest.mark.parametrize("line", ["seed = 0", "seed: int", "seed: int | None = 0", "seed: int = len('a')", "import os"])
+def test_parameter_line_that_is_not_name_type_value_is_an_error(repo, line):
+    path = notebook(repo, "odd", line)
+    with pytest.raises(batch.BadParameters, match=r"odd\.ipynb: parameter line .* is not 'name: type = value'"):
+        batch.parameters_of(path)
+
+
+def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, capsys):
+    file = params_file(repo, "sed: 1\n")
+    assert batch.main([str(file)]) == 2
+    assert f"{file}: sed: unknown parameter; did you mean seed?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, message", [
+    ("seed: 1.5", "seed: expected int, got 1.5 (float)"),
+    ("seed: true", "seed: expected int, got True (bool)"),
+    ("augment: 1", "augment: expected bool, got 1 (int)"),
+    ("lr: 1e-4", "lr: expected float, got '1e-4' (str): YAML reads it as text, write 1.0e-4"),
+    ("lr: 1e5", "write 1.0e+5"),
+    ("lr: true", "lr: expected float, got True (bool)"),
+    ("fail: no", "fail: expected str, got False (bool); put it in quotes"),
+    ("fail:", 'fail: expected str, got None (NoneType); write "" for an empty one'),
+    ("milestones: 3", "milestones: expected list[int], got 3 (int)"),
+    ("milestones: [1, two]", "milestones: expected int, got 'two' (str)"),
+    ("- seed", "expected lines 'name: value'"),
+    ("seed: [1", "not YAML"),
+])  # fmt: skip
+def test_wrong_type_is_an_error_with_the_remedy(repo, no_kernel, text, message):
+    with pytest.raises(batch.BadParameters, match=re.escape(message)):
+        batch.load_runs([params_file(repo, text)])
+
+
+def test_int_is_taken_where_a_float_is_wanted(repo):
+    (run,) = batch.load_runs([params_file(repo, "lr: 1")])
+    assert run.params == {"lr": 1.0} and type(run.params["lr"]) is float
+
+
+def test_every_problem_of_every_file_is_listed_before_any_kernel_starts(repo, no_kernel, capsys):
+    notebook(repo, "other")
+    params_file(repo, "seed: x\nlrr: 1\n")
+    params_file(repo, "augment: 2\n", "other")
+    params_file(repo, "seed: 1\n", "absent")
+    assert batch.main(["params"]) == 2
+    problems = capsys.readouterr().err
+    for part in ("absent.yaml: there is no notebooks/absent.ipynb", "other.yaml: augment:", "tiny.yaml: seed:",
+                 "tiny.yaml: lrr:"):  # fmt: skip
+        assert part in problems
+
+
+def test_override_goes_to_every_notebook_that_has_the_parameter_and_is_read_by_its_type(repo):
+    notebook(repo, "other", 'run_name: str = ""\nrate: float = 1.0\n')
+    files = [params_file(repo, "seed: 1\n"), params_file(repo, "", "other")]
+    first, second = batch.load_runs(files, {"seed": "7", "rate": "1e-4", "fail": "123"})
+    assert first.params == {"seed": 7, "fail": "123"} and second.params == {"rate": 1e-4}
+    with pytest.raises(batch.BadParameters, match="-p sead: unknown parameter; did you mean seed"):
+        batch.load_runs(files, {"sead": "7"})
+
+
+def test_data_root_that_is_none_is_an_error_before_any_kernel_starts(repo, no_kernel, capsys):
+    assert batch.main([str(params_file(repo, "")), "-p", "data_root=nowhere"]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path, message", [("absent", "no such file or folder"), ("notebooks", "no *.yaml in it")])
+def test_path_without_parameter_files_is_an_error(repo, path, message):
+    with pytest.raises(batch.BadParameters, match=re.escape(message)):
+        batch.load_runs([path])
+
+
+# ------------------------------------------------------------------------------------------- sweeps and selection
+
+
+def test_grid_is_every_combination_over_the_base_with_its_own_name(repo):
+    grid = {"lr": [0.1, 0.01], "augment": [True, False], "milestones": [[2, 4]]}
+    content = {"notebook": "tiny", "base": {"seed": 3}, "grid": grid}
+    sweep = params_file(repo, yaml.safe_dump(content, sort_keys=False), "losses")
+    found = batch.load_runs([sweep])
+    assert [(r.params["lr"], r.params["augment"]) for r in found] == [
+        (0.1, True), (0.1, False), (0.01, True), (0.01, False)
+    ]  # fmt: skip
+    assert all(r.params["seed"] == 3 and r.notebook.stem == "tiny" for r in found)
+    assert len({r.name for r in found}) == 4 and found[0].name == "losses-0.1-augment_True-2_4"
+
+
+def test_list_of_runs_takes_the_base_and_its_own_values(repo):
+    several = [{"run_name": "a", "seed": 1}, {"run_name": "b"}]
+    sweep = params_file(repo, yaml.safe_dump({"notebook": "tiny", "base": {"seed": 3}, "runs": several}), "two")
+    assert [(r.name, r.params["seed"]) for r in batch.load_runs([sweep])] == [("a", 1), ("b", 3)]
+
+
+@pytest.mark.parametrize("sweep, message", [
+    ({"notebook": "tiny"}, "either runs or grid"),
+    ({"notebook": "tiny", "runs": [{"run_name": "a"}], "grid": {"seed": [1]}}, "either runs or grid"),
+    ({"notebook": "tiny", "runs": [{"seed": 1}]}, "run_name: missing in run 1"),
+    ({"notebook": "tiny", "runs": ["a"]}, "expected a list of value sets, got 'a'"),
+    ({"notebook": "tiny", "grid": {"seed": 1}}, "seed: a grid wants a list"),
+    ({"notebook": "tiny", "seeds": [1]}, "seeds: a sweep has notebook, base, and runs or grid"),
+    ({"notebook": "huge", "grid": {"seed": [1]}}, "there is no notebooks/huge.ipynb"),
+    ({"notebook": "tiny", "grid": {"seed": [1, "x"]}}, "seed: expected int, got 'x'"),
+    ({"notebook": "tiny", "runs": [{"run_name": "a"}, {"run_name": "a"}]}, "2 runs are called 'a'"),
+])  # fmt: skip
+def test_malformed_sweep_is_an_error(repo, sweep, message):
+    with pytest.raises(batch.BadParameters, match=re.escape(message)):
+        batch.load_runs([params_file(repo, yaml.safe_dump(sweep), "sweep")])
+
+
+def test_only_takes_runs_by_the_beginning_of_their_name(repo):
+    for stem in ("01_a", "02_b", "03_c"):
+        notebook(repo, stem)
+        params_file(repo, "", stem)
+    assert [r.name for r in batch.load_runs(["params"])] == ["01_a", "02_b", "03_c"]  # in the order of the files
+    assert [r.name for r in batch.load_runs(["params"], only="03,01")] == ["01_a", "03_c"]
+    with pytest.raises(batch.BadParameters, match="--only 04: none of 01_a, 02_b, 03_c begins so"):
+        batch.load_runs(["params"], only="04")
+
+
+# ------------------------------------------------------------------------------------------------------ running
+
+
+def started(folder):
+    return len((folder / "count").read_text())
+
+
+def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsys):
+    file, folder = params_file(repo, "seed: 1\n"), repo / "out" / "tiny"
+    asked = [str(file), "--output-dir", "out"]
+    assert batch.main(asked) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^ok +tiny +\d+ s +mAP@5 0\.100$", printed, re.MULTILINE)
+    assert f"submission: {folder / 'submission.csv'}" in printed and (repo / "out" / "runs.csv").is_file()
+    assert (folder / "notebook.ipynb").is_file() and runs.load(folder)["params"]["seed"] == 1
+    assert batch.main(asked) == 0
+    assert re.search(r"^skip tiny +done before +mAP@5 0\.100$", capsys.readouterr().out, re.MULTILINE)
+    assert started(folder) == 1
+    assert batch.main([*asked, "-p", "seed=2"]) == 0 and started(folder) == 2
+    assert batch.main([*asked, "-p", "seed=2", "--force"]) == 0 and started(folder) == 3
+
+
+@pytest.fixture
+def fake_kernel(monkeypatch):
+    """papermill without a process: writes run.json as a notebook does, and counts."""
+    calls = []
+
+    def papermill(path, out, values):
+        calls.append(values)
+        out.write_text(path.read_text())
+        (out.parent / "run.json").write_text(json.dumps({"metrics": {"map_at_5": None}}))
+        return batch.subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(batch, "_papermill", papermill)
+    return calls
+
+
+def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
+    def again():
+        before = len(fake_kernel)
+        batch.run_all(batch.load_runs([file], {"data_root": str(data)}), output_dir="out", report=lambda line: None)
+        return len(fake_kernel) > before
+
+    file, data = params_file(repo, "seed: 1\n"), repo / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("name,class\n")
+    assert again() and not again()
+    assert fake_kernel[0]["data_root"] == str(data) and fake_kernel[0]["run_name"] == "tiny"
+    (data / "test.csv").write_text("name\n")
+    assert again() and not again()  # other data
+    notebook(repo, "tiny", work=WORK + "# changed\n")
+    assert again() and not again()  # another notebook
+    (repo / "out" / "tiny" / "run.json").write_text("{}")
+    assert again() and not again()  # a result that somebody else wrote
+    (repo / "out" / "tiny" / "batch.json").write_text('{"key"')
+    assert again() and not again()  # a mark cut short
+
+
+def test_failing_cell_makes_the_exit_code_1_and_its_error_is_shown_and_the_others_still_run(repo, capsys):
+    notebook(repo, "zz_good")
+    params_file(repo, 'fail: "no images in the store"\n')
+    params_file(repo, "", "zz_good")
+    old = host.run_folder(str(repo / "out"), "tiny") / "submission.csv"
+    old.write_text("of an earlier run")
+    assert batch.main(["params", "--output-dir", "out"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"^FAIL tiny ", printed, re.MULTILINE) and re.search(r"^ok +zz_good ", printed, re.MULTILINE)
+    assert "ValueError: no images in the store" in printed and "\x1b" not in printed
+    kept = json.loads((repo / "out" / "tiny" / "notebook.ipynb").read_text())
+    assert any(o.get("ename") == "ValueError" for c in kept["cells"] for o in c.get("outputs", []))
+    assert "submission: " in printed and str(old) not in printed
+
+
+def test_killed_kernel_is_named_as_out_of_memory(repo, capsys):
+    assert batch.main([str(params_file(repo, "fail: killed\n")), "--output-dir", "out"]) == 1
+    printed = capsys.readouterr().out
+    assert "the kernel was killed, most likely out of memory: lower batch_size or image_size" in printed
+
+
+def error_notebook(path, name, value):
+    error = {"output_type": "error", "ename": name, "evalue": value, "traceback": [f"\x1b[31m{name}\x1b[0m: {value}"]}
+    path.write_text(json.dumps({"cells": [{"outputs": [error]}]}))
+    return path
+
+
+@pytest.mark.parametrize("name, value, memory", [
+    ("MemoryError", "", True),
+    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 9.00 GiB", True),
+    ("_ArrayMemoryError", "Unable to allocate 9 GiB for an array", True),
+    ("RuntimeError", "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory", True),
+    ("OSError", "[Errno 12] Cannot allocate memory", True),
+    ("RuntimeError", "DataLoader worker (pid 8) is killed by signal: Killed.", True),
+    ("RuntimeError", "shapes do not fit", False),
+])  # fmt: skip
+def test_memory_errors_are_named_with_the_remedy(tmp_path, name, value, memory):
+    done = batch.subprocess.CompletedProcess([], 1, "", "")
+    reason = batch._reason(done, error_notebook(tmp_path / "n.ipynb", name, value))
+    assert reason.startswith("out of memory: lower batch_size or image_size\n") == memory
+    assert reason.endswith(f"{name}: {value}")

@@ -1,0 +1,343 @@
+"""Where the kit runs: folders, files written whole, devices, memory."""
+
+import errno
+import os
+import platform
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vipr_utils import host
+
+P100_BUILD = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # what Kaggle's torch lists
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch, tmp_path):
+    """No platform, no data, no cache but what the test makes."""
+    for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "VIPR_DATA", "VIPR_CACHE", "KAGGLEHUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(host, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
+    monkeypatch.setattr(host, "KAGGLE_WORKING", tmp_path / "kaggle" / "working")
+    monkeypatch.setattr(host, "KAGGLE_TEMP", tmp_path / "kaggle" / "temp")
+    monkeypatch.setattr(host, "COLAB_CONTENT", tmp_path / "content")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def data_root(folder, header="name,class,group", images=True):
+    folder.mkdir(parents=True)
+    (folder / "train.csv").write_text(f"{header}\n1.jpg,0,0\n")
+    if images:
+        (folder / "train").mkdir()
+    return folder
+
+
+def on_kaggle(monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def test_platform_is_told_by_environment_variables(monkeypatch):
+    assert host.where() == "local"
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-20261101")
+    assert host.where() == "colab"
+    on_kaggle(monkeypatch)
+    assert host.where() == "kaggle"
+
+
+def test_given_folder_wins_over_the_environment_variable_and_that_over_attached_data(tmp_path, monkeypatch):
+    given, named = data_root(tmp_path / "given"), data_root(tmp_path / "named")
+    attached = data_root(host.KAGGLE_INPUT / "products-10k")
+    on_kaggle(monkeypatch)
+    assert host.find_data_root() == (attached, "attached: products-10k")
+    monkeypatch.setenv("VIPR_DATA", str(named))
+    assert host.find_data_root() == (named, "$VIPR_DATA")
+    assert host.find_data_root(str(given)) == (given, "parameter data_root")
+
+
+@pytest.mark.parametrize("exists, message", [(False, "does not exist"), (True, "has no train.csv")])
+def test_a_named_folder_that_is_no_data_root_is_an_error_and_not_the_toy_set(tmp_path, monkeypatch, exists, message):
+    folder = tmp_path / "photos"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=f"parameter data_root: .*photos {message}.*train.csv"):
+        host.find_data_root(str(folder))
+    monkeypatch.setenv("VIPR_DATA", str(folder))
+    with pytest.raises(FileNotFoundError, match=r"\$VIPR_DATA: "):
+        host.find_data_root()
+
+
+def test_nothing_attached_means_the_toy_set(monkeypatch):
+    assert host.find_data_root() == (None, "toy")
+    on_kaggle(monkeypatch)
+    assert host.find_data_root() == (None, "toy")
+
+
+def test_attached_data_is_not_looked_for_on_a_local_machine():
+    data_root(host.KAGGLE_INPUT / "products-10k")
+    assert host.find_data_root() == (None, "toy")
+
+
+@pytest.mark.parametrize("mount", [
+    "competitions/products-10k",
+    "datasets/warcoder/visual-product-recognition",
+    "datasets/warcoder/visual-product-recognition/products",
+    "products-10k",
+])  # fmt: skip
+def test_both_ways_in_which_kaggle_mounts_data_are_found(monkeypatch, mount):
+    on_kaggle(monkeypatch)
+    data_root(host.KAGGLE_INPUT / "datasets" / "someone" / "houses", header="id,price")  # another competition's
+    folder = data_root(host.KAGGLE_INPUT / mount)
+    assert host.find_data_root() == (folder, f"attached: {mount}")
+
+
+def test_header_may_have_a_byte_order_mark_quotes_and_blanks(monkeypatch):
+    on_kaggle(monkeypatch)
+    folder = data_root(host.KAGGLE_INPUT / "windows", header='\ufeff"name", "class"')
+    assert host.find_data_root()[0] == folder
+
+
+def test_image_folders_are_never_listed(monkeypatch):
+    on_kaggle(monkeypatch)
+    hidden = data_root(host.KAGGLE_INPUT / "other" / "train" / "products", images=False)
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    assert host.find_data_root() == (None, "toy")
+    assert host.KAGGLE_INPUT / "other" in listed and hidden.parent not in listed
+
+
+def test_search_ends_at_its_depth(monkeypatch):
+    on_kaggle(monkeypatch)
+    data_root(host.KAGGLE_INPUT / "a" / "b" / "c" / "d" / "e")
+    assert host.find_data_root() == (None, "toy")
+
+
+def test_tables_with_images_go_before_tables_alone(monkeypatch):
+    on_kaggle(monkeypatch)
+    tables = data_root(host.KAGGLE_INPUT / "a-tables", images=False)
+    assert host.find_data_root()[0] == tables
+    whole = data_root(host.KAGGLE_INPUT / "datasets" / "owner" / "whole")
+    assert host.find_data_root()[0] == whole
+
+
+@pytest.mark.parametrize("place", [
+    "content/products-10k", "content/drive/MyDrive/vipr/products-10k", "kaggle/input/products-10k",
+    "home/.cache/kagglehub/datasets/warcoder/visual-product-recognition/versions/1",
+])  # fmt: skip
+def test_data_on_colab_is_found_in_content_drive_and_the_kagglehub_cache(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    folder = data_root(tmp_path / place)
+    assert host.find_data_root()[0] == folder
+
+
+# -------------------------------------------------------------------------------------------- folders and files
+
+
+def test_relative_output_is_kept_in_kaggle_working_or_in_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "repository", lambda: tmp_path / "checkout")
+    assert host.output_folder("out") == tmp_path / "checkout" / "out"
+    on_kaggle(monkeypatch)
+    assert host.output_folder("out") == tmp_path / "kaggle" / "working" / "out"
+    assert host.output_folder(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_cache_is_the_parameter_then_the_variable_then_the_platforms_scratch(tmp_path, monkeypatch):
+    assert host.cache_folder() == tmp_path / "home" / ".cache" / "vipr"
+    on_kaggle(monkeypatch)
+    assert host.cache_folder() == tmp_path / "kaggle" / "temp" / "vipr"
+    monkeypatch.setenv("VIPR_CACHE", str(tmp_path / "variable"))
+    assert host.cache_folder() == tmp_path / "variable"
+    assert host.cache_folder(str(tmp_path / "given")) == tmp_path / "given"
+
+
+def test_run_folder_is_made_below_the_output_folder(tmp_path):
+    folder = host.run_folder(str(tmp_path / "out"), "03_scratch_siamese")
+    assert folder == tmp_path / "out" / "03_scratch_siamese" and folder.is_dir()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../up", "a\\b", "what?", "two\nlines"])
+def test_run_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="no plain folder name"):
+        host.run_folder(str(tmp_path), name)
+    assert not list(tmp_path.glob("*/run.json"))
+
+
+def test_whole_file_takes_its_place_only_when_complete(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    with host.whole_file(path) as part:
+        part.write_text("complete")
+        assert part.parent == path.parent and not path.exists()
+    assert path.read_text() == "complete" and list(path.parent.iterdir()) == [path]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # not mkstemp's private mode: others must read results
+
+
+@pytest.mark.parametrize("error", [ValueError("bad row"), KeyboardInterrupt()])
+def test_whole_file_keeps_the_old_file_on_any_error(tmp_path, error):
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+    with pytest.raises(type(error)):
+        with host.whole_file(path) as part:
+            part.write_text("half of")
+            raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
+])  # fmt: skip
+def test_full_disk_is_named_with_file_room_and_remedy_and_the_old_file_stays(tmp_path, error):
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+    message = r"disk full while writing model\.pt .*GiB free.*output_dir or cache_dir"
+    with pytest.raises(OSError, match=message) as caught:
+        with host.whole_file(path) as part:
+            part.write_text("half of")
+            raise error
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_disk_that_fills_up_when_the_file_is_flushed_is_named_too(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full while writing images.bin"):
+        with host.whole_file(tmp_path / "images.bin") as part:
+            part.write_bytes(b"1")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- device and memory
+
+
+@pytest.fixture
+def p100(monkeypatch):
+    """A card that says it is available and runs nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda dev=None: (6, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda dev=None: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: P100_BUILD)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_card_without_kernels_is_passed_over_with_the_menu_entry_that_helps(p100):
+    with pytest.warns(UserWarning, match=r"Tesla P100.*sm_60.*Settings > Accelerator > GPU T4 x2"):
+        assert host.device() == torch.device("cpu")
+
+
+def test_card_without_kernels_is_an_error_when_it_was_asked_for(p100):
+    with pytest.raises(RuntimeError, match=r"device 'cuda' does not work: Tesla P100.*GPU T4 x2"):
+        host.device("cuda")
+
+
+@pytest.mark.parametrize("capability, built, runs", [
+    ((6, 0), P100_BUILD, False),
+    ((7, 5), P100_BUILD, True),
+    ((8, 9), P100_BUILD, True),  # sm_86 binaries run on 8.9
+    ((8, 0), ["sm_86"], False),
+    ((12, 1), P100_BUILD, True),
+    ((13, 0), P100_BUILD, True),  # by PTX
+    ((13, 0), ["sm_90a", "sm_120"], False),
+    ((9, 0), ["sm_90a"], True),
+    ((9, 4), ["gfx942"], True),  # ROCm lists other names: the operation decides
+])  # fmt: skip
+def test_capability_is_held_against_torchs_list(capability, built, runs):
+    assert host._has_kernels(capability, built) == runs
+
+
+@pytest.mark.parametrize("name", ["cuda", "abacus"])
+def test_named_device_that_does_not_exist_is_an_error(name):
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(RuntimeError, match=f"device '{name}' does not work"):
+        host.device(name)
+
+
+def test_cpu_can_be_asked_for():
+    assert host.device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_working_card_is_taken():
+    assert host.device().type == "cuda"
+    assert host.hardware() == torch.cuda.get_device_name()
+
+
+def test_tune_sets_threads_from_argument_variable_or_cores_and_may_be_called_twice(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        for variable, argument, threads in (("2", 1, 1), ("2", 0, 2), ("1,4", 0, 1), ("", 0, host.cores())):
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+            for _ in range(2):
+                host.tune(argument)
+                assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_tuned_process_does_not_fault_the_same_memory_in_again():
+    code = """
+import resource, sys, torch
+from vipr_utils import host
+if sys.argv[1] == "tuned":
+    host.tune(1)
+for step in range(18):
+    if step == 8:  # the heap has grown to what the steps need
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(10_000_000).fill_(1.0)  # 40 MB: above what glibc learns to keep by itself
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+"""
+    faults = {}
+    for kind in ("naive", "tuned"):
+        done = subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=True)
+        faults[kind] = int(done.stdout)
+    assert faults["tuned"] < 0.1 * faults["naive"] + 100, faults
+
+
+def test_older_glibc_that_refuses_a_large_threshold_gets_a_smaller_one(monkeypatch):
+    calls = []
+
+    class OldLibc:
+        def mallopt(self, option, value):
+            calls.append((option, value))
+            return int(not (option == -3 and value > 1 << 25))
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: OldLibc())
+    host.tune(torch.get_num_threads())
+    assert (-3, 1 << 25) in calls and calls[-1][0] == -2
+
+
+def test_seed_repeats_python_numpy_and_torch():
+    def draw():
+        host.seed_everything(7)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw() == draw()
+
+
+def test_run_record_names_versions_and_hardware():
+    assert host.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert list(host.versions())[0] == "python"
+    assert torch.cuda.is_available() or f"{host.cores()} cores" in host.hardware()
+
+
+def test_revision_is_empty_without_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "repository", lambda: None)
+    assert host.git_revision() == ""
+    monkeypatch.setattr(host, "repository", lambda: tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert host.git_revision() == ""

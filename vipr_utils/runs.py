@@ -1,0 +1,174 @@
+"""run.json in and out, and the scoreboard of all runs.
+
+`python -m vipr_utils.runs submissions` prints the table; `--readme README.md` puts it between the file's
+`<!-- results:start -->` and `<!-- results:end -->` marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vipr_utils import host
+
+KEYS = "run notebook params data protocol metrics model seconds versions device git".split()
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+
+
+class RunError(ValueError):
+    """A run.json that is missing, half-written or of another shape."""
+
+
+def save(
+    folder: Path, *, notebook: str, params: dict, data: dict, protocol: str, metrics: dict, model: dict | None,
+    seconds: float, device: str,
+) -> Path:
+    """Write <folder>/run.json whole and return its path. NaN becomes null; metrics may hold `rows`, one per system.
+
+    Raises TypeError for a value that JSON has no form for, naming where it stands.
+    """
+    record = {
+        "run": Path(folder).name, "notebook": notebook, "params": params, "data": data, "protocol": protocol,
+        "metrics": metrics, "model": model, "seconds": round(seconds, 1), "versions": host.versions(), "device": device,
+        "hardware": host.hardware(), "git": host.git_revision(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    text = json.dumps(_plain(record, "run"), indent=1, allow_nan=False, ensure_ascii=False)
+    with host.whole_file(Path(folder) / "run.json") as part:
+        part.write_text(text + "\n", encoding="utf-8")
+    return Path(folder) / "run.json"
+
+
+def _plain(value, at: str):
+    """The value in JSON's own types."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v, f"{at}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(v, f"{at}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(f"{at} is a {type(value).__name__}: run.json holds text, numbers, lists and dictionaries; convert it")
+
+
+def load(folder: Path) -> dict:
+    """The record of a run folder. Raises RunError with the remedy when it cannot be used."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: the run has not finished; run its notebook again")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is no readable JSON ({error}): remove the folder and run the notebook again") from error
+    if not isinstance(record, dict) or (missing := [k for k in KEYS if k not in record]):
+        what = f"lacks {', '.join(missing)}" if isinstance(record, dict) else "is no object"
+        raise RunError(f"{path} {what}: it was written by something else; remove it or run the notebook again")
+    return record
+
+
+def scoreboard(output_dir: Path) -> pd.DataFrame:
+    """One row a scored run or system, best first; attrs['problems'] lists the run.json that could not be read."""
+    rows, problems = [], []
+    for path in sorted(Path(output_dir).glob("*/run.json")):
+        try:
+            rows += _rows(load(path.parent))
+        except RunError as error:
+            problems.append(str(error))
+    table = pd.DataFrame(rows, columns=list(_rows(_EMPTY)[0]))
+    table = table.sort_values("map_at_5", ascending=False, kind="stable", na_position="last", ignore_index=True)
+    table.attrs["problems"] = problems
+    return table
+
+
+_EMPTY = {
+    "run": "", "notebook": "", "params": {}, "data": {}, "protocol": "", "metrics": {}, "model": None, "seconds": 0.0,
+    "device": "",
+}  # fmt: skip
+
+
+def _rows(record: dict) -> list[dict]:
+    """A row for the run's headline, or one for each of its systems."""
+    metrics, params, model = record["metrics"] or {}, record["params"], record["model"] or {}
+    systems = metrics.get("rows") or [metrics]
+    return [
+        {
+            "run": record["run"] + (f": {m['name']}" if "name" in m else ""),
+            "notebook": record["notebook"],
+            "model": model.get("name", ""),
+            "data": record["data"].get("root", ""),
+            "protocol": record["protocol"],
+            "gallery": params.get("gallery_domain") or "all",
+            **{k: m.get(k) for k in ("map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1", "n_queries", "n_gallery")},
+            "image_size": params.get("image_size"),
+            "seed": params.get("seed"),
+            "seconds": record["seconds"],
+            "hardware": record.get("hardware", record["device"]),
+        }
+        for m in systems
+    ]
+
+
+def write_runs_csv(output_dir: Path) -> Path:
+    """The scoreboard as <output_dir>/runs.csv."""
+    path = Path(output_dir) / "runs.csv"
+    with host.whole_file(path) as part:
+        scoreboard(output_dir).to_csv(part, index=False)
+    return path
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The scored rows of a scoreboard as a Markdown table, with the interval beside each mAP@5."""
+    head = "| run | data, protocol, gallery | queries × gallery | mAP@5 [95 %] | P@1 | time | hardware |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for row in table.dropna(subset="map_at_5").itertuples():
+        lines.append(
+            f"| {row.run} | {row.data}, {row.protocol}, {row.gallery} | {row.n_queries:,.0f} × {row.n_gallery:,.0f} "
+            f"| {row.map_at_5:.3f} [{row.map_at_5_low:.3f}, {row.map_at_5_high:.3f}] | {row.precision_at_1:.3f} "
+            f"| {_duration(row.seconds)} | {row.hardware} |"
+        )
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def insert(readme: Path, text: str) -> Path:
+    """Replace what stands between the result marks of a file, written whole. Raises RunError without the marks."""
+    readme = Path(readme)
+    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise RunError(f"{readme.name} has no {START} ... {END}: put both marks where the table belongs")
+    with host.whole_file(readme) as part:
+        part.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    return readme
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vipr_utils.runs", description="the scoreboard of a folder of runs")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--readme", type=Path, help="replace the table between this file's result marks")
+    given = parser.parse_args(arguments)
+    table = scoreboard(given.output_dir)
+    print(markdown(table))
+    print(*table.attrs["problems"], sep="\n", file=sys.stderr)
+    if given.readme:
+        insert(given.readme, markdown(table))
+    return 0 if len(table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
