@@ -9,7 +9,9 @@ from nbconvert.preprocessors import ExecutePreprocessor
 for name in sys.argv[1:]:
     path = Path(name)
     notebook = nbformat.read(path, as_version=4)
-    ExecutePreprocessor(timeout=None, record_timing=False).preprocess(notebook, {"metadata": {"path": str(path.parent)}})
+    ExecutePreprocessor(timeout=None, record_timing=False).preprocess(
+        notebook, {"metadata": {"path": str(path.parent)}}
+    )
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -17,8 +17,7 @@ VECTORS = [
 ]
 HITS = np.array([[rank in v[0] for rank in range(1, 6)] for v in VECTORS])
 N = np.array([v[1] for v in VECTORS])
-MEASURES = (metrics.average_precision_at_k, metrics.mrr_at_k, metrics.recall_at_k,
-            metrics.guie_precision_at_k)
+MEASURES = (metrics.average_precision_at_k, metrics.mrr_at_k, metrics.recall_at_k, metrics.guie_precision_at_k)
 
 
 def column(i):
@@ -29,7 +28,7 @@ def random_problem(seed, queries=200, gallery=60, products=25, k=5):
     """Ranks without repeats over a gallery in which some queries' products are missing."""
     rng = np.random.default_rng(seed)
     query_ids, gallery_ids = rng.integers(0, products, queries), rng.integers(0, products, gallery)
-    noise = rng.random((queries, gallery))                            # the right products tend to come first
+    noise = rng.random((queries, gallery))  # the right products tend to come first
     order = np.argsort(noise - 0.5 * (gallery_ids == query_ids[:, None]), axis=1)
     return order[:, :k], query_ids, gallery_ids
 
@@ -68,7 +67,7 @@ def test_guie_precision_matches_the_hand_checked_vectors():
 def test_torchmetrics_divides_by_the_hits_found_and_agrees_only_when_all_are_found():
     torch = pytest.importorskip("torch")
     oracle = pytest.importorskip("torchmetrics.functional.retrieval").retrieval_average_precision
-    scores = torch.linspace(1.0, 0.1, 5)                          # a score <= 0 would count as wrong there
+    scores = torch.linspace(1.0, 0.1, 5)  # a score <= 0 would count as wrong there
     theirs = np.array([float(oracle(scores, torch.tensor(row), top_k=5)) for row in HITS])
     np.testing.assert_allclose(theirs, column(3), rtol=1e-6)
     ours = metrics.average_precision_at_k(HITS, N)
@@ -85,15 +84,14 @@ def test_torchmetrics_agrees_on_random_lists_in_which_everything_is_found():
     hits[:, 0] |= ~hits.any(1)
     n, rows = hits.sum(1), [torch.tensor(row) for row in hits]
     for ours, oracle in [
-        (metrics.average_precision_at_k(hits, n, k=8),
-         lambda row: retrieval.retrieval_average_precision(scores, row)),
+        (metrics.average_precision_at_k(hits, n, k=8), lambda row: retrieval.retrieval_average_precision(scores, row)),
         (metrics.mrr_at_k(hits, n, k=8), lambda row: retrieval.retrieval_reciprocal_rank(scores, row)),
         (metrics.r_precision(hits, n), lambda row: retrieval.retrieval_r_precision(scores, row)),
         (metrics.recall_at_k(hits, n, k=3), lambda row: retrieval.retrieval_hit_rate(scores, row, top_k=3)),
     ]:
         np.testing.assert_allclose(ours, [float(oracle(row)) for row in rows], rtol=1e-5)
     shares = [float(retrieval.retrieval_recall(scores, row, top_k=3)) for row in rows]
-    assert not np.allclose(metrics.recall_at_k(hits, n, k=3), shares)   # hits / n is another recall
+    assert not np.allclose(metrics.recall_at_k(hits, n, k=3), shares)  # hits / n is another recall
 
 
 def pml_figure(name, ranks, query_ids, gallery_ids, k):
@@ -103,15 +101,16 @@ def pml_figure(name, ranks, query_ids, gallery_ids, k):
     def given_ranks(query, k, reference, ref_includes_query):
         return torch.zeros(ranks[:, :k].shape), torch.as_tensor(ranks[:, :k])
 
-    oracle = calculator.AccuracyCalculator(include=(name,), k=k, device=torch.device("cpu"),
-                                           knn_func=given_ranks, kmeans_func=lambda *a: None)
+    oracle = calculator.AccuracyCalculator(
+        include=(name,), k=k, device=torch.device("cpu"), knn_func=given_ranks, kmeans_func=lambda *a: None
+    )
     queries, gallery = np.zeros((len(query_ids), 1)), np.zeros((len(gallery_ids), 1))
     return oracle.get_accuracy(queries, query_ids, gallery, gallery_ids)[name]
 
 
 def test_pytorch_metric_learning_divides_by_n_on_the_hand_checked_vectors():
     for row, n, expected in zip(HITS, N, column(4), strict=True):
-        gallery_ids = np.array([7] * n + [8] * 10)                    # n relevant rows, then others
+        gallery_ids = np.array([7] * n + [8] * 10)  # n relevant rows, then others
         relevant, others = iter(range(n)), iter(range(n, n + 10))
         ranks = np.array([[next(relevant) if hit else next(others) for hit in row]])
         theirs = pml_figure("mean_average_precision", ranks, np.array([7]), gallery_ids, k=5)
@@ -121,7 +120,7 @@ def test_pytorch_metric_learning_divides_by_n_on_the_hand_checked_vectors():
 
 
 def test_pytorch_metric_learning_agrees_while_n_is_at_most_k():
-    ranks, query_ids, gallery_ids = random_problem(3, k=20)       # 60 rows of 25 products: n stays below 20
+    ranks, query_ids, gallery_ids = random_problem(3, k=20)  # 60 rows of 25 products: n stays below 20
     hits = metrics.hits_from_ranks(ranks, query_ids, gallery_ids)
     n = metrics.count_relevant(query_ids, gallery_ids)
     assert 1 < n.max() <= 20 and (n == 0).any()
@@ -134,10 +133,12 @@ def test_pytorch_metric_learning_agrees_while_n_is_at_most_k():
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_average_precision_equals_kaggles_slow_loop_with_repeats_and_short_lists(k):
     ranks, query_ids, gallery_ids = random_problem(1)
-    ranks[::3, 2] = ranks[::3, 0]                                     # repeated ids
-    ranks[::4, 3:] = -1                                               # short lists
-    slow = [slow_apk(set(np.flatnonzero(gallery_ids == q)), [r for r in row if r >= 0], k)
-            for q, row in zip(query_ids, ranks.tolist(), strict=True)]
+    ranks[::3, 2] = ranks[::3, 0]  # repeated ids
+    ranks[::4, 3:] = -1  # short lists
+    slow = [
+        slow_apk(set(np.flatnonzero(gallery_ids == q)), [r for r in row if r >= 0], k)
+        for q, row in zip(query_ids, ranks.tolist(), strict=True)
+    ]
     hits = metrics.hits_from_ranks(ranks, query_ids, gallery_ids)
     n = metrics.count_relevant(query_ids, gallery_ids)
     ours = metrics.average_precision_at_k(hits, n, k)
@@ -212,7 +213,7 @@ def test_copies_of_a_products_queries_do_not_narrow_the_interval():
     once = metrics.bootstrap_interval(values, products)
     np.testing.assert_allclose(metrics.bootstrap_interval(np.tile(values, 9), np.tile(products, 9)), once)
     naive = metrics.bootstrap_interval(np.tile(values, 9), np.arange(360))
-    assert 2 < np.ptp(once) / np.ptp(naive) < 4                   # pretended independence: sqrt(9) too narrow
+    assert 2 < np.ptp(once) / np.ptp(naive) < 4  # pretended independence: sqrt(9) too narrow
 
 
 def test_bootstrap_repeats_with_its_seed_ignores_nan_and_takes_names_as_products():
@@ -222,7 +223,8 @@ def test_bootstrap_repeats_with_its_seed_ignores_nan_and_takes_names_as_products
     assert first == metrics.bootstrap_interval(values[[0, 1, 3, 4]], products[[0, 1, 3, 4]], seed=3)
     many = np.random.default_rng(0).random(50)
     assert metrics.bootstrap_interval(many, np.arange(50), seed=3) != metrics.bootstrap_interval(
-        many, np.arange(50), seed=4)
+        many, np.arange(50), seed=4
+    )
     narrow = metrics.bootstrap_interval(many, np.arange(50), level=0.5)
     assert np.ptp(narrow) < np.ptp(metrics.bootstrap_interval(many, np.arange(50)))
 
@@ -233,7 +235,7 @@ def test_one_product_alone_has_no_interval():
 
 def test_paired_difference_sees_what_two_overlapping_intervals_hide():
     rng = np.random.default_rng(0)
-    hard = rng.random(300)                                            # hard queries are hard for both runs
+    hard = rng.random(300)  # hard queries are hard for both runs
     a, b, products = hard + 0.02 + 0.01 * rng.normal(size=300), hard, np.arange(300) // 3
     difference, low, high = metrics.paired_difference(a, b, products)
     assert 0 < low < difference < high
@@ -250,19 +252,22 @@ def test_paired_difference_refuses_runs_that_count_other_queries():
         metrics.paired_difference([0.1, 0.2], [0.1], [1, 2])
 
 
-@pytest.mark.parametrize("hits, n, k, message", [
-    ([[True] * 5], [5], 0, "k is 0, expected a whole number of at least 1"),
-    ([[True] * 5], [5], 2.0, "k is 2.0"),
-    ([[True] * 5], [5], True, "k is True"),
-    ([True] * 5, [5], 5, r"hits has shape \(5,\).*expected \(Q, k\)"),
-    ([[True] * 5], [5, 5], 5, r"n_relevant \(2,\).*one count for each query"),
-    ([[True] * 3], [5], 5, "hits has 3 ranks, expected at least k = 5"),
-    ([[True] * 5], [np.nan], 5, "n_relevant has type float64 and smallest value nan"),
-    ([[False] * 5], [-1], 5, "smallest value -1, expected whole numbers >= 0"),
-    ([[0.3, 0, 0, 0, 0]], [1], 5, r"hits holds .*0\.3.*not scores"),
-    ([[np.nan, 0, 0, 0, 0]], [1], 5, "hits holds .*nan"),
-    ([[False] * 5, [True, True, False, False, False]], [0, 1], 5, "query 1 has 2 hits but n_relevant = 1"),
-])
+@pytest.mark.parametrize(
+    "hits, n, k, message",
+    [
+        ([[True] * 5], [5], 0, "k is 0, expected a whole number of at least 1"),
+        ([[True] * 5], [5], 2.0, "k is 2.0"),
+        ([[True] * 5], [5], True, "k is True"),
+        ([True] * 5, [5], 5, r"hits has shape \(5,\).*expected \(Q, k\)"),
+        ([[True] * 5], [5, 5], 5, r"n_relevant \(2,\).*one count for each query"),
+        ([[True] * 3], [5], 5, "hits has 3 ranks, expected at least k = 5"),
+        ([[True] * 5], [np.nan], 5, "n_relevant has type float64 and smallest value nan"),
+        ([[False] * 5], [-1], 5, "smallest value -1, expected whole numbers >= 0"),
+        ([[0.3, 0, 0, 0, 0]], [1], 5, r"hits holds .*0\.3.*not scores"),
+        ([[np.nan, 0, 0, 0, 0]], [1], 5, "hits holds .*nan"),
+        ([[False] * 5, [True, True, False, False, False]], [0, 1], 5, "query 1 has 2 hits but n_relevant = 1"),
+    ],
+)
 def test_arrays_that_do_not_fit_are_refused_with_value_expectation_and_remedy(hits, n, k, message):
     for measure in MEASURES:
         with pytest.raises(ValueError, match=message):
@@ -274,15 +279,18 @@ def test_r_precision_refuses_lists_shorter_than_the_largest_n():
         metrics.r_precision(HITS, N)
 
 
-@pytest.mark.parametrize("ranks, query_ids, gallery_ids, message", [
-    ([[0, 3]], [7], [7, 8, 9], r"ranks run from 0 to 3, expected -1 to 2 for 3 gallery rows"),
-    ([[-2, 0]], [7], [7, 8, 9], "ranks run from -2 to 0"),
-    ([[0.0, 1.0]], [7], [7, 8, 9], "type float64, expected integers"),
-    ([[0], [1]], [7], [7, 8, 9], r"expected integers of shape \(1, k\)"),
-    ([[0]], ["7"], [7, 8, 9], "query_ids has shape .* expected a vector of integer product ids"),
-    ([[0]], [7], [[7, 8, 9]], r"gallery_ids has shape \(1, 3\)"),
-    ([[0]], [7.5], [7], "query_ids .* float64"),
-])
+@pytest.mark.parametrize(
+    "ranks, query_ids, gallery_ids, message",
+    [
+        ([[0, 3]], [7], [7, 8, 9], r"ranks run from 0 to 3, expected -1 to 2 for 3 gallery rows"),
+        ([[-2, 0]], [7], [7, 8, 9], "ranks run from -2 to 0"),
+        ([[0.0, 1.0]], [7], [7, 8, 9], "type float64, expected integers"),
+        ([[0], [1]], [7], [7, 8, 9], r"expected integers of shape \(1, k\)"),
+        ([[0]], ["7"], [7, 8, 9], "query_ids has shape .* expected a vector of integer product ids"),
+        ([[0]], [7], [[7, 8, 9]], r"gallery_ids has shape \(1, 3\)"),
+        ([[0]], [7.5], [7], "query_ids .* float64"),
+    ],
+)
 def test_ranks_and_ids_that_do_not_fit_are_refused(ranks, query_ids, gallery_ids, message):
     with pytest.raises(ValueError, match=message):
         metrics.hits_from_ranks(ranks, query_ids, gallery_ids)

@@ -7,14 +7,27 @@ import pytest
 
 from vipr_utils import runs
 
-SCORES = {"map_at_5": 0.458, "map_at_5_low": 0.441, "map_at_5_high": 0.476, "precision_at_1": 0.564, "n_queries": 20, "n_gallery": 30}
+SCORES = {
+    "map_at_5": 0.458,
+    "map_at_5_low": 0.441,
+    "map_at_5_high": 0.476,
+    "precision_at_1": 0.564,
+    "n_queries": 20,
+    "n_gallery": 30,
+}
 
 
 def saved(folder, **changes):
-    record = dict(
-        notebook="06_submission", params={"seed": 0, "image_size": 64}, data={"root": "toy"}, protocol="test",
-        metrics=SCORES, model={"name": "lite0"}, seconds=61.25, device="cpu",
-    )
+    record = {
+        "notebook": "06_submission",
+        "params": {"seed": 0, "image_size": 64},
+        "data": {"root": "toy"},
+        "protocol": "test",
+        "metrics": SCORES,
+        "model": {"name": "lite0"},
+        "seconds": 61.25,
+        "device": "cpu",
+    }
     return runs.save(folder, **(record | changes))
 
 
@@ -26,7 +39,13 @@ def test_a_saved_run_holds_every_key_of_the_contract(tmp_path):
 
 
 def test_numpy_values_become_numbers_and_nan_becomes_null(tmp_path):
-    metrics = {"map_at_5": np.float32(0.5), "n": np.int64(3), "bad": math.nan, "list": np.arange(2), "path": Path("a") / "b"}
+    metrics = {
+        "map_at_5": np.float32(0.5),
+        "n": np.int64(3),
+        "bad": math.nan,
+        "list": np.arange(2),
+        "path": Path("a") / "b",
+    }
     text = saved(tmp_path / "r", metrics=metrics).read_text()
     assert json.loads(text)["metrics"] == {"map_at_5": 0.5, "n": 3, "bad": None, "list": [0, 1], "path": "a/b"}
     assert "NaN" not in text
@@ -38,7 +57,9 @@ def test_a_value_without_json_form_is_named_by_its_place(tmp_path):
     assert not (tmp_path / "r" / "run.json").exists()
 
 
-@pytest.mark.parametrize("text, message", [("{", "no readable JSON"), ("[]", "is no object"), ("{}", "lacks run, notebook")])
+@pytest.mark.parametrize(
+    "text, message", [("{", "no readable JSON"), ("[]", "is no object"), ("{}", "lacks run, notebook")]
+)
 def test_a_damaged_record_is_named_with_the_remedy(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(runs.RunError, match=message):
@@ -53,7 +74,10 @@ def test_a_missing_record_says_that_the_run_has_not_finished(tmp_path):
 def test_the_scoreboard_sorts_best_first_expands_systems_and_survives_damage(tmp_path):
     saved(tmp_path / "low", metrics=SCORES | {"map_at_5": 0.1})
     saved(tmp_path / "eda", metrics={"found": 3}, model=None)
-    saved(tmp_path / "sweep", metrics=SCORES | {"rows": [{"name": "a"} | SCORES, {"name": "b"} | SCORES | {"map_at_5": 0.9}]})
+    saved(
+        tmp_path / "sweep",
+        metrics=SCORES | {"rows": [{"name": "a"} | SCORES, {"name": "b"} | SCORES | {"map_at_5": 0.9}]},
+    )
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
     table = runs.scoreboard(tmp_path)

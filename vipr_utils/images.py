@@ -306,7 +306,7 @@ def border_whiteness(image: np.ndarray, *, width: float = 0.04) -> float:
     """Share of the picture's border (4 % of each side) that is nearly white and nearly grey, in 0..1."""
     small = cv2.resize(image, (128, 128), interpolation=cv2.INTER_AREA).astype(np.int16)
     w = max(1, round(128 * width))
-    border = np.concatenate([small[:w].reshape(-1, 3), small[-w:].reshape(-1, 3), small[:, :w].reshape(-1, 3), small[:, -w:].reshape(-1, 3)])
+    border = np.concatenate([side.reshape(-1, 3) for side in (small[:w], small[-w:], small[:, :w], small[:, -w:])])
     return float(((border.min(1) > 225) & (np.ptp(border, axis=1) < 20)).mean())
 
 

@@ -239,9 +239,9 @@ def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
     if name in PACKAGED:
         module, pattern = PACKAGED[name]
         spec = importlib.util.find_spec(module)
-        if spec and spec.submodule_search_locations:
-            if files := sorted(Path(spec.submodule_search_locations[0]).glob(pattern)):
-                return f"package {module.replace('_', '-')}", files[0]
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        if files := [file for folder in folders for file in sorted(Path(folder).glob(pattern))]:
+            return f"package {module.replace('_', '-')}", files[0]
     return _from_hub(name)
 
 
@@ -258,7 +258,9 @@ def _in_folder(name: str, folder: Path) -> Path | None:
     """<folder>/<name>.safetensors, or <folder>/<name>/model.safetensors, and the other suffixes."""
     stems = {_stem(name), _stem(name).split(".")[0]}
     names = [folder / f"{stem}{end}" for stem in stems for end in WEIGHT_FILES]
-    names += [folder / stem / f"{file}{end}" for stem in stems for file in ("model", "pytorch_model") for end in WEIGHT_FILES]
+    names += [
+        folder / stem / f"{file}{end}" for stem in stems for file in ("model", "pytorch_model") for end in WEIGHT_FILES
+    ]
     return next((f for f in names if f.is_file()), None)
 
 

@@ -273,7 +273,8 @@ def ranked_lists(store, queries: pd.DataFrame, gallery: pd.DataFrame, result, ch
             ax.spines[:].set(visible=True, color=colour, linewidth=3)
             ax.set_title(f"{mark}  {result.scores[at, rank]:.3f}\n{_what(shown)}", fontsize=8, color=colour)
     caption = caption or "Left: the query. Then its ranked gallery images, best first: tick or cross, similarity, class and group."
-    return _finish(figure, title, caption, f"Ranked lists of {len(chosen)} queries: {right} of {len(chosen) * k} images show the query's product")
+    alt = f"Ranked lists of {len(chosen)} queries: {right} of {len(chosen) * k} images show the query's product"
+    return _finish(figure, title, caption, alt)
 
 
 def _what(row) -> str:

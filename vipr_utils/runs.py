@@ -18,7 +18,7 @@ import pandas as pd
 
 from vipr_utils import host
 
-KEYS = "run notebook params data protocol metrics model seconds versions device git".split()
+KEYS = ["run", "notebook", "params", "data", "protocol", "metrics", "model", "seconds", "versions", "device", "git"]
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 

@@ -34,7 +34,9 @@ class PKSampler:
         order = np.argsort(labels, kind="stable")
         self.rows = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
         if products < 2 or images < 2:
-            raise ValueError(f"PKSampler needs products >= 2 and images >= 2 for its pairs, got {products} and {images}")
+            raise ValueError(
+                f"PKSampler needs products >= 2 and images >= 2 for its pairs, got {products} and {images}"
+            )
         if len(self.rows) < products:
             raise ValueError(
                 f"PKSampler needs {products} products in a batch, the data has {len(self.rows)}. Use a smaller batch_size."

@@ -27,11 +27,8 @@ SIDE = 480  # pixels of the square a product is drawn in, twice the size of most
 SHAPES = ("box", "can", "bottle", "jar", "pouch")
 PATTERNS = ("band", "diagonal", "dots", "waves", "rays", "frame")
 ICONS = ("berry", "leaf", "drop", "star", "slice", "bean", "heart", "cone")
-SYLLABLES = "KA LU MO RI TA VE ZO NI BE SA DO FI PE GU HA MI".split()
-WORDS = (
-    "Classic Mint Cherry Lemon Cocoa Vanilla Honey Ginger Berry Mango Roast Mild Strong Lime Peach Almond Coffee Apple "
-    "Herbal Salted Spicy Orange Coconut Plum"
-).split()
+SYLLABLES = ["KA", "LU", "MO", "RI", "TA", "VE", "ZO", "NI", "BE", "SA", "DO", "FI", "PE", "GU", "HA", "MI"]
+WORDS = ["Classic", "Mint", "Cherry", "Lemon", "Cocoa", "Vanilla", "Honey", "Ginger", "Berry", "Mango", "Roast", "Mild", "Strong", "Lime", "Peach", "Almond", "Coffee", "Apple", "Herbal", "Salted", "Spicy", "Orange", "Coconut", "Plum"]
 FONTS = (cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_TRIPLEX, cv2.FONT_HERSHEY_COMPLEX, cv2.FONT_HERSHEY_SIMPLEX)
 
 
@@ -387,7 +384,8 @@ def _camera(rng, image: np.ndarray) -> np.ndarray:
     y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j].astype(np.float32)
     a = rng.uniform(0, 2 * np.pi)
     light = 1 + rng.uniform(0, 0.3) * (x * np.cos(a) + y * np.sin(a)) - rng.uniform(0, 0.18) * (x * x + y * y)
-    image = image * (rng.uniform(0.75, 1.15) * light)[..., None] * np.array([rng.uniform(0.9, 1.1), 1.0, rng.uniform(0.88, 1.12)], np.float32)
+    tint = [rng.uniform(0.9, 1.1), 1.0, rng.uniform(0.88, 1.12)]
+    image = image * (rng.uniform(0.75, 1.15) * light)[..., None] * np.array(tint, np.float32)
     if rng.random() < 0.3:
         n = int(rng.integers(3, 7))
         kernel = np.zeros((n, n), np.float32)

@@ -217,7 +217,14 @@ class _State:
 
     def end_epoch(self, epoch: int, lr: float, seconds: float) -> dict:
         loss, active, apart, n = self.sums / max(1.0, self.sums[3])
-        row = {"epoch": epoch + 1, "loss": loss, "active": active, "random_distance": apart, "lr": lr, "seconds": seconds}
+        row = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "active": active,
+            "random_distance": apart,
+            "lr": lr,
+            "seconds": seconds,
+        }
         self.epoch, self.batch, self.sums = epoch + 1, 0, np.zeros(4)
         return row
 
