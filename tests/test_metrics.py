@@ -282,7 +282,7 @@ def test_r_precision_refuses_lists_shorter_than_the_largest_n():
 @pytest.mark.parametrize(
     "ranks, query_ids, gallery_ids, message",
     [
-        ([[0, 3]], [7], [7, 8, 9], r"ranks run from 0 to 3, expected -1 to 2 for 3 gallery rows"),
+        ([[0, 3]], [7], [7, 8, 9], r"ranks run from 0 to 3, expected -1 to 2 for 3 rows"),
         ([[-2, 0]], [7], [7, 8, 9], "ranks run from -2 to 0"),
         ([[0.0, 1.0]], [7], [7, 8, 9], "type float64, expected integers"),
         ([[0], [1]], [7], [7, 8, 9], r"expected integers of shape \(1, k\)"),

@@ -141,9 +141,9 @@ def test_gem_on_tokens_says_to_use_the_backbones_own_pooling():
 
 def test_a_saved_model_rebuilds_itself_and_can_start_another(tmp_path):
     model = models.create("siamese_small", embedding_dim=16, pooling="gem")
-    path = models.save(model, tmp_path / "model.pt", note="extra")
+    path = models.save(model, tmp_path / "model.pt", image_size=96)
     again = models.load(path)
-    assert again.record == model.record
+    assert again.record == model.record | {"image_size": 96}
     with torch.inference_mode():
         np.testing.assert_array_equal(again(images()), model(images()))
     started = models.create("siamese_small", weights=str(path), embedding_dim=8)

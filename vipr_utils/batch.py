@@ -318,7 +318,7 @@ def _line(result: Result, width: int) -> str:
     if result.status == "FAIL":
         return f"{start}{result.seconds:5.0f} s\n" + "\n".join("     " + line for line in result.error.splitlines())
     scored = (result.folder / "batch.json").is_file()  # else run.json is absent or an older run's
-    score = (runs.load(result.folder).get("metrics") or {}).get("map_at_5") if scored else None
+    score = (json.loads((result.folder / "run.json").read_text()).get("metrics") or {}).get("map_at_5") if scored else None
     spent = "done before" if result.status == "skip" else f"{result.seconds:5.0f} s"
     return f"{start}{spent}" + (f"   mAP@5 {score:.3f}" if score is not None else "")
 

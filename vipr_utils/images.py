@@ -154,13 +154,15 @@ def build_store(catalog: pd.DataFrame, *, cache_dir: Path, store_px: int = 256) 
 
 
 def open_data(data_root: str, cache_dir: str, *, px: int = 256) -> tuple[pd.DataFrame, Store, pd.DataFrame]:
-    """(photos, store, lost): the catalog of what can be read, its packed store of at least `px`, and what was left out.
+    """(photos, store, lost): the catalog of what can be read, its packed store, and what was left out.
+
+    px: the size networks will see; the store keeps 8/7 of it, room for the study's crop of 224 out of 256.
 
     The data root: the one given, $VIPR_DATA, one attached, else the toy set; attrs["said"] names it.
     """
     root, said = toy.data_root_or_toy(data_root, cache_dir)
     photos, absent = catalog.read(root)
-    store = build_store(photos, cache_dir=host.cache_folder(cache_dir), store_px=max(128, px))
+    store = build_store(photos, cache_dir=host.cache_folder(cache_dir), store_px=max(128, round(px * 8 / 7)))
     lost = pd.concat([absent, store.problems], ignore_index=True)
     photos = photos[store.readable]
     photos.attrs["said"] = "\n".join([said, *photos.attrs["notes"], *([f"{len(lost)} files left out"] if len(lost) else [])])
@@ -244,6 +246,14 @@ def train_transform(
     steps += [T.RandomHorizontalFlip(flip)] if flip else []
     steps += [T.ColorJitter(jitter, jitter, jitter)] if jitter else []
     return T.Compose([T.ToImage(), *steps, *_finish(mean, std)])
+
+
+def augmentation(name: str, image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> T.Compose:
+    """The training transform of that name: 'kit' (train_transform), 'study' (study_transform) or 'none'."""
+    kinds = {"kit": train_transform, "study": study_transform, "none": eval_transform}
+    if name not in kinds:
+        raise ValueError(f"augmentation {name!r} is unknown: use one of {tuple(kinds)}")
+    return kinds[name](image_size, mean=mean, std=std)
 
 
 # ------------------------------------------------------------------------------------------------------ loading

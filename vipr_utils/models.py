@@ -367,11 +367,20 @@ def _slow_sha(file) -> str:  # Python 3.10
 # ------------------------------------------------------------------------------------------------ save and load
 
 
-def save(model: Embedder, path: Path, **extra) -> Path:
-    """Write a checkpoint that rebuilds itself: record (architecture, transform, weights) + tensors + extra."""
+def save(model: Embedder, path: Path, **changes) -> Path:
+    """Write a checkpoint that rebuilds itself: tensors, and the record (architecture, transform, weights) with changes
+    such as the image_size and the distance it was trained for."""
     with host.whole_file(path) as part:
-        torch.save({"record": model.record, "state": model.state_dict(), "extra": extra}, part)
+        torch.save({"record": model.record | changes, "state": model.state_dict()}, part)
     return Path(path)
+
+
+def open_model(model_run: str, backbone: str, *, output_dir: str = "submissions", **create_settings) -> Embedder:
+    """The model of an earlier run (its name in output_dir, or its folder); with model_run "" a fresh `create`."""
+    if not model_run:
+        return create(backbone, **create_settings)
+    folders = [host.output_folder(output_dir) / model_run, Path(model_run)]
+    return load(next((f for f in folders if (f / "model.pt").is_file()), folders[0]) / "model.pt")
 
 
 def load(path: Path) -> Embedder:

@@ -134,11 +134,16 @@ def markdown(table: pd.DataFrame) -> str:
     lines = [head, "|---|---|---|---|---|---|---|"]
     for row in table.dropna(subset="map_at_5").itertuples():
         lines.append(
-            f"| {row.run} | {row.data}, {row.protocol}, {row.gallery} | {row.n_queries:,.0f} × {row.n_gallery:,.0f} "
-            f"| {row.map_at_5:.3f} [{row.map_at_5_low:.3f}, {row.map_at_5_high:.3f}] | {row.precision_at_1:.3f} "
-            f"| {_duration(row.seconds)} | {row.hardware} |"
+            f"| {row.run} | {row.data}, {row.protocol}, {row.gallery} "
+            f"| {_number(row.n_queries, ',.0f')} × {_number(row.n_gallery, ',.0f')} "
+            f"| {row.map_at_5:.3f} [{_number(row.map_at_5_low)}, {_number(row.map_at_5_high)}] "
+            f"| {_number(row.precision_at_1)} | {_duration(row.seconds)} | {row.hardware} |"
         )
     return "\n".join(lines)
+
+
+def _number(value, form: str = ".3f") -> str:
+    return "–" if pd.isna(value) else format(value, form)
 
 
 def _duration(seconds: float) -> str:

@@ -28,7 +28,10 @@ SHAPES = ("box", "can", "bottle", "jar", "pouch")
 PATTERNS = ("band", "diagonal", "dots", "waves", "rays", "frame")
 ICONS = ("berry", "leaf", "drop", "star", "slice", "bean", "heart", "cone")
 SYLLABLES = ["KA", "LU", "MO", "RI", "TA", "VE", "ZO", "NI", "BE", "SA", "DO", "FI", "PE", "GU", "HA", "MI"]
-WORDS = ["Classic", "Mint", "Cherry", "Lemon", "Cocoa", "Vanilla", "Honey", "Ginger", "Berry", "Mango", "Roast", "Mild", "Strong", "Lime", "Peach", "Almond", "Coffee", "Apple", "Herbal", "Salted", "Spicy", "Orange", "Coconut", "Plum"]
+WORDS = (
+    ["Classic", "Mint", "Cherry", "Lemon", "Cocoa", "Vanilla", "Honey", "Ginger", "Berry", "Mango", "Roast", "Mild"]
+    + ["Strong", "Lime", "Peach", "Almond", "Coffee", "Apple", "Herbal", "Salted", "Spicy", "Orange", "Coconut", "Plum"]
+)
 FONTS = (cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_TRIPLEX, cv2.FONT_HERSHEY_COMPLEX, cv2.FONT_HERSHEY_SIMPLEX)
 
 
@@ -482,6 +485,6 @@ def data_root_or_toy(given: str = "", cache_dir: str = "", *, products: int = 24
     root, how = host.find_data_root(given)
     if root:
         return root, f"data: {root.name} ({how})"
-    root = generate(host.cache_folder(cache_dir) / f"toy-{VERSION}-{products}", products=products)
+    root = generate(host.cache_folder(cache_dir) / f"toy-v{VERSION}" / f"toy-{products}", products=products)
     lines = len({line_of(p, 0)[0] for p in range(products)})
     return root, f"data: toy set, {products} products of {lines} brand lines (generated)"

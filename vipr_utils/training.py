@@ -97,7 +97,8 @@ def fit(
         out_of_time = bool(max_minutes and state.seconds + time.monotonic() - start > max_minutes * 60)
         row = state.end_epoch(epoch, lr * scale, state.seconds + time.monotonic() - start)
         if validate and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs or out_of_time):
-            row |= validate(state.evaluated())
+            scores = validate(state.evaluated())
+            row |= {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
             state.keep_best(row, folder / "best.pt")
         state.history.append(row)
         _warn_of_collapse(row)
@@ -144,7 +145,7 @@ class _State:
         self.criterion = criterion.to(device) if isinstance(criterion, nn.Module) else criterion
         self.device, self.ema_decay = device, ema_decay
         self.optimizer = _optimizer(model, criterion, optimizer, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
-        half = mixed_precision(device)
+        half = mixed_precision(device, training=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
         self.average = copy.deepcopy(model).eval() if ema_decay else None
         self.epoch = self.batch = self.updates = 0
@@ -173,13 +174,13 @@ class _State:
         self.scaler.update()
         self._update_average()
         half = len(embeddings) // 2  # neighbours in a P x K batch are one product: pair across the halves
-        apart = (1 - (embeddings[:half] * embeddings[-half:]).sum(1)).mean()
-        self.sums += (loss * len(labels), active * len(labels), float(apart) * len(labels), len(labels))
+        apart = (1 - (embeddings[:half] * embeddings[-half:]).sum(1)).mean().item()
+        self.sums += np.array([loss, active, apart, 1.0]) * len(labels)
         self.batch += 1
 
     def _backward(self, pixels, labels, seed, _):
         torch.manual_seed(seed)
-        with autocast(self.device):
+        with autocast(self.device, training=True):
             embeddings = self.model(pixels)
         loss, active = self.criterion(embeddings, labels)
         self.scaler.scale(loss).backward()
@@ -192,17 +193,17 @@ class _State:
         Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
         """
         parts = pixels.split(micro_batch)
-        with torch.no_grad(), autocast(self.device):
+        with torch.no_grad(), autocast(self.device, training=True):
             embeddings = torch.cat([_seeded(self.model, p, seed + i) for i, p in enumerate(parts)])
         leaf = embeddings.float().requires_grad_()
         loss, active = self.criterion(leaf, labels)
         self.scaler.scale(loss).backward()
         with _statistics_kept(self.model):
             for i, (part, grad) in enumerate(zip(parts, leaf.grad.split(micro_batch))):
-                with autocast(self.device):
+                with autocast(self.device, training=True):
                     again = _seeded(self.model, part, seed + i)
                 again.backward(grad.to(again.dtype))
-        return loss.item(), active, embeddings
+        return loss.item(), active, embeddings.detach()
 
     def _update_average(self) -> None:
         if self.average is None:
@@ -216,7 +217,7 @@ class _State:
         return self.average or self.model
 
     def end_epoch(self, epoch: int, lr: float, seconds: float) -> dict:
-        loss, active, apart, n = self.sums / max(1.0, self.sums[3])
+        loss, active, apart, _ = (self.sums / max(1.0, self.sums[3])).tolist()
         row = {
             "epoch": epoch + 1,
             "loss": loss,

@@ -1,0 +1,211 @@
+"""Tables to catalog: what is refused, what is listed, how protocols split."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vipr_utils import catalog
+from vipr_utils.catalog import CatalogError
+
+
+def test_catalog_has_a_row_per_photo_with_its_split_and_path(make_root):
+    photos, problems = catalog.read(make_root())
+    assert list(photos.image_id) == ["train/a.jpg", "train/b.jpg", "train/c.jpg", "test/q.jpg"]
+    assert list(photos.product_id) == [1, 1, 2, 1] and list(photos.group) == [0, 0, 0, -1]
+    assert problems.empty
+    assert catalog.describe_data(photos)["n_train"] == 3
+
+
+def test_images_in_a_doubled_folder_are_found(make_root):
+    root = make_root()
+    (root / "train").rename(root / "inner")
+    (root / "train").mkdir()
+    (root / "inner").rename(root / "train" / "train")
+    photos, problems = catalog.read(root)
+    assert photos.path[0] == "train/train/a.jpg" and problems.empty
+
+
+def test_missing_train_csv_says_what_a_data_root_holds(tmp_path):
+    with pytest.raises(CatalogError, match=r"train.csv is missing: a data root holds train.csv \(name,class,group\)"):
+        catalog.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("name,group\na.jpg,0\n", r"train.csv: column class missing, found name, group. Expected name,class,group"),
+        ("id,label\na.jpg,0\n", r"columns name, class missing, found id, label"),
+        ("name,class\na.jpg,1\na.jpg,2\n", r"train.csv row 3: 'a.jpg' stands there twice \(1 duplicate names\)"),
+        ("name,class\n../../etc/a.jpg,1\n", r"train.csv row 2: '../../etc/a.jpg' leaves the data root"),
+        ("name,class\n/etc/a.jpg,1\n", r"leaves the data root"),
+        ("name,class\na.jpg,apple\n", r"train.csv row 2: class 'apple' is no whole number"),
+        ("name,class\na.jpg,1.5\n", r"class '1.5' is no whole number"),
+        ("name,class\na.jpg,\n", r"train.csv row 2: class nan"),
+        ("name,class,domain\na.jpg,1,studio\n", r"row 2: domain 'studio' is unknown, expected shop or customer"),
+        ("name,class\n,1\n", r"train.csv row 2: no name"),
+        ("name,class\n", r"train.csv has no rows"),
+        ("", r"train.csv is no readable CSV"),
+    ],
+)
+def test_table_that_cannot_be_used_names_file_row_and_remedy(tmp_path, train, message):
+    (tmp_path / "train.csv").write_text(train)
+    with pytest.raises(CatalogError, match=message):
+        catalog.read(tmp_path)
+
+
+def test_extra_columns_are_noted_and_ignored(make_root):
+    root = make_root("name,class,group,colour\na.jpg,1,0,red\n", None)
+    photos, _ = catalog.read(root)
+    assert "train.csv: columns colour ignored" in photos.attrs["notes"]
+    assert "colour" not in photos
+
+
+def test_absent_and_empty_files_are_listed_with_their_row_and_left_out(make_root):
+    root = make_root()
+    (root / "train" / "a.jpg").unlink()
+    (root / "train" / "b.jpg").write_bytes(b"")
+    photos, problems = catalog.read(root)
+    assert list(photos.name) == ["c.jpg", "q.jpg"]
+    assert problems.to_dict("records") == [
+        {"file": "train/a.jpg", "row": 2, "problem": "absent"},
+        {"file": "train/b.jpg", "row": 3, "problem": "empty file"},
+    ]
+
+
+def test_root_without_any_of_its_photos_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("name,class\na.jpg,1\n")
+    with pytest.raises(CatalogError, match="none of the photos named in train.csv is there"):
+        catalog.read(tmp_path)
+
+
+def test_labels_of_kaggles_own_test_table_are_used(make_root):
+    root = make_root(test="name\nq.jpg\nr.jpg\n")
+    (root / "test_kaggletest.csv").write_text("name,class,Usage\nr.jpg,2,Public\nq.jpg,1,Private\n")
+    photos, _ = catalog.read(root)
+    assert dict(zip(photos.name, photos.product_id)) == {"a.jpg": 1, "b.jpg": 1, "c.jpg": 2, "q.jpg": 1, "r.jpg": 2}
+
+
+def test_fingerprint_changes_with_a_label_and_with_a_file(make_root):
+    root = make_root()
+    before = catalog.read(root)[0].attrs["fingerprint"]
+    assert catalog.read(root)[0].attrs["fingerprint"] == before
+    (root / "train.csv").write_text((root / "train.csv").read_text().replace("c.jpg,2", "c.jpg,3"))
+    relabelled = catalog.read(root)[0].attrs["fingerprint"]
+    (root / "train" / "c.jpg").write_bytes((root / "train" / "a.jpg").read_bytes())
+    assert len({before, relabelled, catalog.read(root)[0].attrs["fingerprint"]}) == 3
+
+
+# -------------------------------------------------------------------------------------------- protocols, subsets
+
+
+def test_empty_test_set_is_refused_by_protocol_test_alone(make_root):
+    photos, _ = catalog.read(make_root(test=None))
+    assert "test.csv is missing" in photos.attrs["notes"][0]
+    with pytest.raises(CatalogError, match="protocol 'test' needs test photos and there are none: add test.csv"):
+        catalog.split(photos, "test")
+    assert len(catalog.split(photos, "seen")[1]) == 1
+
+
+def test_header_only_test_table_is_refused(make_root):
+    with pytest.raises(CatalogError, match="test.csv has no rows"):
+        catalog.read(make_root(test="name,class\n"))
+
+
+def test_unknown_protocol_lists_the_known(make_root):
+    with pytest.raises(ValueError, match=r"protocol 'random' is unknown: use one of \('test', 'seen', 'unseen'\)"):
+        catalog.split(catalog.read(make_root())[0], "random")
+
+
+def photos_of(counts: dict, domains: bool = False) -> pd.DataFrame:
+    rows = [(p, i) for p, n in counts.items() for i in range(n)]
+    table = pd.DataFrame(rows, columns=["product_id", "i"])
+    table["split"], table["group"], table["domain"] = "train", table.product_id // 2, ""
+    if domains:
+        table["domain"] = np.where(table.i == 0, "shop", "customer")
+    table["name"] = [f"{p}-{i}.jpg" for p, i in rows]
+    table["image_id"] = "train/" + table["name"]
+    return table
+
+
+def test_seen_keeps_every_product_in_the_gallery_and_no_query_in_it():
+    photos = photos_of({1: 10, 2: 5, 3: 2, 4: 1})
+    train, queries, gallery = catalog.split(photos, "seen", seed=1)
+    assert not set(queries.index) & set(gallery.index) and len(queries) + len(gallery) == len(photos)
+    assert set(gallery.product_id) == {1, 2, 3, 4}
+    assert dict(queries.product_id.value_counts()) == {1: 2, 2: 1, 3: 1}  # the class with one image asks nothing
+    assert train.equals(gallery)
+
+
+def test_seen_asks_with_customer_photos_where_domains_are_known():
+    photos = photos_of({p: 4 for p in range(6)}, domains=True)
+    _, queries, _ = catalog.split(photos, "seen", holdout=0.5)
+    assert set(queries.domain) == {"customer"} and len(queries) == 6 * 2
+
+
+def test_unseen_trains_on_nothing_of_a_querys_product():
+    photos = photos_of({p: 6 for p in range(20)})
+    train, queries, gallery = catalog.split(photos, "unseen", seed=3)
+    assert not set(train.product_id) & set(queries.product_id)
+    assert queries.product_id.nunique() == 4 and set(queries.product_id) <= set(gallery.product_id)
+    assert not set(queries.index) & set(gallery.index)
+
+
+@pytest.mark.parametrize("protocol", ["seen", "unseen"])
+def test_split_is_the_same_for_a_seed_and_another_for_another(protocol):
+    photos = photos_of({p: 6 for p in range(20)})
+    first, again, other = (catalog.split(photos, protocol, seed=s)[1] for s in (1, 1, 2))
+    assert first.equals(again) and not first.equals(other)
+
+
+def test_gallery_domain_narrows_and_says_what_there_is():
+    photos = photos_of({1: 3, 2: 3}, domains=True)
+    assert set(catalog.split(photos, "seen", gallery_domain="shop")[2].domain) == {"shop"}
+    with pytest.raises(CatalogError, match="gallery_domain 'shop' leaves no photo"):
+        catalog.split(photos_of({1: 3, 2: 3}), "seen", gallery_domain="shop")
+    with pytest.raises(ValueError, match="gallery_domain 'studio' is unknown"):
+        catalog.narrow(photos, "studio")
+
+
+def test_subset_strategies_choose_what_they_say():
+    photos = photos_of({1: 80, 2: 3, 3: 20, 4: 5, 5: 1})
+    assert set(catalog.subset(photos, "largest", 2).product_id) == {1, 3}
+    capped = catalog.subset(photos, "capped", 10).product_id.value_counts()
+    assert dict(capped) == {1: 50, 3: 20, 4: 5}
+    assert catalog.subset(photos, "random", 3, seed=1).product_id.nunique() == 3
+    with pytest.raises(ValueError, match="strategy 'best' is unknown"):
+        catalog.subset(photos, "best", 2)
+    with pytest.raises(CatalogError, match="'capped' needs products with 4 photos"):
+        catalog.subset(photos_of({1: 2, 2: 2}), "capped", 2)
+
+
+# ------------------------------------------------------------------------------------------ duplicates and leaks
+
+
+def test_exact_duplicates_are_found_by_content(make_root):
+    root = make_root()
+    (root / "test" / "q.jpg").write_bytes((root / "train" / "b.jpg").read_bytes())
+    photos, _ = catalog.read(root)
+    pairs = catalog.exact_duplicates(photos)
+    assert pairs.to_dict("records") == [{"row": 3, "copy_of": 1}]
+    leaked = catalog.leaks(photos, pairs.to_numpy())
+    assert leaked.to_dict("records") == [{"train": 1, "test": 3, "same_product": True}]
+
+
+@pytest.mark.parametrize("bits", [0, 2, 4, 7])
+def test_near_duplicates_are_those_of_a_slow_loop(bits):
+    rng = np.random.default_rng(bits)
+    hashes = rng.integers(0, 2**64, 60, np.uint64)
+    flips = [sum(1 << int(b) for b in rng.choice(64, n, replace=False)) for n in range(9)]
+    hashes = np.concatenate([hashes, hashes[:9] ^ np.array(flips, np.uint64)])
+    slow = [
+        (i, j)
+        for i in range(len(hashes))
+        for j in range(i + 1, len(hashes))
+        if bin(int(hashes[i]) ^ int(hashes[j])).count("1") <= bits
+    ]
+    assert slow and [tuple(map(int, p)) for p in catalog.near_duplicates(hashes, bits)] == slow
+
+
+def test_many_equal_hashes_are_compared_within_memory():
+    pairs = catalog.near_duplicates(np.zeros(1500, np.uint64), 0)
+    assert len(pairs) == 1500 * 1499 // 2

@@ -1,0 +1,121 @@
+"""Photos to embeddings to scores, on the toy set and, where it is there, on real photos."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from vipr_utils import catalog, embedding, host, images, models
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return models.create("siamese_small", embedding_dim=16)
+
+
+def test_embeddings_are_the_models_own_of_the_eval_transform(toy_data, network):
+    photos, store = toy_data
+    rows = photos.index[:5]
+    found = embedding.embed(network, store, rows, image_size=32, batch_size=2)
+    transform = images.eval_transform(32)
+    with torch.inference_mode():
+        expected = network(torch.stack([transform(store[r]) for r in rows])).numpy()
+    half = embedding.mixed_precision(torch.device("cpu"))
+    np.testing.assert_allclose(found, expected, atol=2e-2 if half else 1e-5)
+    assert found.dtype == np.float32 and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_order_and_batch_size_change_nothing(toy_data, network):
+    rows = toy_data[0].index[:7].to_numpy()
+    one, other = (embedding.embed(network, toy_data[1], r, image_size=32, batch_size=b) for r, b in ((rows, 7), (rows[::-1], 2)))
+    np.testing.assert_allclose(one, other[::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "rows"])
+def test_cached_embeddings_are_only_used_for_the_same_question(toy_data, network, tmp_path, change):
+    rows, how = toy_data[0].index[:4], {"image_size": 32, "fit": "squash", "cache_dir": tmp_path}
+    first = embedding.embed(network, toy_data[1], rows, **how)
+    np.testing.assert_array_equal(embedding.embed(network, toy_data[1], rows, **how), first)
+    assert len(list((tmp_path / "embeddings").iterdir())) == 1
+    if change == "weights":
+        with torch.no_grad():
+            network.neck[0].weight.mul_(1.5)
+    elif change == "interpolation":
+        network.record["interpolation"] = "bicubic"
+    rows = rows[::-1] if change == "rows" else rows
+    how |= {"size": {"image_size": 48}, "fit": {"fit": "crop"}}.get(change, {})
+    embedding.embed(network, toy_data[1], rows, **how)
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2
+
+
+def tables(queries, gallery):
+    def table(products, split):
+        return pd.DataFrame({"product_id": products, "image_id": [f"{split}/{i}" for i in range(len(products))]})
+
+    return table(queries, "test"), table(gallery, "train")
+
+
+def test_query_without_relevant_image_is_excluded_and_counted():
+    queries, gallery = tables([1, 9], [1, 2])
+    found = embedding.retrieve(np.eye(2, 4, dtype=np.float32), np.eye(2, 4, dtype=np.float32), queries, gallery)
+    assert (found.metrics["n_queries"], found.metrics["n_excluded"]) == (1, 1)
+    assert found.metrics["map_at_5"] == 1.0
+
+
+def test_unreadable_query_is_answered_and_counted():
+    queries, gallery = tables([1, 2], [1, 2, 2])
+    q = np.array([[1, 0], [np.nan, 0]], np.float32)
+    found = embedding.retrieve(q, np.array([[1, 0], [0, 1], [0, 1]], np.float32), queries, gallery)
+    assert found.metrics["n_unreadable_queries"] == 1 and (found.ranks[1, :3] >= 0).all()
+
+
+def test_gallery_with_nan_embeddings_is_refused_with_the_likely_cause():
+    queries, gallery = tables([1], [1, 2])
+    g = np.array([[1, 0], [np.nan, 0]], np.float32)
+    with pytest.raises(ValueError, match=r"1 of 2 gallery embeddings hold NaN or infinity \(first: row 1\): the model"):
+        embedding.retrieve(np.eye(1, 2, dtype=np.float32), g, queries, gallery)
+
+
+def test_a_query_in_the_gallery_never_meets_itself():
+    _, gallery = tables([], [1, 1, 2])
+    x = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
+    found = embedding.retrieve(x, x, gallery, gallery)
+    assert found.ranks[0, 0] == 1 and found.ranks[1, 0] == 0
+    assert list(found.n_relevant) == [1, 1, 0]
+
+
+def test_unlabelled_queries_give_lists_and_no_score():
+    queries, gallery = tables([-1], [1, 2])
+    found = embedding.retrieve(np.eye(1, 2, dtype=np.float32), np.eye(2, dtype=np.float32), queries, gallery)
+    assert found.ranks.shape == (1, 5) and "map_at_5" not in found.metrics
+
+
+# -------------------------------------------------------------------------------------------------- real photos
+
+
+@pytest.fixture(scope="module")
+def frozen(grocery):
+    """(queries, gallery, their embeddings) of frozen EfficientNet-Lite0, squashed to 224 px, bilinear."""
+    host.tune()
+    photos, store, _ = images.open_data(str(grocery), "", px=224)
+    model = models.create("tf_efficientnet_lite0")
+    model.record["interpolation"] = "bilinear"
+    _, queries, gallery = catalog.split(photos, "test")
+    how = {"image_size": 224, "cache_dir": host.cache_folder()}
+    return queries, gallery, *(embedding.embed(model, store, t.index, **how) for t in (queries, gallery))
+
+
+def test_frozen_backbone_reproduces_the_plain_scripts_score_on_real_photos(frozen):
+    queries, gallery, q, g = frozen
+    customer = (gallery.domain == "customer").to_numpy()
+    found = embedding.retrieve(q, g[customer], queries, gallery[customer]).metrics
+    assert (found["n_queries"], found["n_gallery"]) == (2485, 2640)
+    assert found["map_at_5"] == pytest.approx(0.458, abs=0.01)
+    assert found["precision_at_1"] == pytest.approx(0.564, abs=0.01)
+
+
+def test_shop_photos_alone_are_a_harder_gallery_on_real_photos(frozen):
+    queries, gallery, q, g = frozen
+    shop = (gallery.domain == "shop").to_numpy()
+    assert embedding.retrieve(q, g[shop], queries, gallery[shop]).metrics["precision_at_1"] < 0.35

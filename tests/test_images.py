@@ -1,0 +1,289 @@
+"""Every odd file a catalogue holds: decoded as a person sees it, or named; the store, transforms, loaders."""
+
+import io
+import pickle
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from torchvision.transforms import v2 as T
+
+from vipr_utils import catalog, host, images
+from vipr_utils.images import BrokenImage
+
+SMOOTH = cv2.GaussianBlur(picture(3, 64, 96), (0, 0), 6)  # survives JPEG nearly unchanged
+
+
+def saved(path, image, **how):
+    image.save(path, **how)
+    return path
+
+
+def close(a, b, *, within: float):
+    assert a.shape == b.shape
+    assert np.abs(a.astype(float) - b).mean() < within
+
+
+# ----------------------------------------------------------------------------------------------------- decoding
+
+
+def test_jpeg_png_and_a_png_named_jpg_read_alike(tmp_path):
+    image = Image.fromarray(SMOOTH)
+    close(images.read_image(saved(tmp_path / "a.jpg", image, quality=95)), SMOOTH, within=2)
+    np.testing.assert_array_equal(images.read_image(saved(tmp_path / "b.png", image)), SMOOTH)
+    np.testing.assert_array_equal(images.read_image(saved(tmp_path / "c.jpg", image, format="PNG")), SMOOTH)
+
+
+def test_cmyk_grey_and_palette_become_rgb(tmp_path):
+    image = Image.fromarray(SMOOTH)
+    close(images.read_image(saved(tmp_path / "a.jpg", image.convert("CMYK"), quality=95)), SMOOTH, within=4)
+    grey = images.read_image(saved(tmp_path / "b.jpg", image.convert("L"), quality=95))
+    assert (grey[..., 0] == grey[..., 2]).all() and grey.shape == SMOOTH.shape
+    close(images.read_image(saved(tmp_path / "c.png", image.quantize(256))), SMOOTH, within=7)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 96).reshape(64, 96).astype(np.uint16)
+    grey = images.read_image(saved(tmp_path / "a.png", Image.fromarray(ramp)))[..., 0]
+    close(grey, ramp / 257, within=1)
+
+
+def test_sixteen_bit_colour_is_read(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), cv2.cvtColor(SMOOTH, cv2.COLOR_RGB2BGR).astype(np.uint16) * 257)
+    close(images.read_image(tmp_path / "a.png"), SMOOTH, within=1)
+
+
+def test_transparency_lies_on_white(tmp_path):
+    layer = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (images.read_image(saved(tmp_path / "a.png", layer)) == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path, orientation):
+    upright = np.zeros((40, 60, 3), np.uint8)
+    upright[:20, :30] = 255  # a white quarter at the upper left
+    turned = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
+    turned |= {5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: upright.transpose(1, 0, 2)[::-1, ::-1]}
+    turned |= {8: np.rot90(upright, -1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.jpg", Image.fromarray(np.ascontiguousarray(turned[orientation])), exif=exif, quality=95)
+    close(images.read_image(path), upright, within=4)
+
+
+def test_wide_image_is_read_and_a_larger_one_refused(tmp_path, monkeypatch):
+    wide = saved(tmp_path / "wide.jpg", Image.fromarray(picture(1, 100, 20_000)))
+    assert images.read_image(wide).shape == (100, 20_000, 3)
+    assert min(images.read_image(wide, least_px=20).shape[:2]) >= 20
+    monkeypatch.setattr(images, "MAX_PIXELS", 10**6)
+    with pytest.raises(BrokenImage, match=r"wide.jpg: 20000 x 100 is over 1 megapixels; make it smaller"):
+        images.read_image(wide)
+
+
+def broken_files(folder) -> dict:
+    whole = io.BytesIO()
+    Image.fromarray(picture(2, 200, 200)).save(whole, "JPEG")
+    content = {"empty.jpg": b"", "cut.jpg": whole.getvalue()[:2000], "text.jpg": b"<html>404</html>"}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty.jpg", "empty.jpg: empty file; copy it again"),
+        ("cut.jpg", "cut.jpg: no readable image .*truncated.*; replace or remove it"),
+        ("text.jpg", "text.jpg: no readable image"),
+        ("absent.jpg", "absent.jpg: cannot be opened"),
+    ],
+)
+def test_broken_file_is_named_with_its_reason(tmp_path, name, message):
+    broken_files(tmp_path)
+    with pytest.raises(BrokenImage, match=message):
+        images.read_image(tmp_path / name)
+
+
+# -------------------------------------------------------------------------------------------------------- store
+
+
+def odd_root(folder):
+    """A data root whose photos are of every odd kind; returns (root, names of those that cannot be read)."""
+    (folder / "train").mkdir(parents=True)
+    image = Image.fromarray(picture(5, 90, 120))
+    image.save(folder / "train" / "plain.jpg")
+    image.save(folder / "train" / "png_inside.jpg", format="PNG")
+    image.convert("CMYK").save(folder / "train" / "cmyk.jpg")
+    image.convert("L").save(folder / "train" / "grey.jpg")
+    Image.fromarray(picture(6, 60, 20_000)).save(folder / "train" / "wide.jpg")
+    Image.fromarray(picture(7, 900, 700)).save(folder / "train" / "large.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "train" / "turned.jpg", exif=exif)
+    bad = broken_files(folder / "train")
+    names = sorted(p.name for p in (folder / "train").iterdir())
+    pd.DataFrame({"name": [*names, "absent.jpg"], "class": 1}).to_csv(folder / "train.csv", index=False)
+    return folder, set(bad)
+
+
+def test_store_keeps_every_readable_photo_and_lists_the_others(tmp_path):
+    root, bad = odd_root(tmp_path / "root")
+    photos, absent = catalog.read(root)
+    store = images.build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
+    assert set(absent.file) == {"train/absent.jpg", "train/empty.jpg"}
+    assert set(store.problems.file) == {"train/cut.jpg", "train/text.jpg"}
+    assert "truncated" in store.problems.set_index("file").problem["train/cut.jpg"]
+    for row, name in enumerate(photos.name):
+        if name in bad:
+            assert not store.readable[row]
+            with pytest.raises(BrokenImage, match=f"row {row} could not be read when the store was built"):
+                store[row]
+        else:
+            shown = images.read_image(root / photos.path[row])
+            ratio = lambda x: x.shape[1] / x.shape[0]  # noqa: E731
+            assert name == "wide.jpg" or ratio(store[row]) == pytest.approx(ratio(shown), rel=0.02)
+            assert max(store[row].shape) <= 6 * 64 and min(store[row].shape[:2]) >= 1
+
+
+def test_open_data_leaves_out_and_counts_what_cannot_be_read(tmp_path):
+    root, _ = odd_root(tmp_path / "root")
+    photos, store, lost = images.open_data(str(root), str(tmp_path / "cache"), px=64)
+    assert len(photos) == 7 and len(lost) == 4
+    assert "4 files left out" in photos.attrs["said"]
+    assert all(store[row].ndim == 3 for row in photos.index)
+
+
+def test_small_jpeg_is_stored_byte_for_byte_and_a_large_one_reduced(tmp_path):
+    root, _ = odd_root(tmp_path / "root")
+    photos, _ = catalog.read(root)
+    store = images.build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
+    row = {name: i for i, name in enumerate(photos.name)}
+    small, large = row["plain.jpg"], row["large.jpg"]
+    packed = (store.folder / "images.bin").read_bytes()[store.offsets[small] : store.offsets[small + 1]]
+    assert packed == (root / "train" / "plain.jpg").read_bytes()
+    assert min(store[large].shape[:2]) == 64
+
+
+def test_store_is_found_again_and_a_damaged_one_is_built_anew(tmp_path, make_root):
+    photos, _ = catalog.read(make_root())
+    first = images.build_store(photos, cache_dir=tmp_path, store_px=64)
+    stamp = (first.folder / "images.bin").stat().st_mtime_ns
+    assert images.build_store(photos, cache_dir=tmp_path, store_px=64).key == first.key
+    assert (first.folder / "images.bin").stat().st_mtime_ns == stamp
+    with open(first.folder / "images.bin", "r+b") as file:
+        file.truncate(10)
+    again = images.build_store(photos, cache_dir=tmp_path, store_px=64)
+    np.testing.assert_array_equal(again[0], first[0])
+
+
+def test_store_travels_to_another_process(toy_data):
+    _, store = toy_data
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(store))[3], store[3])
+
+
+def test_full_disk_while_the_store_is_written_leaves_none_behind(tmp_path, make_root, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    photos, _ = catalog.read(make_root())
+    monkeypatch.setattr(host.os, "fsync", full)
+    with pytest.raises(OSError, match="disk full while writing images.bin"):
+        images.build_store(photos, cache_dir=tmp_path, store_px=64)
+    monkeypatch.undo()
+    assert images.build_store(photos, cache_dir=tmp_path, store_px=64).readable.all()
+
+
+# --------------------------------------------------------------------------------------------------- transforms
+
+
+def test_squashed_eval_transform_is_torchvisions_resize_and_normalise():
+    image = picture(1, 50, 80)
+    mean, std = images.IMAGENET_MEAN, images.IMAGENET_STD
+    reference = T.Compose([T.ToImage(), T.Resize((32, 32)), T.ToDtype(torch.float32, scale=True), T.Normalize(mean, std)])
+    torch.testing.assert_close(images.eval_transform(32)(image), torch.as_tensor(reference(image)))
+
+
+@pytest.mark.parametrize("fit", images.FITS)
+def test_every_fit_gives_the_square_asked_for(fit):
+    assert images.eval_transform(48, fit=fit)(picture(1, 30, 90)).shape == (3, 48, 48)
+
+
+def test_padding_keeps_the_shape_on_white():
+    unit = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    x = images.eval_transform(60, fit="pad", **unit)(np.zeros((30, 60, 3), np.uint8))
+    assert x[:, 0].min() > 0.99 and x[:, 30].max() < 0.01
+
+
+def test_unknown_fit_and_augmentation_list_the_known():
+    with pytest.raises(ValueError, match=r"fit 'stretch' is unknown: use one of \('squash', 'crop', 'pad'\)"):
+        images.eval_transform(32, fit="stretch")
+    with pytest.raises(ValueError, match=r"augmentation 'strong' is unknown: use one of \('kit', 'study', 'none'\)"):
+        images.augmentation("strong", 32)
+
+
+def test_study_transform_has_its_six_steps_in_order_and_resizes_256_for_224():
+    steps = images.study_steps(224)
+    assert list(steps) == [
+        "Resize", "RandomResizedCrop", "RandomRotation", "RandomHorizontalFlip", "ColorJitter", "ToTensor"
+    ]  # fmt: skip
+    assert list(steps["Resize"].size) == [256, 256] and steps["RandomRotation"].degrees == [-50, 50]
+    assert steps["ColorJitter"].hue == (-0.1, 0.1)
+    assert images.study_transform(64)(picture()).shape == (3, 64, 64)
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone(toy_data):
+    _, store = toy_data
+    rows = np.arange(12)
+    make = lambda order, seed=0: images.Photos(store, rows[order], images.train_transform(32), seed=seed)  # noqa: E731
+    forward, backward = make(slice(None)), make(slice(None, None, -1))
+    torch.rand(7)  # the global state must not matter
+    torch.testing.assert_close(forward[2][0], backward[9][0], rtol=0, atol=0)
+    before = forward[2][0]
+    forward.set_epoch(1)
+    assert not torch.equal(forward[2][0], before) and not torch.equal(make(slice(None), seed=1)[2][0], before)
+
+
+def test_reading_a_photo_leaves_the_global_random_state_alone(toy_data):
+    photos = images.Photos(toy_data[1], [0, 1], images.train_transform(32))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    photos[0]
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+def test_loader_with_workers_gives_the_same_batches(toy_data):
+    photos = images.Photos(toy_data[1], np.arange(10), images.train_transform(32), labels=np.arange(10))
+    how = {"device": "cpu", "batch_size": 4}
+    for a, b in zip(images.loader(photos, workers=0, **how), images.loader(photos, workers=2, **how), strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_labels_and_rows_must_match(toy_data):
+    with pytest.raises(ValueError, match="2 labels for 3 rows: give one each"):
+        images.Photos(toy_data[1], [0, 1, 2], None, labels=[0, 1])
+
+
+# ------------------------------------------------------------------------------------------- what a picture says
+
+
+def test_hash_survives_resizing_and_differs_between_pictures():
+    image = picture(1, 100, 140)
+    smaller = cv2.resize(image, (70, 50), interpolation=cv2.INTER_AREA)
+    bits = lambda a, b: int(np.bitwise_count(images.difference_hash(a) ^ images.difference_hash(b)))  # noqa: E731
+    assert bits(image, smaller) <= 4
+    assert bits(image, picture(2, 100, 140)) > 10
+
+
+def test_border_tells_shop_from_customer_photos_on_the_toy_set(toy_data):
+    photos, store = toy_data
+    guessed = [images.estimate_domain(store[row]) for row in photos.index]
+    assert (np.array(guessed) == photos.domain).mean() > 0.9

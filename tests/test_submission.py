@@ -1,0 +1,163 @@
+"""The file that gets scored: written whole, refused when wrong, scored the same by a scorer of its own."""
+
+import csv
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vipr_utils import catalog, embedding, submission
+from vipr_utils.submission import SubmissionError
+
+TRAIN = "name,class,domain\n" + "".join(f"g{i}.jpg,{i % 3},{'shop' if i < 3 else 'customer'}\n" for i in range(9))
+TEST = "name,class\nq0.jpg,0\nq1.jpg,1\nq2.jpg,9\n"
+GOOD = "id,images\nq0.jpg,g0.jpg g1.jpg g3.jpg g4.jpg g6.jpg\nq1.jpg,g0.jpg g2.jpg g3.jpg g4.jpg g5.jpg\nq2.jpg,g0.jpg g1.jpg g2.jpg g3.jpg g4.jpg\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "train.csv").write_text(TRAIN)
+    (tmp_path / "test.csv").write_text(TEST)
+    return tmp_path
+
+
+def changed(root, old, new):
+    assert old in GOOD
+    (root / "submission.csv").write_text(GOOD.replace(old, new))
+    return root / "submission.csv"
+
+
+def independent_map_at_5(path, root, domain=""):
+    """mAP@5 from the three files alone, in plain Python: reads nothing of the kit."""
+
+    def rows(file):
+        with open(file, newline="") as opened:
+            return list(csv.DictReader(opened))
+
+    gallery = {r["name"]: r["class"] for r in rows(root / "train.csv") if not domain or r["domain"] == domain}
+    wanted = {r["name"]: r["class"] for r in rows(root / "test.csv")}
+    values = []
+    for row in rows(path):
+        n = sum(c == wanted[row["id"]] for c in gallery.values())
+        if n == 0:
+            continue
+        found, total = 0, 0.0
+        for rank, name in enumerate(row["images"].split(), 1):
+            if gallery[name] == wanted[row["id"]]:
+                found += 1
+                total += found / rank
+        values.append(total / min(n, 5))
+    return sum(values) / len(values)
+
+
+def test_score_is_that_of_an_independent_scorer_and_counts_the_unanswerable_query(root):
+    path = changed(root, "q0", "q0")
+    scored = submission.score(path, root)
+    assert scored["map_at_5"] == pytest.approx(independent_map_at_5(path, root), abs=1e-12)
+    assert scored["map_at_5"] == pytest.approx(((1 + 2 / 3 + 3 / 5) / 3 + (2 / 5 * 0 + 1 / 4) / 3) / 2)
+    assert (scored["n_queries"], scored["n_excluded"], scored["n_gallery"]) == (2, 1, 9)
+
+
+def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_root, tmp_path):
+    photos, _ = toy_data
+    _, queries, gallery = catalog.split(photos, "test")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(photos.product_id.max() + 1, 16)).astype(np.float32)
+    q, g = (centres[t.product_id] + rng.normal(size=(len(t), 16)).astype(np.float32) for t in (queries, gallery))
+    found = embedding.retrieve(q, g, queries, gallery)
+    path = submission.write_ranking(tmp_path / "s.csv", queries.name, gallery.name.to_numpy()[found.ranks])
+    assert 0.1 < found.metrics["map_at_5"] < 0.99
+    for value in (submission.score(path, toy_root)["map_at_5"], independent_map_at_5(path, toy_root)):
+        assert value == pytest.approx(found.metrics["map_at_5"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (" g6.jpg", "", r"row 1 \(q0.jpg\): 4 images, expected 5. Rank the best 5"),
+        (" g6.jpg", " g6.jpg g7.jpg", r"row 1 \(q0.jpg\): 6 images, expected 5"),
+        (" g6.jpg", " g0.jpg", r"row 1 \(q0.jpg\): g0.jpg is listed more than once. Rank each image once"),
+        (" g6.jpg", " h6.jpg", r"row 1 \(q0.jpg\): unknown image h6.jpg, not in train.csv"),
+        (" g6.jpg", "  g6.jpg", r"row 1 \(q0.jpg\): an empty name in"),
+        ("q2.jpg,g0", "q1.jpg,g0", r"row 3 \(q1.jpg\): this query already has a row above"),
+        ("q2.jpg,g0", "q9.jpg,g0", r"row 3 \(q9.jpg\): unknown query, not in test.csv"),
+        (GOOD[GOOD.index("q2.jpg") :], "", r"\(q2.jpg\): no row for this query of test.csv \(1 of 3 missing\)"),
+        ("id,images", "id,ranked", r"header 'id,ranked', expected 'id,images' or 'name,class'"),
+        (" g6.jpg", ",g6.jpg", r"row 1 \(q0.jpg\): 3 fields, expected 2"),
+        (GOOD, "", r"the file is empty"),
+    ],
+)
+def test_wrong_file_names_row_query_fault_and_remedy(root, old, new, message):
+    with pytest.raises(SubmissionError, match=message):
+        submission.validate(changed(root, old, new), root)
+
+
+def test_image_of_another_domain_is_unknown_to_a_narrowed_gallery(root):
+    with pytest.raises(SubmissionError, match="4 images|5 images, expected 3|unknown image"):
+        submission.validate(changed(root, "q0", "q0"), root, gallery_domain="shop")
+    with pytest.raises(SubmissionError, match="no image of domain 'studio', only of .*customer.*shop"):
+        submission.validate(changed(root, "q0", "q0"), root, gallery_domain="studio")
+
+
+def test_absent_file_says_which_notebook_writes_it(root):
+    with pytest.raises(SubmissionError, match="no such file. Run notebook 06_submission"):
+        submission.score(root / "none.csv", root)
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ([["a", "a", "b", "c", "d"]], "5 images, 4 different"),
+        ([["a", "b", "c", "d", "e", "f"]], "6 images"),
+        ([["a b", "c", "d", "e", "f"]], "image name 'a b' has a space"),
+        ([list("abcde"), list("abcde")], "1 queries, 2 answers"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, lists, message):
+    with pytest.raises(SubmissionError, match=message):
+        submission.write_ranking(tmp_path / "s.csv", ["q"], lists)
+    assert not list(tmp_path.iterdir())
+
+
+def test_doubled_query_is_not_written_and_an_older_file_stays(tmp_path):
+    path = submission.write_ranking(tmp_path / "s.csv", ["q"], [list("abcde")])
+    before = path.read_bytes()
+    with pytest.raises(SubmissionError, match=re.escape("row 2 (q): this query already has a row above")):
+        submission.write_ranking(path, ["q", "q"], [list("abcde")] * 2)
+    assert path.read_bytes() == before
+
+
+def test_classification_form_is_written_checked_and_scored(root):
+    path = submission.write_classification(root / "c.csv", ["q0.jpg", "q1.jpg", "q2.jpg"], np.array([0, 2, 1]))
+    assert pd.read_csv(path).columns.tolist() == ["name", "class"]
+    scored = submission.score(path, root)
+    assert scored["top_1_accuracy"] == pytest.approx(1 / 3) and "map_at_5" not in scored
+    path.write_text(path.read_text().replace("q1.jpg,2", "q1.jpg,77"))
+    with pytest.raises(SubmissionError, match=r"row 2 \(q1.jpg\): class '77' is no class of train.csv"):
+        submission.validate(path, root)
+    with pytest.raises(SubmissionError, match=r"class nan, expected a whole number"):
+        submission.write_classification(path, ["q0.jpg"], [float("nan")])
+
+
+def test_unknown_labels_give_no_score(root):
+    (root / "test.csv").write_text("name\nq0.jpg\nq1.jpg\nq2.jpg\n")
+    path = changed(root, "q0", "q0")
+    assert submission.score(path, root)["map_at_5"] is None
+    (root / "test_kaggletest.csv").write_text("name,class,Usage\nq0.jpg,0,Public\nq1.jpg,1,Private\nq2.jpg,9,Public\n")
+    assert submission.score(path, root)["map_at_5"] > 0
+
+
+def test_gallery_smaller_than_five_is_ranked_whole(root):
+    (root / "train.csv").write_text("name,class\na.jpg,0\nb.jpg,1\n")
+    (root / "test.csv").write_text("name,class\nq.jpg,1\n")
+    path = submission.write_ranking(root / "s.csv", ["q.jpg"], [["a.jpg", "b.jpg"]])
+    assert submission.score(path, root)["map_at_5"] == pytest.approx(0.5)
+
+
+def test_command_line_prints_the_score_or_why_not(root, capsys):
+    path = changed(root, "q0", "q0")
+    assert submission.main([str(path), str(root)]) == 0
+    assert "mAP@5 0.419" in capsys.readouterr().out
+    assert submission.main([str(changed(root, " g6.jpg", "")), str(root)]) == 1
+    assert "4 images, expected 5" in capsys.readouterr().err

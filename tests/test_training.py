@@ -1,0 +1,260 @@
+"""The loop: it learns, stops in time, and continues after any interruption as if there had been none."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vipr_utils import catalog, embedding, host, images, losses, models, sampling, training
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def setting(toy_data, seed=0):
+    """(model, criterion, photos, sampler) of a network small enough for a test, with a trainable criterion."""
+    photos, store = toy_data
+    train = photos[photos.split == "train"]
+    labels = catalog.with_labels(train)
+    torch.manual_seed(seed)
+    model = models.create("siamese_small", embedding_dim=16)
+    criterion = losses.ArcFace(16, labels.max() + 1)
+    data = images.Photos(store, train.index, images.train_transform(32), labels=labels, seed=seed)
+    return model, criterion, data, sampling.PKSampler(labels, products=4, images=2, seed=seed)
+
+
+def fit(toy_data, folder, **how):
+    model, *rest = setting(toy_data)
+    how = {"epochs": 2, "lr": 1e-3, "progress": False, "ema_decay": 0.9} | how
+    history = training.fit(model, *rest, folder=folder, **how)
+    return model, history
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+
+
+def test_training_lowers_the_loss_and_writes_its_history(toy_data, tmp_path):
+    _, history = fit(toy_data, tmp_path, epochs=4, ema_decay=0.0)
+    assert history.loss.iloc[-1] < 0.8 * history.loss.iloc[0]
+    assert (tmp_path / "history.csv").is_file() and not (tmp_path / "checkpoint.pt").exists()
+    assert list(history.epoch) == [1, 2, 3, 4] and (history.random_distance > 0.2).all()
+
+
+def test_training_is_the_same_for_the_same_seed(toy_data, tmp_path):
+    first, second = (fit(toy_data, tmp_path / str(i))[0] for i in range(2))
+    assert equal(first, second)
+
+
+def test_best_validated_epoch_is_kept(toy_data, tmp_path):
+    states, scores = [], iter([0.1, 0.9, 0.3])
+
+    def validate(model):
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"map_at_5": next(scores)}
+
+    model, history = fit(toy_data, tmp_path, epochs=3, validate=validate, ema_decay=0.0)
+    assert list(history.map_at_5) == [0.1, 0.9, 0.3]
+    assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
+
+
+def test_time_budget_stops_and_keeps_what_was_learned(toy_data, tmp_path):
+    start = time.monotonic()
+    model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03)
+    assert time.monotonic() - start < 30 and 1 <= len(history) < 10_000
+    assert not equal(model, setting(toy_data)[0])
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(toy_data, monkeypatch):
+    """GradCache: without batch statistics both ways are the same sum."""
+    monkeypatch.setattr(training, "autocast", lambda *_, **__: nullcontext())
+    model, criterion, photos, sampler = setting(toy_data)
+    model.eval()
+    pixels, labels = zip(*[photos[i][:2] for i in sampler.batches(0)[0]])
+    pixels, labels = torch.stack(pixels), torch.tensor(labels)
+    gradients = []
+    for parts in (0, 3):
+        state = training._State(model, criterion, torch.device("cpu"), "adam", 0.0, 0.1, 0.1, 0.0)
+        state.optimizer.step = lambda *_, **__: None
+        model.zero_grad()
+        state.step(pixels, labels, 1.0, 0, parts, 0.0)
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_frozen_backbone_keeps_weights_and_statistics(toy_data, tmp_path):
+    start = setting(toy_data)[0]
+    model, _ = fit(toy_data, tmp_path, frozen_epochs=2, ema_decay=0.0)
+    assert equal(model.backbone, start.backbone) and not equal(model.neck, start.neck)
+    assert all(p.requires_grad for p in model.backbone.parameters())
+
+
+def test_criterion_is_trained_and_norms_have_no_weight_decay(toy_data):
+    model, criterion, *_ = setting(toy_data)
+    optimizer = training._optimizer(model, criterion, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5)
+    groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    assert groups[id(criterion.centres)]["lr"] == groups[id(model.neck[0].weight)]["lr"] == 2.0
+    assert groups[id(model.neck[1].weight)]["weight_decay"] == 0.0
+    assert groups[id(model.backbone.layers[0].weight)]["weight_decay"] == 0.5
+    assert len(groups) == len(list(model.parameters())) + 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("constant", 57, 1.0),
+        ("multistep", 19, 1.0),
+        ("multistep", 20, 0.1),
+        ("multistep", 60, 0.01),
+        ("cosine", 0, 1 / 11),
+        ("cosine", 10, 1.0),
+        ("cosine", 55, 0.5),
+        ("cosine", 99, 0.5 * (1 + np.cos(np.pi * 89 / 90))),
+    ],
+)
+def test_rate_follows_its_schedule(schedule, step, expected):
+    assert training.rate(step, 100, schedule, 0.1, [20, 50], 0.1) == pytest.approx(expected)
+
+
+def test_unknown_schedule_and_optimizer_list_the_known(toy_data, tmp_path):
+    with pytest.raises(ValueError, match="schedule 'step' is unknown: use 'cosine', 'multistep' or 'constant'"):
+        fit(toy_data, tmp_path, schedule="step")
+    with pytest.raises(ValueError, match=r"optimizer 'lion' is unknown: use one of \('adam', 'adamw'\)"):
+        fit(toy_data, tmp_path, optimizer="lion")
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_loss_that_is_not_finite_stops_with_the_remedy(toy_data, tmp_path):
+    model, _, *rest = setting(toy_data)
+    bad = lambda e, y: (e.sum() * float("nan"), 0.0)  # noqa: E731
+    with pytest.raises(training.Diverged, match="loss is nan in epoch 0, batch 0: lower lr or set clip_norm"):
+        training.fit(model, bad, *rest, folder=tmp_path, epochs=1, lr=1e-3)
+
+
+def test_collapse_is_warned_of_with_what_to_change():
+    with pytest.warns(UserWarning, match="collapse: random pairs lie 0.010 apart .* lower lr, use mining='semi_hard'"):
+        training._warn_of_collapse({"random_distance": 0.01})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training._warn_of_collapse({"random_distance": 0.8})
+
+
+def test_too_few_products_for_a_batch_is_an_error_before_training(toy_data):
+    with pytest.raises(ValueError, match="PKSampler needs 16 products in a batch, the data has 2"):
+        sampling.PKSampler([0, 0, 1, 1], products=16, images=2)
+
+
+def test_full_disk_leaves_the_last_checkpoint_usable(toy_data, tmp_path, monkeypatch):
+    model, criterion, *_ = setting(toy_data)
+    state = training._State(model, criterion, torch.device("cpu"), "adam", 0.0, 0.1, 0.1, 0.0)
+    state.identity = "a run"
+    state.save(tmp_path / "checkpoint.pt", 1.0)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(data, path):
+        Path(path).write_bytes(b"half a checkpoint")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(training.torch, "save", full)
+    with pytest.raises(OSError, match="disk full while writing checkpoint.pt .* the file before it is untouched") as caught:
+        state.save(tmp_path / "checkpoint.pt", 2.0)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_torch_on_a_really_full_disk_is_recognised():
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises((OSError, RuntimeError)) as caught:
+        torch.save({"x": torch.zeros(10_000)}, file)
+    assert host._is_full_disk(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_checkpoint_of_other_settings_is_left_behind(toy_data, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(model):
+        raise Stop
+
+    with pytest.raises(Stop):
+        fit(toy_data, tmp_path / "a", validate=stop, validate_every=2)
+    assert (tmp_path / "a" / "checkpoint.pt").is_file()
+    resumed, _ = fit(toy_data, tmp_path / "a", lr=5e-3)
+    fresh, _ = fit(toy_data, tmp_path / "b", lr=5e-3)
+    assert equal(resumed, fresh)
+
+
+CHILD = """
+import pickle, sys, torch
+torch.set_num_threads(1)
+sys.path[:0] = [{tests!r}]
+from test_training import setting
+from vipr_utils import models, training
+toy_data = pickle.load(open({data!r}, "rb"))
+model, *rest = setting(toy_data)
+training.fit(model, *rest, folder={folder!r}, epochs=4, lr=1e-3, ema_decay=0.9, checkpoint_minutes=1e-9)
+models.save(model, {folder!r} + "/model.pt")
+"""
+
+
+def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_data, tmp_path):
+    import pickle
+
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(toy_data))
+
+    def command(folder):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        values = {"tests": str(ROOT / "tests"), "data": str(tmp_path / "data.pkl"), "folder": str(tmp_path / folder)}
+        return [sys.executable, "-c", CHILD.format(**values)]
+
+    subprocess.run(command("whole"), check=True, cwd=ROOT, capture_output=True)
+    rng, kills = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), 0
+    for _ in range(3):
+        child = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        checkpoint = tmp_path / "killed" / "checkpoint.pt"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while child.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        kills += child.wait() == -signal.SIGKILL
+    assert kills >= 1
+    subprocess.run(command("killed"), check=True, cwd=ROOT, capture_output=True)
+    assert equal(*(models.load(tmp_path / name / "model.pt") for name in ("whole", "killed")))
+
+
+# ----------------------------------------------------------------------------------------------------- half precision
+
+
+def test_half_precision_is_chosen_by_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert embedding.mixed_precision(torch.device("cuda")) is torch.float16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert embedding.mixed_precision(torch.device("cuda")) is torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_training_in_half_precision_learns_on_a_gpu(toy_data, tmp_path, monkeypatch, half):
+    for module in (training, embedding):
+        monkeypatch.setattr(module, "mixed_precision", lambda device, training=False: half)
+    _, history = fit(toy_data, tmp_path, epochs=4, device=torch.device("cuda"))
+    assert np.isfinite(history.loss).all() and history.loss.iloc[-1] < 0.9 * history.loss.iloc[0]
