@@ -124,6 +124,15 @@ def test_header_has_title_badges_and_what_to_expect(stem):
 
 
 @every_notebook
+def test_numbers_in_the_answer_stand_in_the_outputs(stem):
+    answer = source(cells(stem)[0]).split("?**\n")[1].split("\n\n")[0]
+    printed = " ".join(text_of(o) for o in outputs(stem))
+    numbers = re.findall(r"\*\*([\d.,]+)(?: ?%)?\*\*", answer)
+    assert numbers, "the answer names its number in bold"
+    assert not [n for n in numbers if not re.search(rf"(?<![\d.]){re.escape(n)}", printed)]
+
+
+@every_notebook
 def test_footer_says_what_was_learned_and_leads_on(stem):
     text = "\n".join(source(c) for c in cells(stem) if c["cell_type"] == "markdown")
     assert "## What we learned" in text and "## What did not help" in text

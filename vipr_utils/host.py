@@ -232,6 +232,7 @@ def tune(threads: int = 0) -> None:
     glibc gives large blocks back to the system after every step and faults them in again at the next: two thirds
     of the time of a naive CPU loop. Does nothing elsewhere; may be called twice.
     """
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, where a notebook has no widgets
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     torch.set_num_threads(threads or (int(asked) if asked.isdigit() else 0) or cores())
     if platform.libc_ver()[0] == "glibc":
