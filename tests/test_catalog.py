@@ -137,13 +137,13 @@ def test_seen_keeps_every_product_in_the_gallery_and_no_query_in_it():
 
 
 def test_seen_asks_with_customer_photos_where_domains_are_known():
-    photos = photos_of({p: 4 for p in range(6)}, domains=True)
+    photos = photos_of(dict.fromkeys(range(6), 4), domains=True)
     _, queries, _ = catalog.split(photos, "seen", holdout=0.5)
     assert set(queries.domain) == {"customer"} and len(queries) == 6 * 2
 
 
 def test_unseen_trains_on_nothing_of_a_querys_product():
-    photos = photos_of({p: 6 for p in range(20)})
+    photos = photos_of(dict.fromkeys(range(20), 6))
     train, queries, gallery = catalog.split(photos, "unseen", seed=3)
     assert not set(train.product_id) & set(queries.product_id)
     assert queries.product_id.nunique() == 4 and set(queries.product_id) <= set(gallery.product_id)
@@ -152,7 +152,7 @@ def test_unseen_trains_on_nothing_of_a_querys_product():
 
 @pytest.mark.parametrize("protocol", ["seen", "unseen"])
 def test_split_is_the_same_for_a_seed_and_another_for_another(protocol):
-    photos = photos_of({p: 6 for p in range(20)})
+    photos = photos_of(dict.fromkeys(range(20), 6))
     first, again, other = (catalog.split(photos, protocol, seed=s)[1] for s in (1, 1, 2))
     assert first.equals(again) and not first.equals(other)
 

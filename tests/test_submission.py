@@ -12,7 +12,10 @@ from vipr_utils.submission import SubmissionError
 
 TRAIN = "name,class,domain\n" + "".join(f"g{i}.jpg,{i % 3},{'shop' if i < 3 else 'customer'}\n" for i in range(9))
 TEST = "name,class\nq0.jpg,0\nq1.jpg,1\nq2.jpg,9\n"
-GOOD = "id,images\nq0.jpg,g0.jpg g1.jpg g3.jpg g4.jpg g6.jpg\nq1.jpg,g0.jpg g2.jpg g3.jpg g4.jpg g5.jpg\nq2.jpg,g0.jpg g1.jpg g2.jpg g3.jpg g4.jpg\n"
+GOOD = (
+    "id,images\nq0.jpg,g0.jpg g1.jpg g3.jpg g4.jpg g6.jpg\nq1.jpg,g0.jpg g2.jpg g3.jpg g4.jpg g5.jpg\n"
+    "q2.jpg,g0.jpg g1.jpg g2.jpg g3.jpg g4.jpg\n"
+)
 
 
 @pytest.fixture
