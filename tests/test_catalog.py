@@ -178,6 +178,32 @@ def test_subset_strategies_choose_what_they_say():
         catalog.subset(photos_of({1: 2, 2: 2}), "capped", 2)
 
 
+def test_nearest_subset_takes_the_products_that_queries_look_like():
+    photos = photos_of({1: 8, 2: 3, 3: 20, 4: 5})
+    assert set(catalog.subset(photos, "nearest", 2, nearest=[2, 4, 4, 2, 4, 3]).product_id) == {2, 4}
+    with pytest.raises(CatalogError, match="'nearest' needs the product ids ranked first for the queries"):
+        catalog.subset(photos, "nearest", 2)
+
+
+def test_photos_of_one_visit_are_chained_by_likeness_within_a_product():
+    photos = photos_of({1: 4, 2: 2})
+    angles = np.radians([0, 30, 60, 150, 0, 90])  # 30 degrees: cosine 0.87
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
+    visits = catalog.visits(photos, vectors)
+    assert visits[:3].nunique() == 1 and visits[3] != visits[0] and visits[4] != visits[5]
+
+
+def test_held_out_visits_are_whole_and_at_most_half_of_a_product():
+    photos = photos_of({p: 12 for p in range(8)} | {8: 6})
+    visits = pd.Series(photos.i // 3, photos.index).where(photos.product_id < 8, 0)  # product 8: one visit
+    train, queries, gallery = catalog.split(photos, "seen", holdout=0.1, visits=visits)
+    keys = [set(zip(t.product_id, visits[t.index])) for t in (queries, gallery)]
+    assert not keys[0] & keys[1] and set(queries.product_id) == set(range(8)) and 8 in set(gallery.product_id)
+    assert (queries.product_id.value_counts() == 3).all()
+    with pytest.raises(CatalogError, match="no product has photos of two visits"):
+        catalog.split(photos, "seen", visits=visits * 0)
+
+
 # ------------------------------------------------------------------------------------------ duplicates and leaks
 
 

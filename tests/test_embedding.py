@@ -91,6 +91,28 @@ def test_unlabelled_queries_give_lists_and_no_score():
     assert found.ranks.shape == (1, 5) and "map_at_5" not in found.metrics
 
 
+def test_evaluation_of_several_galleries_embeds_every_photo_once(toy_data, network, monkeypatch):
+    photos, store = toy_data
+    _, queries, gallery = catalog.split(photos, "test")
+    seen, embed = [], embedding.embed
+    monkeypatch.setattr(embedding, "embed", lambda *a, **k: seen.extend(a[2]) or embed(*a, **k))
+    shop = gallery[gallery.domain == "shop"]
+    found = embedding.evaluate(network, store, {"all": (queries, gallery), "shop": (queries, shop)}, image_size=32)
+    assert sorted(seen) == list(photos.index)
+    q, g = (embed(network, store, t.index, image_size=32) for t in (queries, shop))
+    assert found["shop"].metrics == embedding.retrieve(q, g, queries, shop).metrics
+    assert found["all"].metrics["n_gallery"] == len(gallery)
+
+
+def test_features_are_what_the_neck_receives(toy_data, network):
+    rows = toy_data[0].index[:3]
+    features = embedding.embed(network, toy_data[1], rows, image_size=32, features=True)
+    assert features.shape == (3, 256)
+    with torch.inference_mode():
+        again = torch.nn.functional.normalize(network.neck(torch.as_tensor(features)), dim=1)
+    np.testing.assert_allclose(again, embedding.embed(network, toy_data[1], rows, image_size=32), atol=2e-2)
+
+
 # -------------------------------------------------------------------------------------------------- real photos
 
 

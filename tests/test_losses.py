@@ -199,3 +199,28 @@ def test_default_margins_sit_below_the_distance_of_random_embeddings(distance):
     typical = losses.distance_matrix(x[:100], x[100:], distance).mean().item()
     assert losses.default_margin("contrastive", distance, 128) == pytest.approx(0.5 * typical, rel=0.02)
     assert losses.default_margin("triplet", distance, 128) == pytest.approx(0.2 * typical, rel=0.02)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_by_name_gives_a_finite_loss_and_a_gradient(name):
+    x, labels = batch()
+    loss, share = losses.criterion(name, "cosine", 8, counts=np.bincount(labels), mining="all")(x, labels)
+    loss.backward()
+    assert torch.isfinite(loss) and 0 <= share <= 1 and x.grad.abs().sum() > 0
+
+
+def test_guided_loss_is_the_sum_of_classification_and_metric():
+    x, labels = batch()
+    torch.manual_seed(0)
+    guided = losses.criterion("arcface+triplet", "cosine", 8, counts=np.bincount(labels))
+    whole, accuracy = guided(x, labels)
+    parts = guided.arcface(x, labels), guided.guide(x, labels)
+    torch.testing.assert_close(whole, parts[0][0] + parts[1][0])
+    assert accuracy == parts[0][1] and len(list(guided.parameters())) == 1
+
+
+def test_unknown_loss_and_missing_counts_are_refused():
+    with pytest.raises(ValueError, match="loss 'softmax' is unknown: use one of"):
+        losses.criterion("softmax", "cosine", 8)
+    with pytest.raises(ValueError, match="'arcface' needs counts"):
+        losses.criterion("arcface", "cosine", 8)

@@ -52,6 +52,39 @@ def test_max_images_caps_what_one_product_shows_in_an_epoch():
     assert max(np.bincount(LONG_TAIL[shown])) <= 8
 
 
+@pytest.mark.parametrize("balance", ["product", "group"])
+def test_balanced_epoch_shows_products_or_groups_alike_and_is_as_long(balance):
+    groups = LONG_TAIL // 5  # the last groups hold nearly all images
+    sampler = PKSampler(LONG_TAIL, products=4, images=4, balance=balance, groups=groups)
+    shown = np.concatenate(sampler.batches(0))
+    plain = np.concatenate(PKSampler(LONG_TAIL, products=4, images=4).batches(0))
+    assert len(shown) == pytest.approx(len(plain), rel=0.1)
+    counts = np.bincount(LONG_TAIL[shown] if balance == "product" else groups[shown])
+    assert counts.max() <= 1.35 * counts.min()
+
+
+def test_each_run_opens_with_a_shop_photo_where_the_product_has_both_kinds():
+    labels = np.repeat(np.arange(10), 9)
+    shop = np.tile(np.arange(9) == 0, 10) & (labels < 8)  # two products without a shop photo
+    for batch in PKSampler(labels, products=5, images=3, shop=shop).batches(0):
+        runs = batch.reshape(5, 3)
+        both = labels[runs[:, 0]] < 8
+        assert (shop[runs[:, 0]] == both).all() and not shop[runs[:, 1:]].any()
+
+
+def test_products_with_too_few_images_are_left_out():
+    shown = np.concatenate(PKSampler(LONG_TAIL, products=4, images=4, min_images=4).batches(0))
+    assert np.bincount(LONG_TAIL)[LONG_TAIL[shown]].min() >= 4
+    with pytest.raises(ValueError, match="needs 8 products in a batch, the data has 6 with 20 images or more"):
+        PKSampler(LONG_TAIL, products=8, images=4, min_images=20)
+
+
+def test_unknown_balance_and_groups_that_are_missing_are_refused():
+    for how in ({"balance": "class"}, {"balance": "group"}):
+        with pytest.raises(ValueError, match="use one of .* 'group' needs groups"):
+            PKSampler(LONG_TAIL, products=4, images=4, **how)
+
+
 def test_shuffled_batches_cover_everything_once():
     shown = np.concatenate(ShuffledSampler(103, batch_size=10).batches(0))
     assert sorted(shown) == list(range(103))

@@ -34,16 +34,17 @@ def autocast(device: torch.device, *, training: bool = False):
 
 def embed(
     model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
-    cache_dir: Path | None = None,
+    cache_dir: Path | None = None, features: bool = False,
 ) -> np.ndarray:
     """(N, D) float32 embeddings of the catalog rows given, in their order, with the model's own eval transform.
+    features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
 
     image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. With cache_dir the result is kept
     under a key of weights, data, rows and transform. A row that the store could not read gets NaN, which `retrieve`
     counts and `search.top_k` refuses.
     """
     size = image_size or model.record["image_size"]
-    path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit)}.npy" if cache_dir else None
+    path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit, features)}.npy" if cache_dir else None
     if path and path.exists():
         return np.load(path)
     r = model.record
@@ -54,14 +55,16 @@ def embed(
     loader = images.loader(photos, batch_size=batch_size, device=device)
     was_training = model.training
     model.eval().to(device, memory_format=torch.channels_last)
-    out = [np.zeros((0, r["embedding_dim"]), np.float32)]
+    forward, out = model.features if features else model, []
     with torch.inference_mode(), autocast(device):
         for pixels, _, _ in loader:
             pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
-            out.append(model(pixels).float().cpu().numpy())
+            out.append(forward(pixels).float().cpu().numpy())
     model.train(was_training)
-    embeddings = np.full((len(rows), r["embedding_dim"]), np.nan, np.float32)
-    embeddings[readable] = np.concatenate(out)
+    width = out[0].shape[1] if out else r["embedding_dim"]
+    embeddings = np.full((len(rows), width), np.nan, np.float32)
+    if out:
+        embeddings[readable] = np.concatenate(out)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with host.whole_file(path) as part, open(part, "wb") as file:
@@ -69,9 +72,9 @@ def embed(
     return embeddings
 
 
-def _key(model, store, rows, size: int, fit: str) -> str:
+def _key(model, store, rows, size: int, fit: str, features: bool) -> str:
     seen_as = [model.record[k] for k in ("name", "mean", "std", "interpolation")]
-    digest = hashlib.sha256(json.dumps([seen_as, size, fit, store.key]).encode())
+    digest = hashlib.sha256(json.dumps([seen_as, size, fit, features, store.key]).encode())
     digest.update(np.asarray(rows, dtype=np.int64).tobytes())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -112,10 +115,14 @@ def retrieve(
 
 
 def evaluate(
-    model, store, queries: pd.DataFrame, gallery: pd.DataFrame, *, distance: str = "cosine", k: int = 5, seed: int = 0,
-    **embed_settings,
-) -> Retrieval:
-    """Embed queries and gallery with one model and retrieve; settings as in `embed`."""
-    q = embed(model, store, queries.index, **embed_settings)
-    g = embed(model, store, gallery.index, **embed_settings)
-    return retrieve(q, g, queries, gallery, k=k, distance=distance, seed=seed)
+    model, store, pairs: dict[str, tuple[pd.DataFrame, pd.DataFrame]], *, distance: str = "cosine", k: int = 5,
+    seed: int = 0, **embed_settings,
+) -> dict[str, Retrieval]:  # fmt: skip
+    """A Retrieval for each named (queries, gallery); every photo is embedded once. Settings as in `embed`."""
+    rows = np.unique(np.concatenate([table.index for pair in pairs.values() for table in pair]))
+    embeddings = embed(model, store, rows, **embed_settings)
+
+    def of(table: pd.DataFrame) -> np.ndarray:
+        return embeddings[np.searchsorted(rows, table.index)]
+
+    return {n: retrieve(of(q), of(g), q, g, k=k, distance=distance, seed=seed) for n, (q, g) in pairs.items()}

@@ -47,13 +47,42 @@ def default_margin(loss: str, distance: str, embedding_dim: int) -> float:
     return share[loss] * typical[distance]
 
 
-def criterion(loss: str, distance: str, embedding_dim: int, *, margin: float = 0.0, mining: str = "batch_hard"):
-    """The pair loss of that name, ready for training.fit: (embeddings, labels) -> (loss, active share).
+LOSSES = ("contrastive", "triplet", "arcface", "adaptive_arcface", "arcface+triplet")
 
-    margin 0 takes default_margin; mining is for triplet alone.
+
+def criterion(
+    loss: str, distance: str, embedding_dim: int, *, margin: float = 0.0, mining: str = "batch_hard", counts=None,
+    subcentres: int = 3, scale: float = 30.0,
+):  # fmt: skip
+    """The loss of that name, ready for training.fit: (embeddings, labels) -> (loss, active share or accuracy).
+
+    margin 0 takes default_margin, or 0.3 radians for ArcFace; mining is for triplets. counts (C,) images per label
+    are what the ArcFace family needs: adaptive_arcface sets its margins by them; arcface+triplet adds a triplet loss to
+    the classification (metric-guided: Bai 2020, arXiv:2008.10545).
     """
-    settings = {"distance": distance, "margin": margin or default_margin(loss, distance, embedding_dim)}
-    return partial(contrastive, **settings) if loss == "contrastive" else partial(triplet, mining=mining, **settings)
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is unknown: use one of {LOSSES}")
+    if loss in ("contrastive", "triplet"):
+        settings = {"distance": distance, "margin": margin or default_margin(loss, distance, embedding_dim)}
+        return partial(contrastive, **settings) if loss == "contrastive" else partial(triplet, mining=mining, **settings)
+    if counts is None:
+        raise ValueError(f"loss {loss!r} needs counts, the images of each label: np.bincount(labels)")
+    margins = adaptive_margins(counts) if loss == "adaptive_arcface" else margin or 0.3
+    arcface = ArcFace(embedding_dim, len(counts), margin=margins, scale=scale, subcentres=subcentres)
+    guide = criterion("triplet", distance, embedding_dim, mining=mining)
+    return Guided(arcface, guide) if loss == "arcface+triplet" else arcface
+
+
+class Guided(nn.Module):
+    """Classification + metric loss; reports the classification's accuracy."""
+
+    def __init__(self, arcface: nn.Module, guide) -> None:
+        super().__init__()
+        self.arcface, self.guide = arcface, guide
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+        loss, accuracy = self.arcface(embeddings, labels)
+        return loss + self.guide(embeddings, labels)[0], accuracy
 
 
 def contrastive(embeddings, labels, *, distance: str = "cosine", margin: float) -> tuple[torch.Tensor, float]:

@@ -3,7 +3,11 @@ list on every machine and after every restart, whatever ran before."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+BALANCES = ("", "product", "group")
 
 
 class ShuffledSampler:
@@ -23,46 +27,74 @@ class ShuffledSampler:
 class PKSampler:
     """P products x K images a batch ("m-per-class"); an epoch shows about as many images as there are.
 
-    labels: (N,) int. Each product's images are shuffled and cut into runs of K; a product with fewer than K images
-    repeats some (replace=True) or is an error (replace=False). max_images caps a product's images per epoch.
+    labels (N,) int. Each product's images are shuffled and cut into runs of K; a product with fewer than K repeats some
+    (replace=True) or is an error (replace=False). Products with fewer than min_images are left out; max_images caps
+    what a product shows in an epoch (Conde 2022: 4 and 50).
+    balance: "" shows products as often as they have images; "product" all alike, "group" all groups (N,) alike and the
+    products within (Bai 2020, arXiv:2008.10545: a second stage for the long tail).
+    shop (N,) bool: each run of a product that has both kinds opens with one of its shop photos, so that every
+    batch holds pairs across the two domains.
     """
 
     def __init__(
-        self, labels, *, products: int = 8, images: int = 4, seed: int = 0, replace: bool = True, max_images: int = 0
-    ) -> None:
+        self, labels, *, products: int = 8, images: int = 4, seed: int = 0, replace: bool = True, min_images: int = 1,
+        max_images: int = 0, balance: str = "", groups=None, shop=None,
+    ) -> None:  # fmt: skip
         labels = np.asarray(labels)
-        order = np.argsort(labels, kind="stable")
-        self.rows = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
         if products < 2 or images < 2:
-            raise ValueError(
-                f"PKSampler needs products >= 2 and images >= 2 for its pairs, got {products} and {images}"
-            )
+            raise ValueError(f"PKSampler needs products >= 2 and images >= 2 for its pairs, got {products} and {images}")
+        if balance not in BALANCES or (balance == "group" and groups is None):
+            raise ValueError(f"balance {balance!r}: use one of {BALANCES}; 'group' needs groups, one for each label")
+        order = np.argsort(labels, kind="stable")
+        rows = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+        self.rows = [r for r in rows if len(r) >= min_images]
         if len(self.rows) < products:
             raise ValueError(
-                f"PKSampler needs {products} products in a batch, the data has {len(self.rows)}. Use a smaller batch_size."
+                f"PKSampler needs {products} products in a batch, the data has {len(self.rows)}"
+                + (f" with {min_images} images or more" if min_images > 1 else "")
+                + ". Use a smaller batch_size."
             )
         counts = np.array([len(r) for r in self.rows])
         if not replace and (counts < images).any():
             least = counts.argmin()
             raise ValueError(
-                f"PKSampler needs {images} images per product, {(counts < images).sum():,} of {len(counts):,} products have "
-                f"fewer (smallest: {labels[self.rows[least][0]]} with {counts[least]}). "
+                f"PKSampler needs {images} images per product, {(counts < images).sum():,} of {len(counts):,} products "
+                f"have fewer (smallest: {labels[self.rows[least][0]]} with {counts[least]}). "
                 f"Use min_images={images} or replace=True."
             )
-        self.products, self.images, self.seed, self.max_images = products, images, seed, max_images
+        self.products, self.images, self.seed, self.balance = products, images, seed, balance
+        self.max_images = max_images or len(labels)
+        self.groups = None if groups is None else np.asarray(groups)[[r[0] for r in self.rows]]
+        self.shop = np.zeros(len(labels), bool) if shop is None else np.asarray(shop, bool)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self.seed, epoch))
-        runs = [(p, run) for p, rows in enumerate(self.rows) for run in self._runs(rows, rng)]
-        rng.shuffle(runs)
-        return list(self._batches(runs))
+        streams = [self._runs(rows, rng) for rows in self.rows]
+        return list(self._batches([(p, next(streams[p])) for p in self._order(rng)]))
 
-    def _runs(self, rows: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """One product's images of this epoch in runs of K, the last one filled up with repeats."""
-        rows = rng.permutation(rows)[: self.max_images or None]
-        fill = -len(rows) % self.images
-        rows = np.concatenate([rows, rng.choice(rows, fill, replace=fill > len(rows))])
-        return list(rows.reshape(-1, self.images))
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        """Which product each run of the epoch shows."""
+        shown = np.array([min(len(rows), self.max_images) for rows in self.rows])
+        runs = -(-shown // self.images)
+        if not self.balance:
+            return rng.permutation(np.repeat(np.arange(len(runs)), runs))
+        products = np.arange(len(runs))
+        kinds = [products] if self.balance == "product" else [products[self.groups == g] for g in np.unique(self.groups)]
+        each = math.ceil(runs.sum() / len(kinds))
+        drawn = [np.concatenate([rng.permutation(kind) for _ in range(-(-each // len(kind)))])[:each] for kind in kinds]
+        return np.stack(drawn, 1).ravel()  # one of each group in turn
+
+    def _runs(self, rows: np.ndarray, rng: np.random.Generator):
+        """One product's images in runs of K without end, each pass over them in a new order."""
+        shop, others = rows[self.shop[rows]], rows[~self.shop[rows]]
+        mixed = len(shop) > 0 and len(others) > 0
+        rest, width = (others, self.images - 1) if mixed else (rows, self.images)
+        rest = rng.permutation(rest)[: self.max_images]
+        while True:
+            fill = -len(rest) % width
+            order = rng.permutation(rest)
+            for run in np.concatenate([order, rng.choice(order, fill, replace=fill > len(order))]).reshape(-1, width):
+                yield np.concatenate([rng.choice(shop, 1), run]) if mixed else run
 
     def _batches(self, runs: list[tuple[int, np.ndarray]]):
         """Groups of P runs of P different products, in the order given; what cannot fill a batch is left out."""

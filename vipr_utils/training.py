@@ -24,6 +24,7 @@ from torch import nn
 from vipr_utils import host, images, models
 from vipr_utils.embedding import autocast, mixed_precision
 from vipr_utils.losses import distance_matrix
+from vipr_utils.sampling import ShuffledSampler
 
 
 class Diverged(RuntimeError):
@@ -117,6 +118,37 @@ def fit(
     with host.whole_file(folder / "history.csv") as part:
         history.to_csv(part, index=False)
     return history
+
+
+def fit_head(
+    model: models.Embedder, criterion: nn.Module, features: np.ndarray, labels: np.ndarray, *, epochs: int = 40,
+    lr: float = 4e-3, batch_size: int = 256, weight_decay: float = 1e-4, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Train the model's neck and the criterion on cached features (N, C), in place; seconds an epoch.
+
+    features: embedding.embed(..., features=True) of the frozen backbone. The recipe with the best return per GPU hour
+    in Kaggle's Universal Image Embedding (2022). Returns loss and accuracy by epoch.
+    """
+    if isinstance(model.neck, nn.Identity):
+        raise ValueError("fit_head trains a neck and the model has none: create it with embedding_dim, for example 512")
+    x, y = torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(labels)
+    parameters = [*model.neck.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    sampler, history = ShuffledSampler(len(x), batch_size=batch_size, seed=seed), []
+    steps = epochs * len(sampler.batches(0))
+    model.neck.train()
+    for epoch in range(epochs):
+        losses = []
+        for rows in sampler.batches(epoch):
+            optimizer.param_groups[0]["lr"] = lr * rate(len(losses) + epoch * steps // epochs, steps, "cosine", 0.05, [], 0.1)
+            loss, accuracy = criterion(nn.functional.normalize(model.neck(x[rows]), dim=1), y[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append((loss.item(), accuracy))
+        history.append({"epoch": epoch + 1, "loss": np.mean([v[0] for v in losses]), "active": np.mean([v[1] for v in losses])})
+    model.neck.eval()
+    return pd.DataFrame(history)
 
 
 def rate(step: int, steps: int, schedule: str, warmup: float, milestones: list[int], gamma: float) -> float:
