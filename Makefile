@@ -21,7 +21,7 @@ lint: .venv/test.stamp
 	$(BIN)/ruff check .
 
 unit: .venv/test.stamp
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 # The series by papermill into a folder of its own; nbval then runs what papermill wrote, and what is committed,
 # and demands the same outputs again.
@@ -30,7 +30,7 @@ smoke: .venv/test.stamp
 	$(BIN)/python -m vipr_utils.batch params/smoke --output-dir .venv/smoke
 
 nbval: smoke
-	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope $(NOTEBOOKS) .venv/smoke/*/notebook.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope $(NOTEBOOKS) .venv/smoke/*/notebook.ipynb
 
 # Run the notebooks in place with their defaults, as they are committed.
 notebooks: .venv/test.stamp

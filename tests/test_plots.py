@@ -22,9 +22,9 @@ FIGURES = {
         "median 0.85 for the same product, 0.15 for different ones, AUC 1.00",
     ),
     "scatter": (lambda: plots.scatter(np.random.default_rng(0).normal(size=(9, 2)), [0, 1, 2] * 3, title="T"), "9 embeddings in 3"),
-    "intervals": (lambda: plots.intervals(SCORES, **WORDS), "95 % intervals: frozen 0.50"),
+    "intervals": (lambda: plots.intervals(SCORES, **WORDS), "95 % intervals: frozen 0.500"),
     "lines": (lambda: plots.lines({"x": ([1, 2], [0.5, 0.25])}, xlabel="n", ylabel="m", **WORDS), "x from 0.50 at 1 to 0.25 at 2"),
-    "image_grid": (lambda: plots.image_grid([picture()], columns=2, labels=["one"], **WORDS), "1 photos in 1 rows of 2: one"),
+    "image_grid": (lambda: plots.image_grid([picture()], columns=2, labels=["one"], **WORDS), "Title, 1 photos in 1 rows of 2: one"),
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from vipr_utils import host
 
@@ -48,7 +49,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **spac
 
 
 def _finish(figure, title: str, caption: str, alt: str) -> Picture:
-    """Title above, wrapped caption below, PNG without the software's version, so that its bytes repeat."""
+    """Title above, wrapped caption below; a PNG of 128 colours, a fifth of the size, whose bytes repeat."""
     width, height = figure.get_size_inches()
     box = figure.get_tightbbox()  # inches
     left, room = box.x0 / width, max(box.width, 4.5)
@@ -57,7 +58,9 @@ def _finish(figure, title: str, caption: str, alt: str) -> Picture:
     figure.text(left, above, wrapped, fontsize=12, fontweight="bold", va="bottom")
     figure.text(left, below, "\n".join(textwrap.wrap(caption, int(room * 15))), fontsize=9, color="#444444", va="top")
     out = io.BytesIO()
-    figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})
+    figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.12)
+    picture = Image.open(out).convert("RGB").quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture.save(out := io.BytesIO(), "PNG", optimize=True)
     return Picture(out.getvalue(), alt)
 
 
@@ -189,7 +192,7 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
     ax.set_yticks(y, [str(i) for i in table.index], fontsize=8)
     ax.set_ylim(-0.6, len(table) - 0.3)
     _style(ax, xlabel, grid="x")
-    listed = ", ".join(f"{name} {x:.2f}" for name, x in zip(table.index, middle))
+    listed = ", ".join(f"{name} {x:.3f}" for name, x in zip(table.index, middle))
     return _finish(figure, title, caption, f"{xlabel} with 95 % intervals: {listed}")
 
 
@@ -240,7 +243,8 @@ def image_grid(pictures: list, *, columns: int, title: str, caption: str, labels
             _photo(ax, pictures[i])
             if labels:
                 ax.set_title(labels[i], fontsize=8, pad=3)
-    alt = alt or f"{len(pictures)} photos in {rows} rows of {columns}" + (f": {', '.join(map(str, labels[:12]))}" if labels else "")
+    listed = f": {', '.join(map(str, labels[:12]))}" if labels else ""
+    alt = alt or f"{title}, {len(pictures)} photos in {rows} rows of {columns}{listed}"
     return _finish(figure, title, caption, alt.replace("\n", " "))
 
 
