@@ -194,7 +194,7 @@ def test_photos_of_one_visit_are_chained_by_likeness_within_a_product():
 
 
 def test_held_out_visits_are_whole_and_at_most_half_of_a_product():
-    photos = photos_of({p: 12 for p in range(8)} | {8: 6})
+    photos = photos_of(dict.fromkeys(range(8), 12) | {8: 6})
     visits = pd.Series(photos.i // 3, photos.index).where(photos.product_id < 8, 0)  # product 8: one visit
     train, queries, gallery = catalog.split(photos, "seen", holdout=0.1, visits=visits)
     keys = [set(zip(t.product_id, visits[t.index])) for t in (queries, gallery)]

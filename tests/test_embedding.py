@@ -56,6 +56,19 @@ def tables(queries, gallery):
     return table(queries, "test"), table(gallery, "train")
 
 
+def test_centring_takes_away_what_a_domain_shares():
+    rng = np.random.default_rng(0)
+    product = rng.normal(size=(20, 8))
+    shop, customer = product + [5, *[0] * 7], product + [0, 5, *[0] * 6]
+    x = np.concatenate([shop, customer]).astype(np.float32)
+    domains = np.repeat(["shop", "customer"], 20)
+    centred = embedding.centred(x, domains)
+    np.testing.assert_allclose(centred[:20], centred[20:], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(centred, axis=1), 1, atol=1e-5)
+    half = embedding.centred(x, domains, of=np.tile([True, False], 20))
+    assert not np.allclose(half, centred)
+
+
 def test_query_without_relevant_image_is_excluded_and_counted():
     queries, gallery = tables([1, 9], [1, 2])
     found = embedding.retrieve(np.eye(2, 4, dtype=np.float32), np.eye(2, 4, dtype=np.float32), queries, gallery)

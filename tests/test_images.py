@@ -235,6 +235,36 @@ def test_study_transform_has_its_six_steps_in_order_and_resizes_256_for_224():
     assert images.study_transform(64)(picture()).shape == (3, 64, 64)
 
 
+def test_product_is_cut_out_of_its_even_ground():
+    photo = np.full((80, 80, 3), 250, np.uint8)
+    photo[20:60, 30:50] = (200, 30, 30)
+    alpha = images.foreground(photo)
+    assert alpha[30:50, 35:45].min() > 0.99 and alpha[:10].max() < 0.01
+    assert alpha.sum() == pytest.approx(38 * 18, rel=0.1)
+
+
+def test_customer_like_photo_keeps_the_product_and_changes_the_ground():
+    photo = np.full((80, 80, 3), 250, np.uint8)
+    photo[20:60, 25:55] = (220, 20, 20)
+    green = np.full((90, 120, 3), (0, 160, 0), np.uint8)
+    made = images.customer_like(photo, green, np.random.default_rng(0))
+    assert made.shape == photo.shape and made.dtype == np.uint8
+    assert made[38:42, 38:42, 0].mean() > 2 * made[38:42, 38:42, 1].mean()
+    assert made[:6, :6, 1].mean() > 2 * made[:6, :6, 0].mean()
+    np.testing.assert_array_equal(images.customer_like(photo, green, np.random.default_rng(0)), made)
+
+
+def test_only_shop_photos_are_made_customer_like_and_the_same_in_every_order(toy_data):
+    photos, store = toy_data
+    rows, shop = photos.index[:12], (photos.domain[:12] == "shop").to_numpy()
+    assert 0 < shop.sum() < 12
+    plain = images.Photos(store, rows, images.eval_transform(32))
+    made = images.Photos(store, rows, images.eval_transform(32), shop=shop, clutter=1.0)
+    changed = [not torch.equal(plain[i][0], made[i][0]) for i in range(12)]
+    assert changed == shop.tolist()
+    assert torch.equal(made[int(shop.argmax())][0], made[int(shop.argmax())][0])
+
+
 # ------------------------------------------------------------------------------------------------------ loading
 
 

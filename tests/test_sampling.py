@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vipr_utils.sampling import PKSampler, ShuffledSampler
+from vipr_utils.sampling import PKSampler, ShuffledSampler, sampler
 
 LONG_TAIL = np.repeat(np.arange(20), [1, 1, 2, 3, 5, 8, 13, 21, 34, 55] * 2)
 
@@ -92,3 +92,12 @@ def test_shuffled_batches_cover_everything_once():
 
 def test_a_single_left_over_image_is_dropped_since_batch_statistics_need_two():
     assert len(np.concatenate(ShuffledSampler(101, batch_size=10).batches(0))) == 100
+
+
+def test_sampler_by_name_fills_the_batch_or_says_why_not():
+    assert isinstance(sampler(LONG_TAIL, batch_size=16, images_per_product=1, balance=""), ShuffledSampler)
+    assert {len(b) for b in sampler(LONG_TAIL, batch_size=16, images_per_product=4).batches(0)} == {16}
+    with pytest.raises(ValueError, match="batch_size 15 is no multiple of images_per_product 4"):
+        sampler(LONG_TAIL, batch_size=15, images_per_product=4)
+    with pytest.raises(ValueError, match="balance need batches by product: set images_per_product to 2 or more"):
+        sampler(LONG_TAIL, batch_size=16, images_per_product=1, balance="product")

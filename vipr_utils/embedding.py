@@ -82,6 +82,18 @@ def _key(model, store, rows, size: int, fit: str, features: bool) -> str:
     return digest.hexdigest()[:24]
 
 
+def centred(embeddings: np.ndarray, domains, *, of: np.ndarray | None = None) -> np.ndarray:
+    """Embeddings (N, D) with the mean of their own domain subtracted, L2-normalised again: takes away what all shop
+    photos share and customers' do not. of (N,) bool says which rows the means are taken over; all by default.
+    """
+    domains, out = np.asarray(domains), embeddings.copy()
+    of = np.ones(len(out), bool) if of is None else of
+    for domain in np.unique(domains):
+        its = domains == domain
+        out[its] -= embeddings[its & of].mean(0) if (its & of).any() else 0.0
+    return out / np.linalg.norm(out, axis=1, keepdims=True).clip(1e-12)
+
+
 @dataclass(frozen=True)
 class Retrieval:
     """Ranked lists of Q queries: scores, ranks (rows of the gallery table), hits (Q, k); metrics as in run.json."""
@@ -116,11 +128,20 @@ def retrieve(
 
 def evaluate(
     model, store, pairs: dict[str, tuple[pd.DataFrame, pd.DataFrame]], *, distance: str = "cosine", k: int = 5,
-    seed: int = 0, **embed_settings,
+    seed: int = 0, centre_domains: bool = False, **embed_settings,
 ) -> dict[str, Retrieval]:  # fmt: skip
-    """A Retrieval for each named (queries, gallery); every photo is embedded once. Settings as in `embed`."""
+    """A Retrieval for each named (queries, gallery); every photo is embedded once. Settings as in `embed`.
+
+    centre_domains: subtract each domain's mean over the gallery's photos (see `centred`); queries of a domain that the
+    gallery lacks keep theirs.
+    """
     rows = np.unique(np.concatenate([table.index for pair in pairs.values() for table in pair]))
     embeddings = embed(model, store, rows, **embed_settings)
+    if centre_domains:
+        tables = pd.concat([table for pair in pairs.values() for table in pair])
+        domains = tables["domain"][~tables.index.duplicated()].reindex(rows)
+        in_gallery = np.isin(rows, np.concatenate([gallery.index for _, gallery in pairs.values()]))
+        embeddings = centred(embeddings, domains, of=in_gallery)
 
     def of(table: pd.DataFrame) -> np.ndarray:
         return embeddings[np.searchsorted(rows, table.index)]

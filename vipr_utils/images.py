@@ -256,6 +256,42 @@ def augmentation(name: str, image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET
     return kinds[name](image_size, mean=mean, std=std)
 
 
+def foreground(image: np.ndarray, *, tolerance: int = 18) -> np.ndarray:
+    """(H, W) float32 in 0..1: 0 on the even ground that touches the border, 1 on the product, soft at the seam."""
+    h, w = image.shape[:2]
+    mask = np.zeros((h + 2, w + 2), np.uint8)
+    smooth = cv2.medianBlur(image, 3)
+    how = cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | 4  # against the corner, else it creeps over soft edges
+    for corner in ((0, 0), (w - 1, 0), (0, h - 1), (w - 1, h - 1)):
+        if not mask[corner[1] + 1, corner[0] + 1]:
+            cv2.floodFill(smooth, mask, corner, 0, (tolerance,) * 3, (tolerance,) * 3, how)
+    product = cv2.erode((mask[1:-1, 1:-1] == 0).astype(np.uint8), np.ones((3, 3), np.uint8))
+    return cv2.GaussianBlur(product.astype(np.float32), (0, 0), 1.0)
+
+
+def customer_like(shop: np.ndarray, ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A shop photo as a shopper might take it, (H, W, 3) uint8 of its own size: cut out, tilted, laid on a blurred
+    crop of another photo (`ground`), under uneven light, blurred, noisy, compressed."""
+    h, w = shop.shape[:2]
+    gh, gw = ground.shape[:2]
+    side = int(min(gh, gw) * rng.uniform(0.5, 1.0))
+    top, left = rng.integers(gh - side + 1), rng.integers(gw - side + 1)
+    scene = cv2.resize(ground[top : top + side, left : left + side], (w, h), interpolation=cv2.INTER_LINEAR)
+    scene = cv2.GaussianBlur(scene, (0, 0), rng.uniform(1, 4)).astype(np.float32)
+    corners = np.float32([(0, 0), (w, 0), (w, h), (0, h)])
+    turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.normal(0, 10), rng.uniform(0.6, 1.1))
+    moved = cv2.transform(corners[None], turn)[0] + rng.uniform(-0.08, 0.08, (4, 2)) * (w, h)
+    matrix = cv2.getPerspectiveTransform(corners, moved.astype(np.float32))
+    alpha = cv2.warpPerspective(foreground(shop), matrix, (w, h))[..., None]
+    image = scene * (1 - alpha) + cv2.warpPerspective(shop, matrix, (w, h)).astype(np.float32) * alpha
+    x, y = np.meshgrid(np.linspace(-1, 1, w, dtype=np.float32), np.linspace(-1, 1, h, dtype=np.float32))
+    a = rng.uniform(0, 2 * np.pi)
+    image *= (rng.uniform(0.7, 1.15) * (1 + rng.uniform(0, 0.3) * (x * np.cos(a) + y * np.sin(a))))[..., None]
+    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.2)) + rng.normal(0, rng.uniform(1, 6), (h, w, 1))
+    data = cv2.imencode(".jpg", image.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(50, 90))])[1]
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+
+
 # ------------------------------------------------------------------------------------------------------ loading
 
 
@@ -264,14 +300,18 @@ class Photos(torch.utils.data.Dataset):
 
     Random transforms are seeded by (seed, epoch, row): the same photo looks the same in the same epoch whatever the
     order, the number of workers, or where a run was interrupted.
+    shop (N,) bool: with probability `clutter` such a photo is made customer_like, on the ground of another of the rows.
     """
 
-    def __init__(self, store: Store, rows, transform, *, labels=None, seed: int = 0) -> None:
+    def __init__(
+        self, store: Store, rows, transform, *, labels=None, seed: int = 0, shop=None, clutter: float = 0.0
+    ) -> None:
         self.store, self.rows, self.transform = store, np.asarray(rows, np.int64), transform
         self.labels = np.full(len(self.rows), -1, np.int64) if labels is None else np.asarray(labels, np.int64)
         if len(self.labels) != len(self.rows):
             raise ValueError(f"{len(self.labels)} labels for {len(self.rows)} rows: give one each")
         self.seed, self.epoch = seed, 0
+        self.shop, self.clutter = np.zeros(len(self.rows), bool) if shop is None else np.asarray(shop, bool), clutter
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -280,10 +320,14 @@ class Photos(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
-        row = int(self.rows[i])
+        row, photo = int(self.rows[i]), self.store[int(self.rows[i])]
+        drawn = np.random.SeedSequence((self.seed, self.epoch, row))
+        rng = np.random.default_rng(drawn)
+        if self.shop[i] and rng.random() < self.clutter:
+            photo = customer_like(photo, self.store[int(rng.choice(self.rows[~self.shop]))], rng)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, row)).generate_state(1, np.uint64)[0]) >> 1)
-            image = self.transform(self.store[row])
+            torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
+            image = self.transform(photo)
         return torch.as_tensor(image), int(self.labels[i]), row
 
 

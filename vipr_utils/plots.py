@@ -97,6 +97,8 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     ax.axhline(np.median(n), color=RED, linestyle="--", linewidth=1.2)
     ax.annotate(f"median {np.median(n):g}", (len(n), np.median(n)), color=RED, fontsize=9, ha="right", va="bottom")
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     _style(ax, "products, most images first", "training images (log)")
     alt = f"Long tail: {len(n):,} products, {n[0]:,} images for the first, median {np.median(n):g}, {n[-1]} for the last"
     return _finish(figure, title, caption, f"{alt}; {(n < 4).sum():,} products have fewer than 4")

@@ -10,6 +10,17 @@ import numpy as np
 BALANCES = ("", "product", "group")
 
 
+def sampler(labels, *, batch_size: int, images_per_product: int, seed: int = 0, **pk_settings):
+    """A PKSampler whose batches hold batch_size images, or with images_per_product 1 a ShuffledSampler."""
+    if images_per_product == 1:
+        if wrong := [k for k, v in pk_settings.items() if v is not None and v not in ("", 0, 1)]:
+            raise ValueError(f"{', '.join(wrong)} need batches by product: set images_per_product to 2 or more")
+        return ShuffledSampler(len(labels), batch_size=batch_size, seed=seed)
+    if batch_size % images_per_product:
+        raise ValueError(f"batch_size {batch_size} is no multiple of images_per_product {images_per_product}")
+    return PKSampler(labels, products=batch_size // images_per_product, images=images_per_product, seed=seed, **pk_settings)
+
+
 class ShuffledSampler:
     """Plain shuffled batches; the last one may be short (dropped when it has fewer than two images)."""
 
