@@ -221,7 +221,7 @@ def test_padding_keeps_the_shape_on_white():
 def test_unknown_fit_and_augmentation_list_the_known():
     with pytest.raises(ValueError, match=r"fit 'stretch' is unknown: use one of \('squash', 'crop', 'pad'\)"):
         images.eval_transform(32, fit="stretch")
-    with pytest.raises(ValueError, match=r"augmentation 'strong' is unknown: use one of \('kit', 'study', 'none'\)"):
+    with pytest.raises(ValueError, match=r"augmentation 'strong' is unknown: use one of \('kit', 'clutter', 'study', 'none'\)"):
         images.augmentation("strong", 32)
 
 
@@ -286,6 +286,14 @@ def test_reading_a_photo_leaves_the_global_random_state_alone(toy_data):
     expected = torch.rand(3)
     torch.manual_seed(5)
     photos[0]
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+def test_loading_leaves_the_global_random_state_alone(toy_data):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(images.loader(images.Photos(toy_data[1], [0, 1], images.train_transform(32)), device="cpu"))
     torch.testing.assert_close(torch.rand(3), expected)
 
 

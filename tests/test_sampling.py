@@ -95,9 +95,11 @@ def test_a_single_left_over_image_is_dropped_since_batch_statistics_need_two():
 
 
 def test_sampler_by_name_fills_the_batch_or_says_why_not():
-    assert isinstance(sampler(LONG_TAIL, batch_size=16, images_per_product=1, balance=""), ShuffledSampler)
-    assert {len(b) for b in sampler(LONG_TAIL, batch_size=16, images_per_product=4).batches(0)} == {16}
-    with pytest.raises(ValueError, match="batch_size 15 is no multiple of images_per_product 4"):
-        sampler(LONG_TAIL, batch_size=15, images_per_product=4)
-    with pytest.raises(ValueError, match="balance need batches by product: set images_per_product to 2 or more"):
-        sampler(LONG_TAIL, batch_size=16, images_per_product=1, balance="product")
+    assert isinstance(sampler("shuffled", LONG_TAIL, batch_size=16), ShuffledSampler)
+    for kind in ("products", "balanced", "groups", "cross_domain"):
+        found = sampler(kind, LONG_TAIL, batch_size=16, groups=LONG_TAIL // 5, shop=np.arange(len(LONG_TAIL)) % 7 == 0)
+        assert {len(b) for b in found.batches(0)} == {16}
+    with pytest.raises(ValueError, match="batch_size 15 is no multiple of the 4 images that each product brings"):
+        sampler("products", LONG_TAIL, batch_size=15)
+    with pytest.raises(ValueError, match="batches 'random' are unknown: use one of"):
+        sampler("random", LONG_TAIL, batch_size=16)

@@ -249,8 +249,9 @@ def train_transform(
 
 
 def augmentation(name: str, image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> T.Compose:
-    """The training transform of that name: 'kit' (train_transform), 'study' (study_transform) or 'none'."""
-    kinds = {"kit": train_transform, "study": study_transform, "none": eval_transform}
+    """The training transform of that name: 'kit' (train_transform; also 'clutter', whose other half is Photos'
+    clutter), 'study' (study_transform) or 'none'."""
+    kinds = {"kit": train_transform, "clutter": train_transform, "study": study_transform, "none": eval_transform}
     if name not in kinds:
         raise ValueError(f"augmentation {name!r} is unknown: use one of {tuple(kinds)}")
     return kinds[name](image_size, mean=mean, std=std)
@@ -341,6 +342,7 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
         workers = min(host.cores(), 8) if on_gpu else 0
     n_batches = len(batch_sampler) if batch_sampler is not None else math.ceil(len(photos) / batch_size)
     how = {"num_workers": workers if n_batches > 1 else 0, "pin_memory": on_gpu}
+    how["generator"] = torch.Generator()  # a loader draws a number; from the global state it would shift all that follows
     if batch_sampler is not None:
         return torch.utils.data.DataLoader(photos, batch_sampler=[b.tolist() for b in batch_sampler], **how)
     return torch.utils.data.DataLoader(photos, batch_size=batch_size, **how)

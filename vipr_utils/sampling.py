@@ -10,15 +10,21 @@ import numpy as np
 BALANCES = ("", "product", "group")
 
 
-def sampler(labels, *, batch_size: int, images_per_product: int, seed: int = 0, **pk_settings):
-    """A PKSampler whose batches hold batch_size images, or with images_per_product 1 a ShuffledSampler."""
-    if images_per_product == 1:
-        if wrong := [k for k, v in pk_settings.items() if v is not None and v not in ("", 0, 1)]:
-            raise ValueError(f"{', '.join(wrong)} need batches by product: set images_per_product to 2 or more")
+KINDS = ("shuffled", "products", "balanced", "groups", "cross_domain")
+
+
+def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None, shop=None, seed: int = 0):
+    """The sampler of that name: 'shuffled' takes no heed of labels; the others draw P = batch_size / images products:
+    'products' as often as they have images, 'balanced' all alike, 'groups' all groups (N,) alike, 'cross_domain' with a
+    shop photo (shop (N,) bool) in each product's share."""
+    if kind not in KINDS:
+        raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
+    if kind == "shuffled":
         return ShuffledSampler(len(labels), batch_size=batch_size, seed=seed)
-    if batch_size % images_per_product:
-        raise ValueError(f"batch_size {batch_size} is no multiple of images_per_product {images_per_product}")
-    return PKSampler(labels, products=batch_size // images_per_product, images=images_per_product, seed=seed, **pk_settings)
+    if batch_size % images:
+        raise ValueError(f"batch_size {batch_size} is no multiple of the {images} images that each product brings")
+    how = {"balanced": {"balance": "product"}, "groups": {"balance": "group", "groups": groups}, "cross_domain": {"shop": shop}}
+    return PKSampler(labels, products=batch_size // images, images=images, seed=seed, **how.get(kind, {}))
 
 
 class ShuffledSampler:
