@@ -10,12 +10,12 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export MPLBACKEND := Agg
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test lint unit smoke nbval notebooks readme clean
+.PHONY: demo test lint unit smoke nbval sweeps notebooks readme clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m vipr_utils.batch params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
-test: lint unit smoke nbval
+test: lint unit smoke nbval sweeps
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -32,12 +32,17 @@ smoke: .venv/test.stamp
 nbval: smoke
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope $(NOTEBOOKS) .venv/smoke/*/notebook.ipynb
 
+# Every sweep from its file, at a size that only shows that it runs.
+sweeps: .venv/test.stamp
+	rm -rf .venv/sweeps
+	$(BIN)/python -m vipr_utils.batch params/sweeps/laptop --output-dir .venv/sweeps -p image_size=48 -p epochs=1 -p batch_size=16
+
 # Run the notebooks in place with their defaults, as they are committed.
 notebooks: .venv/test.stamp
 	$(BIN)/python tests/refresh_notebooks.py $(NOTEBOOKS)
 
 readme: .venv/demo.stamp
-	$(BIN)/python -m vipr_utils.runs $(OUT) --readme README.md
+	$(BIN)/python -m vipr_utils.runs submissions/reference --readme README.md
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed, name it with PYTHON=..."; exit 1; }

@@ -117,6 +117,20 @@ def test_evaluation_of_several_galleries_embeds_every_photo_once(toy_data, netwo
     assert found["all"].metrics["n_gallery"] == len(gallery)
 
 
+def test_domains_are_centred_on_the_gallery_they_are_searched_in(toy_data, network):
+    photos, store = toy_data
+    _, queries, gallery = catalog.split(photos, "test")
+    pairs = {"": (queries, gallery)}
+    found = embedding.evaluate(network, store, pairs, image_size=32, centre_domains=True)[""]
+    q, g = (embedding.embed(network, store, t.index, image_size=32) for t in (queries, gallery))
+    customer = g[(gallery.domain == "customer").to_numpy()].mean(0)
+    g = embedding.centred(g, gallery.domain)
+    q = (q - customer) / np.linalg.norm(q - customer, axis=1, keepdims=True)
+    expected = embedding.retrieve(q, g, queries, gallery)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=2e-2)
+    assert not np.allclose(found.scores, embedding.evaluate(network, store, pairs, image_size=32)[""].scores, atol=0.02)
+
+
 def test_features_are_what_the_neck_receives(toy_data, network):
     rows = toy_data[0].index[:3]
     features = embedding.embed(network, toy_data[1], rows, image_size=32, features=True)

@@ -150,6 +150,18 @@ def test_a_saved_model_rebuilds_itself_and_can_start_another(tmp_path):
     torch.testing.assert_close(started.backbone.layers[0].weight, model.backbone.layers[0].weight)
 
 
+def test_model_of_an_earlier_run_is_found_by_name_or_folder_and_a_missing_one_is_named(tmp_path):
+    model = models.create("siamese_small", embedding_dim=8)
+    models.save(model, tmp_path / "earlier" / "model.pt", distance="euclidean")
+    for run, out in (("earlier", str(tmp_path)), (str(tmp_path / "earlier"), str(tmp_path / "elsewhere"))):
+        again = models.open_model(run, "unused", output_dir=out)
+        assert again.record["distance"] == "euclidean"
+        assert torch.equal(again.neck[0].weight, model.neck[0].weight)
+    with pytest.raises(models.WeightsError, match="model.pt does not exist: train a model first"):
+        models.open_model("nothing", "unused", output_dir=str(tmp_path))
+    assert models.open_model("", "siamese_small", weights="none").record["weights"]["source"] == "random"
+
+
 def test_loading_what_is_no_model_says_so(tmp_path):
     with pytest.raises(models.WeightsError, match="does not exist: train a model first"):
         models.load(tmp_path / "model.pt")

@@ -31,6 +31,18 @@ def saved(folder, **changes):
     return runs.save(folder, **(record | changes))
 
 
+def test_record_names_folders_without_their_place(tmp_path):
+    params = {"data_root": str(tmp_path / "photos"), "output_dir": "submissions", "cache_dir": "", "seed": 0}
+    record = runs.load(saved(tmp_path / "first", params=params).parent)
+    assert record["params"] == {"data_root": "photos", "output_dir": "submissions", "cache_dir": "", "seed": 0}
+
+
+def test_readme_shows_the_reference_records_as_they_are():
+    root = Path(__file__).resolve().parents[1]
+    table = runs.markdown(runs.scoreboard(root / "submissions" / "reference"))
+    assert table.count("\n") > 5 and f"{runs.START}\n{table}\n{runs.END}" in (root / "README.md").read_text()
+
+
 def test_a_saved_run_holds_every_key_of_the_contract(tmp_path):
     record = runs.load(saved(tmp_path / "first").parent)
     assert set(runs.KEYS) <= set(record)

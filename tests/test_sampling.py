@@ -99,6 +99,9 @@ def test_sampler_by_name_fills_the_batch_or_says_why_not():
     for kind in ("products", "balanced", "groups", "cross_domain"):
         found = sampler(kind, LONG_TAIL, batch_size=16, groups=LONG_TAIL // 5, shop=np.arange(len(LONG_TAIL)) % 7 == 0)
         assert {len(b) for b in found.batches(0)} == {16}
+    shop = np.arange(len(LONG_TAIL)) % 40 == 0
+    shown = np.concatenate(sampler("shuffled_domains", LONG_TAIL, batch_size=16, shop=shop).batches(0))
+    assert shop[shown].mean() == pytest.approx(1 / 8, abs=0.02) and len(set(shown)) >= len(LONG_TAIL) - 1
     with pytest.raises(ValueError, match="batch_size 15 is no multiple of the 4 images that each product brings"):
         sampler("products", LONG_TAIL, batch_size=15)
     with pytest.raises(ValueError, match="batches 'random' are unknown: use one of"):

@@ -32,8 +32,11 @@ def save(
 ) -> Path:
     """Write <folder>/run.json whole and return its path. NaN becomes null; metrics may hold `rows`, one per system.
 
+    Of data_root, output_dir and cache_dir in params only the folder's name is kept: a record may be published.
+
     Raises TypeError for a value that JSON has no form for, naming where it stands.
     """
+    params = {k: Path(v).name if k in ("data_root", "output_dir", "cache_dir") else v for k, v in params.items()}
     record = {
         "run": Path(folder).name, "notebook": notebook, "params": params, "data": data, "protocol": protocol,
         "metrics": metrics, "model": model, "seconds": round(seconds, 1), "versions": host.versions(), "device": device,

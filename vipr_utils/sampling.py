@@ -10,17 +10,23 @@ import numpy as np
 BALANCES = ("", "product", "group")
 
 
-KINDS = ("shuffled", "products", "balanced", "groups", "cross_domain")
+KINDS = ("shuffled", "shuffled_domains", "products", "balanced", "groups", "cross_domain")
 
 
 def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None, shop=None, seed: int = 0):
-    """The sampler of that name: 'shuffled' takes no heed of labels; the others draw P = batch_size / images products:
+    """The sampler of that name. 'shuffled' takes no heed of labels; 'shuffled_domains' shows each shop photo so often that
+    they make an eighth of the images; the others draw P = batch_size / images products:
     'products' as often as they have images, 'balanced' all alike, 'groups' all groups (N,) alike, 'cross_domain' with a
     shop photo (shop (N,) bool) in each product's share."""
     if kind not in KINDS:
         raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
     if kind == "shuffled":
         return ShuffledSampler(len(labels), batch_size=batch_size, seed=seed)
+    if kind == "shuffled_domains":
+        its = np.flatnonzero(shop)
+        times = max(1, round((len(labels) - len(its)) / (7 * max(1, len(its)))))
+        rows = np.concatenate([np.arange(len(labels)), np.repeat(its, times - 1)])
+        return ShuffledSampler(rows, batch_size=batch_size, seed=seed)
     if batch_size % images:
         raise ValueError(f"batch_size {batch_size} is no multiple of the {images} images that each product brings")
     how = {"balanced": {"balance": "product"}, "groups": {"balance": "group", "groups": groups}, "cross_domain": {"shop": shop}}
@@ -28,16 +34,18 @@ def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None,
 
 
 class ShuffledSampler:
-    """Plain shuffled batches; the last one may be short (dropped when it has fewer than two images)."""
+    """Plain shuffled batches of positions (a number of them, or a list that may repeat some); the last batch may be
+    short (dropped when it has fewer than two images)."""
 
-    def __init__(self, n: int, *, batch_size: int, seed: int = 0) -> None:
-        if n < 2 or batch_size < 2:
-            raise ValueError(f"ShuffledSampler needs 2 images and batch_size >= 2, got {n} and {batch_size}")
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+    def __init__(self, positions, *, batch_size: int, seed: int = 0) -> None:
+        self.positions = np.arange(positions) if np.ndim(positions) == 0 else np.asarray(positions)
+        if len(self.positions) < 2 or batch_size < 2:
+            raise ValueError(f"ShuffledSampler needs 2 images and batch_size >= 2, got {positions} and {batch_size}")
+        self.batch_size, self.seed = batch_size, seed
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-        cut = [order[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)]
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.positions)
+        cut = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         return [b for b in cut if len(b) > 1]
 
 
