@@ -364,8 +364,3 @@ def border_whiteness(image: np.ndarray, *, width: float = 0.04) -> float:
     w = max(1, round(128 * width))
     border = np.concatenate([side.reshape(-1, 3) for side in (small[:w], small[-w:], small[:, :w], small[:, -w:])])
     return float(((border.min(1) > 225) & (np.ptp(border, axis=1) < 20)).mean())
-
-
-def estimate_domain(image: np.ndarray, *, threshold: float = 0.5) -> str:
-    """'shop' when more than `threshold` of the border is white ground, else 'customer'."""
-    return "shop" if border_whiteness(image) > threshold else "customer"

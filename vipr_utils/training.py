@@ -23,7 +23,6 @@ from torch import nn
 
 from vipr_utils import host, images, models
 from vipr_utils.embedding import autocast, mixed_precision
-from vipr_utils.losses import distance_matrix
 from vipr_utils.sampling import ShuffledSampler
 
 
@@ -360,10 +359,3 @@ def _warn_of_collapse(row: dict) -> None:
 def _line(row: dict, epochs: int) -> str:
     line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  active {row['active']:.2f}  {row['seconds']:.0f} s"
     return line + (f"  mAP@5 {row['map_at_5']:.3f}" if "map_at_5" in row else "")
-
-
-def mean_random_distance(embeddings: np.ndarray, distance: str = "cosine", *, n: int = 2000, seed: int = 0) -> float:
-    """Mean distance of n random pairs of rows of (N, D): near 0 the embedding has collapsed."""
-    a, b = np.random.default_rng(seed).integers(len(embeddings), size=(2, n))
-    x, y = torch.as_tensor(embeddings[a]), torch.as_tensor(embeddings[b])
-    return float(torch.stack([distance_matrix(u[None], v[None], distance)[0, 0] for u, v in zip(x, y)]).mean())
