@@ -38,6 +38,11 @@ def fit(toy_data, folder, **how):
     return model, history
 
 
+def started(model, criterion):
+    optimizer = training._optimizer(model, criterion, "adam", lr=0.1, head_lr=0.1, weight_decay=0.0)
+    return training._State(model, criterion, torch.device("cpu"), optimizer)
+
+
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -85,7 +90,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(toy_data, monkeypatc
     pixels, labels = torch.stack(pixels), torch.tensor(labels)
     gradients = []
     for parts in (0, 3):
-        state = training._State(model, criterion, torch.device("cpu"), "adam", 0.0, 0.1, 0.1, 0.0)
+        state = started(model, criterion)
         state.optimizer.step = lambda *_, **__: None
         model.zero_grad()
         state.step(pixels, labels, 1.0, 0, parts, 0.0)
@@ -109,6 +114,16 @@ def test_criterion_is_trained_and_norms_have_no_weight_decay(toy_data):
     assert groups[id(model.neck[1].weight)]["weight_decay"] == 0.0
     assert groups[id(model.backbone.layers[0].weight)]["weight_decay"] == 0.5
     assert len(groups) == len(list(model.parameters())) + 1
+
+
+def test_layer_decay_lowers_the_rate_from_the_last_layer_to_the_first():
+    model = models.create("vit_tiny_patch16_224", weights="none", embedding_dim=8)
+    optimizer = training._optimizer(model, None, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5, layer_decay=0.5)
+    rates = {id(p): g["base_lr"] for g in optimizer.param_groups for p in g["params"]}
+    blocks = [rates[id(b.mlp.fc1.weight)] for b in model.backbone.blocks]
+    assert all(2 * a == pytest.approx(b) for a, b in zip(blocks, blocks[1:]))
+    assert rates[id(model.backbone.norm.weight)] == 1.0 and rates[id(model.neck[0].weight)] == 2.0
+    assert len(rates) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +194,7 @@ def test_too_few_products_for_a_batch_is_an_error_before_training(toy_data):
 
 def test_full_disk_leaves_the_last_checkpoint_usable(toy_data, tmp_path, monkeypatch):
     model, criterion, *_ = setting(toy_data)
-    state = training._State(model, criterion, torch.device("cpu"), "adam", 0.0, 0.1, 0.1, 0.0)
+    state = started(model, criterion)
     state.identity = "a run"
     state.save(tmp_path / "checkpoint.pt", 1.0)
     before = (tmp_path / "checkpoint.pt").read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy import ndimage
 
 from vipr_utils import host, images, metrics, search
 
@@ -34,24 +35,25 @@ def autocast(device: torch.device, *, training: bool = False):
 
 def embed(
     model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
-    cache_dir: Path | None = None, features: bool = False,
+    boxes: np.ndarray | None = None, cache_dir: Path | None = None, features: bool = False,
 ) -> np.ndarray:
     """(N, D) float32 embeddings of the catalog rows given, in their order, with the model's own eval transform.
     features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
 
-    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. With cache_dir the result is kept
+    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. boxes (len(store), 4) cuts each photo
+    to its object first (see `object_boxes`). With cache_dir the result is kept
     under a key of weights, data, rows and transform. A row that the store could not read gets NaN, which `retrieve`
     counts and `search.top_k` refuses.
     """
     size = image_size or model.record["image_size"]
-    path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit, features)}.npy" if cache_dir else None
+    path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit, features, boxes)}.npy" if cache_dir else None
     if path and path.exists():
         return np.load(path)
     r = model.record
     transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
     rows = np.asarray(rows)
     readable = store.readable[rows]
-    photos = images.Photos(store, rows[readable], transform)
+    photos = images.Photos(store, rows[readable], transform, boxes=boxes)
     loader = images.loader(photos, batch_size=batch_size, device=device)
     was_training = model.training
     model.eval().to(device, memory_format=torch.channels_last)
@@ -72,14 +74,47 @@ def embed(
     return embeddings
 
 
-def _key(model, store, rows, size: int, fit: str, features: bool) -> str:
+def _key(model, store, rows, size: int, fit: str, features: bool, boxes) -> str:
     seen_as = [model.record[k] for k in ("name", "mean", "std", "interpolation")]
     digest = hashlib.sha256(json.dumps([seen_as, size, fit, features, store.key]).encode())
     digest.update(np.asarray(rows, dtype=np.int64).tobytes())
+    digest.update(b"" if boxes is None else boxes[rows].tobytes())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def object_boxes(
+    model, store, rows, *, device=torch.device("cpu"), image_size: int = 0, batch_size: int = 64, margin: float = 0.1
+) -> np.ndarray:
+    """(len(store), 4) float32 boxes left, top, right, bottom in 0..1 of the object in each photo of the rows, found without
+    labels: the largest connected region where the sum of the backbone's feature map lies above its mean (Wei et al. 2017,
+    arXiv:1604.04994), widened by a margin. Rows not asked for get the whole photo.
+    """
+    record, rows = model.record, np.asarray(rows)[store.readable[np.asarray(rows)]]
+    transform = images.eval_transform(image_size or record["image_size"], mean=record["mean"], std=record["std"])
+    model.eval().to(device, memory_format=torch.channels_last)
+    boxes = np.tile(np.float32([0, 0, 1, 1]), (len(store), 1))
+    with torch.inference_mode(), autocast(device):
+        for pixels, _, at in images.loader(images.Photos(store, rows, transform), batch_size=batch_size, device=device):
+            maps = model.backbone.forward_features(pixels.to(device, memory_format=torch.channels_last))
+            if maps.ndim != 4:
+                raise ValueError(f"object_boxes needs a feature map (B, C, H, W), {record['name']} gives {tuple(maps.shape)}")
+            boxes[at.numpy()] = [_largest_region(m, margin) for m in maps.float().sum(1).cpu().numpy()]
+    return boxes
+
+
+def _largest_region(energy: np.ndarray, margin: float) -> tuple[float, ...]:
+    """Box of the largest region of a map (H, W) above its mean, in 0..1, widened by `margin` of its own size."""
+    regions, n = ndimage.label(energy > energy.mean())
+    if not n:
+        return 0.0, 0.0, 1.0, 1.0
+    largest = 1 + np.bincount(regions.ravel())[1:].argmax()
+    y, x = ndimage.find_objects(regions == largest)[0]
+    h, w = energy.shape
+    dx, dy = margin * (x.stop - x.start), margin * (y.stop - y.start)
+    return max(0.0, (x.start - dx) / w), max(0.0, (y.start - dy) / h), min(1.0, (x.stop + dx) / w), min(1.0, (y.stop + dy) / h)
 
 
 def centred(embeddings: np.ndarray, domains, *, of: np.ndarray | None = None) -> np.ndarray:

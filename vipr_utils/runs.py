@@ -16,9 +16,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vipr_utils import host
+from vipr_utils import host, metrics
 
 KEYS = ["run", "notebook", "params", "data", "protocol", "metrics", "model", "seconds", "versions", "device", "git"]
+# mAP@5 that the reference study reports on Products-10K, over galleries it does not describe, by the run that repeats it.
+STUDY = {
+    "study_scratch-contrastive-cosine": 0.069, "study_scratch-contrastive-euclidean": 0.070,
+    "study_scratch-contrastive-manhattan": 0.068, "study_scratch-triplet-cosine": 0.023,
+    "study_scratch-triplet-euclidean": 0.027, "study_scratch-triplet-manhattan": 0.033,
+    "study_pretrained-resnet101": 0.1225, "study_pretrained-resnet50": 0.1163, "study_pretrained-efficientnet_b4": 0.1842,
+    "study_subset-efficientnet_b1": 0.6366, "study_subset-scratch": 0.9704,
+}  # fmt: skip
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
@@ -131,18 +139,64 @@ def write_runs_csv(output_dir: Path) -> Path:
     return path
 
 
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """The scoreboard with runs that differ in their seed alone (names ending in -seed0, -seed1, ...) as one row: means of
+    the scores and ends of intervals, the sum of seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5."""
+    scores = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
+    how = {c: "mean" if c in scores else "sum" if c == "seconds" else "first" for c in table if c != "run"}
+    table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(subset="map_at_5")
+    extra = {"seeds": ("map_at_5", "size"), "least": ("map_at_5", "min"), "most": ("map_at_5", "max")}
+    named = {c: (c, kind) for c, kind in how.items()} | extra
+    merged = table.groupby("run", sort=False, as_index=False).agg(**named)
+    return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
+
+
 def markdown(table: pd.DataFrame) -> str:
-    """The scored rows of a scoreboard as a Markdown table, with the interval beside each mAP@5."""
-    head = "| run | data, protocol, gallery | queries × gallery | mAP@5 [95 %] | P@1 | time | hardware |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    for row in table.dropna(subset="map_at_5").itertuples():
+    """The scored rows of a scoreboard as a Markdown table, seeds merged, with the interval beside each mAP@5 and what the
+    reference study reports for that setting."""
+    head = "| run | data, protocol | queries × gallery | mAP@5 [95 %] | seeds | P@1 | time | hardware | the study |"
+    lines = [head, "|" + "---|" * 9]
+    for row in over_seeds(table).itertuples():
+        seeds = f"{row.seeds}: {row.least:.3f}–{row.most:.3f}" if row.seeds > 1 else "1"
         lines.append(
-            f"| {row.run} | {row.data}, {row.protocol}, {row.gallery} "
-            f"| {_number(row.n_queries, ',.0f')} × {_number(row.n_gallery, ',.0f')} "
-            f"| {row.map_at_5:.3f} [{_number(row.map_at_5_low)}, {_number(row.map_at_5_high)}] "
-            f"| {_number(row.precision_at_1)} | {_duration(row.seconds)} | {row.hardware} |"
+            f"| {row.run} | {row.data}, {row.protocol} | {_number(row.n_queries, ',.0f')} × {_number(row.n_gallery, ',.0f')} "
+            f"| {row.map_at_5:.3f} [{_number(row.map_at_5_low)}, {_number(row.map_at_5_high)}] | {seeds} "
+            f"| {_number(row.precision_at_1)} | {_duration(row.seconds)} | {row.hardware} "
+            f"| {_number(STUDY.get(row.run.split(':')[0], math.nan), '.4g')} |"
         )
     return "\n".join(lines)
+
+
+def by_sweep(table: pd.DataFrame) -> str:
+    """The scoreboard as one Markdown table for each sweep (the word before the dash of a run's name), single runs last."""
+    sweep = table["run"].str.split(":").str[0].where(lambda s: s.str.contains("-"), "single runs").str.split("-").str[0]
+    names = sorted(sweep.unique(), key=lambda n: (n == "single runs", n))
+    return "\n\n".join(f"**{name}**\n\n{markdown(table[sweep == name])}" for name in names)
+
+
+def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
+    """Paired differences of mAP@5 to a baseline run, a row for each other run and view: run, view, baseline, map_at_5,
+    difference, low, high (95 % over products). Runs need not have searched the same gallery, only answered the same
+    queries: their average_precision.csv holds name, product_id and one column of AP@5 for each view.
+
+    Raises RunError where a run has no such file or answered other queries.
+    """
+    base, rows = _average_precision(Path(output_dir) / baseline), []
+    for name in others:
+        table = _average_precision(Path(output_dir) / name)
+        if not table["name"].equals(base["name"]):
+            raise RunError(f"{name} and {baseline} answered different queries: compare runs of one protocol, seed and data set")
+        for view in [c for c in base if c in table and c not in ("name", "product_id")]:
+            difference = metrics.paired_difference(table[view], base[view], base["product_id"])
+            scores = {"baseline": base[view].mean(), "map_at_5": table[view].mean()}
+            rows.append({"run": name, "view": view} | scores | dict(zip(("difference", "low", "high"), difference)))
+    return pd.DataFrame(rows)
+
+
+def _average_precision(folder: Path) -> pd.DataFrame:
+    if not (path := folder / "average_precision.csv").is_file():
+        raise RunError(f"{path} does not exist: run notebook 04 or 06 under that run_name first")
+    return pd.read_csv(path, dtype={"name": str})
 
 
 def _number(value, form: str = ".3f") -> str:
@@ -174,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(markdown(table))
     print(*table.attrs["problems"], sep="\n", file=sys.stderr)
     if given.readme:
-        insert(given.readme, markdown(table))
+        insert(given.readme, by_sweep(table))
     return 0 if len(table) else 1
 
 

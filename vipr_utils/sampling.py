@@ -13,13 +13,15 @@ BALANCES = ("", "product", "group")
 KINDS = ("shuffled", "shuffled_domains", "products", "balanced", "groups", "cross_domain")
 
 
-def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None, shop=None, seed: int = 0):
+def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None, shop=None, seed: int = 0, **limits):
     """The sampler of that name. 'shuffled' takes no heed of labels; 'shuffled_domains' shows each shop photo so often that
     they make an eighth of the images; the others draw P = batch_size / images products:
     'products' as often as they have images, 'balanced' all alike, 'groups' all groups (N,) alike, 'cross_domain' with a
-    shop photo (shop (N,) bool) in each product's share."""
+    shop photo (shop (N,) bool) in each product's share. limits: PKSampler's min_images and max_images of a product."""
     if kind not in KINDS:
         raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
+    if kind.startswith("shuffled") and (limits.get("min_images", 1) > 1 or limits.get("max_images")):
+        raise ValueError(f"batches {kind!r} take all images: min_images and max_images need one of {KINDS[2:]}")
     if kind == "shuffled":
         return ShuffledSampler(len(labels), batch_size=batch_size, seed=seed)
     if kind == "shuffled_domains":
@@ -30,7 +32,17 @@ def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None,
     if batch_size % images:
         raise ValueError(f"batch_size {batch_size} is no multiple of the {images} images that each product brings")
     how = {"balanced": {"balance": "product"}, "groups": {"balance": "group", "groups": groups}, "cross_domain": {"shop": shop}}
-    return PKSampler(labels, products=batch_size // images, images=images, seed=seed, **how.get(kind, {}))
+    return PKSampler(labels, products=batch_size // images, images=images, seed=seed, **how.get(kind, {}), **limits)
+
+
+class Stages:
+    """Batches of one sampler for the first epochs and of another after them, such as 'balanced' for the long tail."""
+
+    def __init__(self, first, then, *, first_epochs: int) -> None:
+        self.first, self.then, self.first_epochs = first, then, first_epochs
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        return (self.first if epoch < self.first_epochs else self.then).batches(epoch)
 
 
 class ShuffledSampler:

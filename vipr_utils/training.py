@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from vipr_utils import host, images, models
@@ -41,6 +42,7 @@ def fit(
     lr: float,
     device: torch.device = torch.device("cpu"),
     head_lr: float = 0.0,  # neck and criterion; 0 takes lr
+    layer_decay: float = 1.0,  # the rate of each layer over that of the next; 1 is one rate for the whole backbone
     optimizer: str = "adamw",
     weight_decay: float = 1e-4,
     schedule: str = "cosine",  # cosine (with warm-up), multistep, constant
@@ -69,8 +71,9 @@ def fit(
     settings = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in no_matter}
     settings["milestones"] = list(milestones)
     start, folder = time.monotonic(), Path(folder)
-    state = _State(model, criterion, device, optimizer, weight_decay, head_lr or lr, lr, ema_decay)
-    state.identity = _identity(settings, model, photos, sampler)
+    rates = {"lr": lr, "head_lr": head_lr or lr, "layer_decay": layer_decay, "weight_decay": weight_decay}
+    state = _State(model, criterion, device, _optimizer(model, criterion, optimizer, **rates), ema_decay)
+    state.identity = _identity(settings, model, photos, [sampler.batches(e) for e in (0, max(0, epochs - 1))])
     state.resume(folder / "checkpoint.pt")
     per_epoch = [len(sampler.batches(e)) for e in range(epochs)] if epochs < 50 else [len(sampler.batches(0))] * epochs
     if epochs and not per_epoch[0]:
@@ -171,11 +174,10 @@ def rate(step: int, steps: int, schedule: str, warmup: float, milestones: list[i
 class _State:
     """What a checkpoint holds: weights, optimiser, scaler, averages, position, history."""
 
-    def __init__(self, model, criterion, device, optimizer, weight_decay, head_lr, lr, ema_decay) -> None:
+    def __init__(self, model, criterion, device, optimizer, ema_decay: float = 0.0) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)
         self.criterion = criterion.to(device) if isinstance(criterion, nn.Module) else criterion
-        self.device, self.ema_decay = device, ema_decay
-        self.optimizer = _optimizer(model, criterion, optimizer, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
+        self.device, self.ema_decay, self.optimizer = device, ema_decay, optimizer
         half = mixed_precision(device, training=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
         self.average = copy.deepcopy(model).eval() if ema_decay else None
@@ -295,28 +297,34 @@ class _State:
         return {k: v for k, v in parts.items() if v is not None}
 
 
-def _optimizer(model, criterion, name: str, *, lr: float, head_lr: float, weight_decay: float):
-    """Four groups: backbone and head, each with and without weight decay (none on biases, norms, GeM's p)."""
+def _optimizer(model, criterion, name: str, *, lr: float, head_lr: float, weight_decay: float, layer_decay: float = 1.0):
+    """Backbone, then neck and criterion, each with and without weight decay (none on biases, norms, GeM's p). With
+    layer_decay the backbone's rates fall from its last layer to its first (Clark et al. 2020, arXiv:2003.10555)."""
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if name not in kinds:
+        raise ValueError(f"optimizer {name!r} is unknown: use one of {tuple(kinds)}")
     heads = list(model.neck.parameters()) + (list(criterion.parameters()) if isinstance(criterion, nn.Module) else [])
-    head_ids = {id(p) for p in heads}
-    body = [p for p in model.parameters() if id(p) not in head_ids]
+    layered = set(model.backbone.parameters()) if layer_decay != 1.0 else set()
+    body = [p for p in model.parameters() if p not in layered and not any(p is h for h in heads)]
     groups = []
+    if layered:
+        for group in param_groups_layer_decay(model.backbone, weight_decay, layer_decay=layer_decay):
+            decay, base = group["weight_decay"], lr * group["lr_scale"]
+            groups.append({"params": group["params"], "lr": base, "base_lr": base, "weight_decay": decay})
     for parameters, base in ((body, lr), (heads, head_lr)):
         for decays, decay in ((True, weight_decay), (False, 0.0)):
             chosen = [p for p in parameters if (p.ndim > 1) == decays]
             if chosen:
                 groups.append({"params": chosen, "lr": base, "base_lr": base, "weight_decay": decay})
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if name not in kinds:
-        raise ValueError(f"optimizer {name!r} is unknown: use one of {tuple(kinds)}")
     return kinds[name](groups)
 
 
-def _identity(settings: dict, model, photos, sampler) -> str:
+def _identity(settings: dict, model, photos, batches: list[list]) -> str:
     """A hash of all that decides the outcome, so that a checkpoint is only continued by the run it belongs to."""
     digest = hashlib.sha256(json.dumps([settings, model.record], sort_keys=True, default=str).encode())
     digest.update(np.asarray(photos.rows, dtype=np.int64).tobytes())
-    digest.update(np.concatenate(sampler.batches(0)).astype(np.int64).tobytes())
+    for epoch in batches:
+        digest.update(np.concatenate(epoch).astype(np.int64).tobytes())
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
