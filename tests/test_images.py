@@ -221,8 +221,8 @@ def test_padding_keeps_the_shape_on_white():
 def test_unknown_fit_and_augmentation_list_the_known():
     with pytest.raises(ValueError, match=r"fit 'stretch' is unknown: use one of \('squash', 'crop', 'pad'\)"):
         images.eval_transform(32, fit="stretch")
-    with pytest.raises(ValueError, match=r"augmentation 'strong' is unknown: use one of \('kit', 'clutter', 'study', 'none'\)"):
-        images.augmentation("strong", 32)
+    with pytest.raises(ValueError, match=r"augmentation 'mild' is unknown: use one of \('kit', 'strong', 'study', 'none'\)"):
+        images.augmentation("mild", 32)
 
 
 def test_study_transform_has_its_six_steps_in_order_and_resizes_256_for_224():

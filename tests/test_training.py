@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,6 +170,49 @@ def test_head_without_a_neck_says_to_make_one():
         training.fit_head(models.create("siamese_small"), losses.ArcFace(4, 2), np.zeros((4, 256)), np.zeros(4, int))
 
 
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def one_step(rank, processes, address, toy_data, folder, micro_batch=0):
+    """Gradients of one step in a process of `processes`, without batch statistics, written to <folder>/<rank>.pt."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        training._join(rank, processes, address, "cpu")
+    model, criterion, photos, sampler = setting(toy_data)
+    model.eval()
+    rows = training._share(sampler.batches(0)[0])
+    pixels, labels = zip(*[photos[i][:2] for i in rows])
+    state = started(model, criterion)
+    state.optimizer.step = lambda *_, **__: None
+    state.step(torch.stack(pixels), torch.tensor(labels), 1.0, 0, micro_batch, 0.0)
+    gradients = [p.grad for p in [*model.parameters(), *criterion.parameters()]]
+    torch.save({"loss": state.sums[0] / len(labels), "gradients": gradients}, Path(folder) / f"{processes}-{rank}.pt")
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_two_processes_have_the_loss_and_gradients_of_one_with_the_joint_batch(toy_data, tmp_path, micro_batch, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    torch.multiprocessing.spawn(one_step, (2, address, toy_data, tmp_path, micro_batch), nprocs=2)
+    one_step(0, 1, "", toy_data, tmp_path)
+    whole, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1"))
+    assert first["loss"] == second["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    for a, b, c in zip(whole["gradients"], first["gradients"], second["gradients"], strict=True):
+        torch.testing.assert_close(b, c, rtol=0, atol=0)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_training_by_two_processes_learns_and_only_the_leader_writes(toy_data, tmp_path):
+    model, *rest = setting(toy_data)
+    how = {"folder": tmp_path, "epochs": 6, "lr": 1e-3, "progress": False}
+    history = training.fit_together(2, model, *rest, validate=lambda m: {"map_at_5": 0.5}, **how)
+    assert history.loss.iloc[-1] < 0.9 * history.loss.iloc[0] and len(history) == 6
+    assert [f.name for f in tmp_path.iterdir()] == ["history.csv"]
+    assert not training.distributed.is_initialized()
+
+
 # ------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -181,10 +225,13 @@ def test_loss_that_is_not_finite_stops_with_the_remedy(toy_data, tmp_path):
 
 def test_collapse_is_warned_of_with_what_to_change():
     with pytest.warns(UserWarning, match="collapse: random pairs lie 0.010 apart .* lower lr, use mining='semi_hard'"):
-        training._warn_of_collapse({"random_distance": 0.01})
+        training._warn_of_collapse({"random_distance": 0.01, "active": 0.5}, of_pairs=True)
+    with pytest.warns(UserWarning, match="only 0.01% of the pairs or triplets are still active"):
+        training._warn_of_collapse({"random_distance": 0.9, "active": 0.0001}, of_pairs=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        training._warn_of_collapse({"random_distance": 0.8})
+        training._warn_of_collapse({"random_distance": 0.8, "active": 0.2}, of_pairs=True)
+        training._warn_of_collapse({"random_distance": 0.8, "active": 0.0}, of_pairs=False)
 
 
 def test_too_few_products_for_a_batch_is_an_error_before_training(toy_data):

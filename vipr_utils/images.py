@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -236,22 +237,29 @@ def study_transform(image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) ->
 
 
 def train_transform(
-    image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD, scale=(0.4, 1.0), rotation: float = 15.0, flip: float = 0.5,
-    jitter: float = 0.3,
-) -> T.Compose:
-    """A training transform for retrieval: crop of `scale` of the area, +-rotation degrees, flip with this
-    probability, brightness, contrast and saturation jitter (hue, a variant's only difference at times, stays)."""
+    image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD, scale=(0.4, 1.0), perspective: float = 0.0,
+    rotation: float = 15.0, flip: float = 0.5, jitter: float = 0.3, hue: float = 0.0, erase: float = 0.0,
+) -> T.Compose:  # fmt: skip
+    """A training transform for retrieval: crop of `scale` of the area, perspective (every second photo), +-rotation
+    degrees, flip with this probability, brightness, contrast and saturation jitter, hue jitter (a variant's only
+    difference at times: little or none), and with probability `erase` a patch of 2 to 25 % of the area blanked."""
+    smooth = InterpolationMode.BILINEAR
     steps = [T.RandomResizedCrop(image_size, scale=scale, antialias=True)]
-    steps += [T.RandomRotation(rotation, InterpolationMode.BILINEAR)] if rotation else []
+    steps += [T.RandomPerspective(perspective, 0.5, smooth)] if perspective else []
+    steps += [T.RandomRotation(rotation, smooth)] if rotation else []
     steps += [T.RandomHorizontalFlip(flip)] if flip else []
-    steps += [T.ColorJitter(jitter, jitter, jitter)] if jitter else []
-    return T.Compose([T.ToImage(), *steps, *_finish(mean, std)])
+    steps += [T.ColorJitter(jitter, jitter, jitter, hue)] if jitter else []
+    patch = [T.RandomErasing(erase, scale=(0.02, 0.25))] if erase else []
+    return T.Compose([T.ToImage(), *steps, *_finish(mean, std), *patch])
+
+
+strong_transform = partial(train_transform, scale=(0.3, 1.0), perspective=0.3, jitter=0.4, hue=0.02, erase=0.3)
 
 
 def augmentation(name: str, image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> T.Compose:
-    """The training transform of that name: 'kit' (train_transform; also 'clutter', whose other half is Photos'
-    clutter), 'study' (study_transform) or 'none'."""
-    kinds = {"kit": train_transform, "clutter": train_transform, "study": study_transform, "none": eval_transform}
+    """The training transform of that name: 'kit' (train_transform), 'strong' (for long training), 'study'
+    (study_transform) or 'none'."""
+    kinds = {"kit": train_transform, "strong": strong_transform, "study": study_transform, "none": eval_transform}
     if name not in kinds:
         raise ValueError(f"augmentation {name!r} is unknown: use one of {tuple(kinds)}")
     return kinds[name](image_size, mean=mean, std=std)

@@ -11,16 +11,18 @@ import copy
 import hashlib
 import json
 import math
+import socket
 import time
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from timm.optim import param_groups_layer_decay
-from torch import nn
+from torch import distributed, nn
 
 from vipr_utils import host, images, models
 from vipr_utils.embedding import autocast, mixed_precision
@@ -84,27 +86,26 @@ def fit(
         model.train()
         _freeze_backbone(model, epoch < frozen_epochs)
         photos.set_epoch(epoch)
-        loader = images.loader(photos, batch_sampler=batches[state.batch :], device=device)
-        scale = 0.0  # stays so only if every batch of this epoch was done before a restart
+        loader = images.loader(photos, batch_sampler=[_share(b) for b in batches[state.batch :]], device=device)
+        scale, out_of_time = 0.0, False  # stay so only if every batch of this epoch was done before a restart
         for pixels, labels, _ in loader:
             done = sum(per_epoch[:epoch]) + state.batch
             scale = rate(done, sum(per_epoch), schedule, warmup, [sum(per_epoch[:m]) for m in milestones], gamma)
             state.step(pixels, labels, scale, seed * 1_000_003 + done, micro_batch, clip_norm)
             now = time.monotonic()
             spent = state.seconds + now - start
-            if max_minutes and spent > max_minutes * 60:
+            if out_of_time := _agreed(bool(max_minutes) and spent > max_minutes * 60, device):
                 break
             if now - last_saved > checkpoint_minutes * 60:
                 state.save(folder / "checkpoint.pt", spent)
                 last_saved = now
-        out_of_time = bool(max_minutes and state.seconds + time.monotonic() - start > max_minutes * 60)
         row = state.end_epoch(epoch, lr * scale, state.seconds + time.monotonic() - start)
         if validate and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs or out_of_time):
             scores = validate(state.evaluated())
             row |= {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
             state.keep_best(row, folder / "best.pt")
         state.history.append(row)
-        _warn_of_collapse(row)
+        _warn_of_collapse(row, of_pairs=not isinstance(criterion, nn.Module))
         if progress:
             print(_line(row, epochs), flush=True)
         if out_of_time:
@@ -114,12 +115,104 @@ def fit(
     _freeze_backbone(model, False)
     model.load_state_dict(state.final(folder / "best.pt"))
     model.eval()
+    if _rank():
+        return pd.DataFrame(state.history)
     for file in ("checkpoint.pt", "best.pt"):
         (folder / file).unlink(missing_ok=True)
     history = pd.DataFrame(state.history)
     with host.whole_file(folder / "history.csv") as part:
         history.to_csv(part, index=False)
     return history
+
+
+def fit_together(
+    processes: int, model, criterion, photos, sampler, *, device=torch.device("cpu"), validate=None, **settings
+) -> pd.DataFrame:  # fmt: skip
+    """`fit` by several processes, each on a GPU of its own (or on the CPU), each embedding its share of every batch.
+
+    Embeddings are gathered, so that the loss sees the pairs of the whole batch: same loss and gradients as one process
+    (batch statistics are each process's own). This process leads: it alone validates, prints and writes. With processes=1
+    this is `fit`. Raises ValueError for more processes than GPUs.
+    """
+    if processes == 1:
+        return fit(model, criterion, photos, sampler, device=device, validate=validate, **settings)
+    if device.type == "cuda" and processes > torch.cuda.device_count():
+        raise ValueError(f"{processes} processes need as many GPUs, {torch.cuda.device_count()} are visible: lower it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    job = (model, criterion, photos, sampler, settings | {"progress": False})
+    start = torch.multiprocessing.get_context("spawn").Process
+    others = [start(target=_help, args=(rank, processes, address, device.type, job)) for rank in range(1, processes)]
+    try:
+        for other in others:
+            other.start()
+        device = _join(0, processes, address, device.type)
+        return fit(model, criterion, photos, sampler, device=device, validate=validate, **settings)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        for other in filter(lambda o: o.pid, others):
+            other.join(10)
+            other.kill()
+
+
+def _help(rank: int, processes: int, address: str, kind: str, job: tuple) -> None:
+    host.tune(max(1, host.cores() // processes))
+    *parts, settings = job
+    fit(*parts, device=_join(rank, processes, address, kind), **settings)
+
+
+def _join(rank: int, processes: int, address: str, kind: str) -> torch.device:
+    """Become one of the processes; returns its device. The others wait as long as the leader validates."""
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    how = {"init_method": address, "rank": rank, "world_size": processes, "timeout": timedelta(hours=3)}
+    distributed.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
+    return device
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _share(batch: np.ndarray) -> np.ndarray:
+    """This process's part of a batch: all parts are of one length, what cannot be divided is left out."""
+    n = distributed.get_world_size() if distributed.is_initialized() else 1
+    return batch[: len(batch) // n * n].reshape(n, -1)[_rank()]
+
+
+def _agreed(flag: bool, device: torch.device) -> bool:
+    """What the leader says."""
+    if not distributed.is_initialized():
+        return flag
+    said = torch.tensor([flag], dtype=torch.int32, device=device)
+    distributed.broadcast(said, 0)
+    return bool(said.item())
+
+
+def _gathered(embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and labels of the whole batch; gradients flow to this process's own alone."""
+    if not distributed.is_initialized():
+        return embeddings, labels
+    parts = [[torch.empty_like(x) for _ in range(distributed.get_world_size())] for x in (embeddings, labels)]
+    for part, x in zip(parts, (embeddings, labels)):
+        distributed.all_gather(part, x.detach().contiguous())
+    parts[0][_rank()] = embeddings
+    return torch.cat(parts[0]), torch.cat(parts[1])
+
+
+def _sum_gradients(model: nn.Module, criterion) -> None:
+    """Every process has the gradient of the joint loss by its own images: their sum is the whole. The criterion saw all."""
+    if not distributed.is_initialized():
+        return
+    learned = list(criterion.parameters()) if isinstance(criterion, nn.Module) else []
+    for parameter in [*model.parameters(), *learned]:
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
+    for parameter in learned:
+        parameter.grad /= distributed.get_world_size()
 
 
 def fit_head(
@@ -200,6 +293,7 @@ class _State:
                 f"loss is {loss} in epoch {self.epoch}, batch {self.batch}: lower lr or set clip_norm (1.0 is usual); "
                 "the last checkpoint is kept"
             )
+        _sum_gradients(self.model, self.criterion)
         self.scaler.unscale_(self.optimizer)
         if clip_norm:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], clip_norm)
@@ -215,7 +309,7 @@ class _State:
         torch.manual_seed(seed)
         with autocast(self.device, training=True):
             embeddings = self.model(pixels)
-        loss, active = self.criterion(embeddings, labels)
+        loss, active = self.criterion(*_gathered(embeddings, labels))
         self.scaler.scale(loss).backward()
         return loss.item(), active, embeddings.detach()
 
@@ -229,7 +323,7 @@ class _State:
         with torch.no_grad(), autocast(self.device, training=True):
             embeddings = torch.cat([_seeded(self.model, p, seed + i) for i, p in enumerate(parts)])
         leaf = embeddings.float().requires_grad_()
-        loss, active = self.criterion(leaf, labels)
+        loss, active = self.criterion(*_gathered(leaf, labels))
         self.scaler.scale(loss).backward()
         with _statistics_kept(self.model):
             for i, (part, grad) in enumerate(zip(parts, leaf.grad.split(micro_batch))):
@@ -272,6 +366,8 @@ class _State:
         return models.load(best).state_dict() if best.exists() and self.best >= 0 else self.evaluated().state_dict()
 
     def save(self, path: Path, seconds: float) -> None:
+        if _rank():
+            return
         keep = ("epoch", "batch", "updates", "history", "best", "identity")
         data = {k: getattr(self, k) for k in keep} | {"seconds": seconds, "sums": self.sums.tolist()}
         data |= {k: v.state_dict() for k, v in self._parts().items()}
@@ -355,11 +451,18 @@ def _statistics_kept(model):
             m.momentum = momentum
 
 
-def _warn_of_collapse(row: dict) -> None:
+def _warn_of_collapse(row: dict, of_pairs: bool) -> None:
+    """Warn of embeddings that fell together, or (losses of pairs) of nothing left to learn from."""
     if row["random_distance"] < 0.05:
         warnings.warn(
             f"collapse: random pairs lie {row['random_distance']:.3f} apart (cosine; 1 is usual). Every product looks "
             "alike to the network: lower lr, use mining='semi_hard' or 'all' at first, or a larger margin.",
+            stacklevel=3,
+        )
+    elif of_pairs and row["active"] < 0.001:
+        warnings.warn(
+            f"only {row['active']:.2%} of the pairs or triplets are still active: the others teach nothing. Use a larger "
+            "margin, mining='batch_hard', or more products in a batch.",
             stacklevel=3,
         )
 
