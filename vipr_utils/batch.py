@@ -196,7 +196,7 @@ def _value_sets(file: Path) -> list[tuple[Path, dict]]:
 
 
 def _word(key: str, value: object) -> str:
-    text = f"{key}_{value}" if isinstance(value, bool) else str(value)
+    text = f"{key}_{value}" if isinstance(value, bool) else f"seed{value}" if key == "seed" else str(value)
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or f"no_{key}"
 
 
