@@ -193,6 +193,25 @@ def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def against_baselines(output_dir: Path) -> pd.DataFrame:
+    """`compare` for every sweep that has a run named <sweep>-baseline; empty where there is none."""
+    tables = []
+    for folder in sorted(Path(output_dir).glob("*-baseline")):
+        sweep = folder.name.removesuffix("baseline")
+        others = sorted(f.parent.name for f in Path(output_dir).glob(f"{sweep}*/average_precision.csv") if f.parent != folder)
+        tables.append(compare(output_dir, folder.name, others))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def paired_markdown(table: pd.DataFrame) -> str:
+    """The rows of `against_baselines` as a Markdown table; '' when there is none."""
+    lines = ["| run | gallery | baseline mAP@5 | mAP@5 | difference [95 %] |", "|" + "---|" * 5]
+    for row in table.itertuples():
+        difference = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+        lines.append(f"| {row.run} | {row.view} | {row.baseline:.3f} | {row.map_at_5:.3f} | {difference} |")
+    return "\n".join(lines) if len(table) else ""
+
+
 def _average_precision(folder: Path) -> pd.DataFrame:
     if not (path := folder / "average_precision.csv").is_file():
         raise RunError(f"{path} does not exist: run notebook 04 or 06 under that run_name first")
@@ -228,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(markdown(table))
     print(*table.attrs["problems"], sep="\n", file=sys.stderr)
     if given.readme:
-        insert(given.readme, by_sweep(table))
+        paired = paired_markdown(against_baselines(given.output_dir))
+        insert(given.readme, by_sweep(table) + (f"\n\n**paired with the baseline**\n\n{paired}" if paired else ""))
     return 0 if len(table) else 1
 
 
