@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vipr_utils import host, images, metrics, search
+from vipr_utils import host, images, metrics, models, rerank, search
 
 
 def mixed_precision(device: torch.device, *, training: bool = False) -> torch.dtype | None:
@@ -47,21 +47,11 @@ def embed(
     path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit, features)}.npy" if cache_dir else None
     if path and path.exists():
         return np.load(path)
-    r = model.record
-    transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
     rows = np.asarray(rows)
     readable = store.readable[rows]
-    photos = images.Photos(store, rows[readable], transform)
-    loader = images.loader(photos, batch_size=batch_size, device=device)
-    was_training = model.training
-    model.eval().to(device, memory_format=torch.channels_last)
-    forward, out = model.features if features else model, []
-    with torch.inference_mode(), autocast(device):
-        for pixels, _, _ in loader:
-            pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
-            out.append(forward(pixels).float().cpu().numpy())
-    model.train(was_training)
-    width = out[0].shape[1] if out else r["embedding_dim"]
+    forward = model.features if features else model
+    out = _forwarded(forward, model, store, rows[readable], device=device, batch_size=batch_size, size=size, fit=fit)
+    width = out[0].shape[1] if out else model.record["embedding_dim"]
     embeddings = np.full((len(rows), width), np.nan, np.float32)
     if out:
         embeddings[readable] = np.concatenate(out)
@@ -72,8 +62,54 @@ def embed(
     return embeddings
 
 
+def embed_at_sizes(model, store, rows, *, image_sizes: tuple[int, ...], **settings) -> np.ndarray:
+    """(N, D) float32, L2-normalised: the sum of the embeddings of the same photos at several sizes in pixels.
+
+    Settings as in `embed`. Costs as much as the sizes together.
+    Source: Gordo et al. 2017, arXiv:1610.07940 (multi-resolution).
+    """
+    return rerank.unit(sum(embed(model, store, rows, image_size=px, **settings) for px in image_sizes))
+
+
+def fit_region_whitening(
+    model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash"
+):  # fmt: skip
+    """The model with the whitening of its R-MAC pooling set to PCA whitening of the regions of these photos.
+
+    The layer is filled in place and stays trainable. A few thousand photos are enough (14 regions each, float64 in
+    memory); fewer regions than channels are refused by `rerank.fit_whitening`.
+    Source: Gordo et al. 2017, arXiv:1610.07940.
+    """
+    if not isinstance(model.pooling, models.RMAC):
+        raise ValueError(f"pooling is {model.record['pooling']!r} and has no regions: create the model with pooling='rmac'")
+    rows, size = np.asarray(rows), image_size or model.record["image_size"]
+    rows, how = rows[store.readable[rows]], {"device": device, "batch_size": batch_size, "size": size, "fit": fit}
+    regions = _forwarded(lambda x: model.pooling.regions(model.maps(x)), model, store, rows, **how)
+    regions = np.concatenate([r.reshape(-1, r.shape[-1]) for r in regions])
+    white, layer = rerank.fit_whitening(regions, regions.shape[1]), model.pooling.whitening
+    with torch.no_grad():
+        layer.weight.copy_(torch.as_tensor(white.matrix.T))
+        layer.bias.copy_(torch.as_tensor(-white.mean @ white.matrix))
+    return model
+
+
+def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size: int, size: int, fit: str) -> list:
+    """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode meanwhile."""
+    r, out = model.record, []
+    transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
+    loader = images.loader(images.Photos(store, rows, transform), batch_size=batch_size, device=device)
+    was_training = model.training
+    model.eval().to(device, memory_format=torch.channels_last)
+    with torch.inference_mode(), autocast(device):
+        for pixels, _, _ in loader:
+            pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
+            out.append(forward(pixels).float().cpu().numpy())
+    model.train(was_training)
+    return out
+
+
 def _key(model, store, rows, size: int, fit: str, features: bool) -> str:
-    seen_as = [model.record[k] for k in ("name", "mean", "std", "interpolation")]
+    seen_as = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
     digest = hashlib.sha256(json.dumps([seen_as, size, fit, features, store.key]).encode())
     digest.update(np.asarray(rows, dtype=np.int64).tobytes())
     for name, tensor in model.state_dict().items():
@@ -107,22 +143,31 @@ class Retrieval:
 
 def retrieve(
     query_embeddings, gallery_embeddings, queries: pd.DataFrame, gallery: pd.DataFrame, *, k: int = 5,
-    distance: str = "cosine", seed: int = 0, device="cpu",
-) -> Retrieval:
+    distance: str = "cosine", seed: int = 0, device="cpu", steps: list[str] = (), **stack,
+) -> Retrieval:  # fmt: skip
     """Search the gallery with every query and score the lists where products are known.
 
+    steps: post-processing by name, see `rerank.apply`, to which stack (depth, verify, ...) goes; by cosine. Their seconds
+    are in metrics["steps"].
     A query that could not be read (NaN) is ranked by the centre of the gallery and counted as n_unreadable_queries.
     """
     q, unreadable = query_embeddings.copy(), np.isnan(query_embeddings).any(1)
     q[unreadable] = gallery_embeddings.mean(0)
     ids = {"query_ids": queries["image_id"].to_numpy(), "gallery_ids": gallery["image_id"].to_numpy()}
-    scores, ranks = search.top_k(q, gallery_embeddings, k, distance=distance, device=device, **ids)
+    if steps and distance == "manhattan":
+        raise ValueError(f"steps {list(steps)} work by cosine, got distance 'manhattan': leave the steps or the distance away")
     wanted, there = queries["product_id"].to_numpy(), gallery["product_id"].to_numpy()
+    if steps:
+        found = rerank.apply(steps, q, gallery_embeddings, k=k, labels=there, device=device, **ids, **stack)
+        scores, ranks = found.scores, found.ranks
+    else:
+        scores, ranks = search.top_k(q, gallery_embeddings, k, distance=distance, device=device, **ids)
     hits = metrics.hits_from_ranks(ranks, wanted, there)
     n_relevant = metrics.count_relevant(wanted, there) - np.isin(ids["query_ids"], ids["gallery_ids"])
     known = wanted >= 0
     summary = metrics.summary(hits[known], n_relevant[known], wanted[known], seed=seed) if known.any() else {}
     summary |= {"n_gallery": len(gallery), "n_unreadable_queries": int(unreadable.sum())}
+    summary |= {"steps": found.seconds} if steps else {}
     return Retrieval(scores, ranks, hits, n_relevant, summary)
 
 
