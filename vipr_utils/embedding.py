@@ -72,12 +72,13 @@ def embed_at_sizes(model, store, rows, *, image_sizes: tuple[int, ...], **settin
 
 
 def fit_region_whitening(
-    model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash"
+    model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
+    power: float = 1.0,
 ):  # fmt: skip
     """The model with the whitening of its R-MAC pooling set to PCA whitening of the regions of these photos.
 
-    The layer is filled in place and stays trainable. A few thousand photos are enough (14 regions each, float64 in
-    memory); fewer regions than channels are refused by `rerank.fit_whitening`.
+    The layer is filled in place and stays trainable. power and refusals as in `rerank.fit_whitening`: there must be more
+    regions (14 a photo) than channels; a few thousand photos are plenty.
     Source: Gordo et al. 2017, arXiv:1610.07940.
     """
     if not isinstance(model.pooling, models.RMAC):
@@ -86,7 +87,7 @@ def fit_region_whitening(
     rows, how = rows[store.readable[rows]], {"device": device, "batch_size": batch_size, "size": size, "fit": fit}
     regions = _forwarded(lambda x: model.pooling.regions(model.maps(x)), model, store, rows, **how)
     regions = np.concatenate([r.reshape(-1, r.shape[-1]) for r in regions])
-    white, layer = rerank.fit_whitening(regions, regions.shape[1]), model.pooling.whitening
+    white, layer = rerank.fit_whitening(regions, regions.shape[1], power=power), model.pooling.whitening
     with torch.no_grad():
         layer.weight.copy_(torch.as_tensor(white.matrix.T))
         layer.bias.copy_(torch.as_tensor(-white.mean @ white.matrix))
