@@ -233,6 +233,9 @@ def test_k_reciprocal_of_small_galleries_and_short_lists():
     assert (ranks[:, 8:] == -1).all() and np.isneginf(scores[:, 8:]).all() and np.isfinite(scores[:, :8]).all()
     with pytest.raises(ValueError, match="needs lists of k1=6 photos, got 5: search deeper or lower k1"):
         rerank.k_reciprocal(queries, gallery, lists[:, :5], k1=6)
+    for step in ("k_reciprocal:0:6:0.3", "k_reciprocal:8:0:0.3", "transductive_k_reciprocal:8:3:1.5"):
+        with pytest.raises(ValueError, match=r"k1 and k2 of at least 1 and a weight in 0..1, got .*: try 20, 6, 0.3"):
+            rerank.apply([step], queries, gallery)
 
 
 # --------------------------------------------------------------------------------------------------------- stacks

@@ -161,6 +161,7 @@ def k_reciprocal(
     Source: Zhong et al. 2017, arXiv:1701.08398, who let queries be each other's neighbours
     (`transductive_k_reciprocal`).
     """
+    _check_numbers(k1, k2, weight)
     queries, gallery, ranks = unit(queries), unit(gallery), np.asarray(ranks)
     if ranks.shape[1] < min(k1, len(gallery)):
         raise ValueError(f"k_reciprocal needs lists of k1={k1} photos, got {ranks.shape[1]}: search deeper or lower k1")
@@ -186,12 +187,18 @@ def transductive_k_reciprocal(
     not have. Ids tell which query and gallery photo are the same: they are not each other's neighbours.
     Source: Zhong et al. 2017, arXiv:1701.08398.
     """
+    _check_numbers(k1, k2, weight)
     queries, gallery = unit(queries), unit(gallery)
     everything, n = np.concatenate([gallery, queries]), len(gallery)
     ids = None if query_ids is None or gallery_ids is None else np.concatenate([gallery_ids, query_ids])
     near = _neighbours(everything, k1, ids=ids, device=device)[1]
     vectors = _averaged(_encoded(everything, near, k1)[1], near, k2)
     return _reordered(queries, gallery, np.asarray(ranks), vectors[n:], vectors[:n], weight)
+
+
+def _check_numbers(k1: int, k2: int, weight: float) -> None:
+    if k1 < 1 or k2 < 1 or not 0 <= weight <= 1:
+        raise ValueError(f"k_reciprocal needs k1 and k2 of at least 1 and a weight in 0..1, got {k1}, {k2}, {weight}: try 20, 6, 0.3")
 
 
 def _sets(lists: np.ndarray, width: int) -> sparse.csr_array:
