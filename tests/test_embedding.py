@@ -168,3 +168,9 @@ def test_shop_photos_alone_are_a_harder_gallery_on_real_photos(frozen):
     queries, gallery, q, g = frozen
     shop = (gallery.domain == "shop").to_numpy()
     assert embedding.retrieve(q, g[shop], queries, gallery[shop]).metrics["precision_at_1"] < 0.35
+
+
+def test_learned_whitening_lifts_frozen_features_on_real_photos(frozen):
+    queries, gallery, q, g = frozen
+    found = embedding.retrieve(q, g, queries, gallery, steps=["learned_whiten:64"]).metrics
+    assert found["map_at_5"] == pytest.approx(0.692, abs=0.015)

@@ -168,7 +168,9 @@ class RMAC(nn.Module):
     """Sum over regions of their whitened maxima, (B, C, H, W) -> (B, C), L2-normalised.
 
     Each region: maximum over its positions, L2, `whitening`, L2. The whitening is a linear layer that starts as the
-    identity: train it, or fit it on photos with `embedding.fit_region_whitening`.
+    identity: train it, or fit it on photos with `embedding.fit_region_whitening`. On the grocery set's test, frozen
+    EfficientNet-Lite0 at 224 px, mAP@5: own pooling 0.458, GeM 0.425, maximum 0.372, R-MAC with the identity 0.526, with
+    fitted whitening 0.465 (power 1) and 0.541 (power 0.5); `learned_whiten:64` behind the first and the fourth: 0.691, 0.741.
     Source: Tolias et al. 2016, arXiv:1511.05879 (regions); Gordo et al. 2017, arXiv:1610.07940 (whitening as a layer).
     """
 
