@@ -235,3 +235,39 @@ def test_near_duplicates_are_those_of_a_slow_loop(bits):
 def test_many_equal_hashes_are_compared_within_memory():
     pairs = catalog.near_duplicates(np.zeros(1500, np.uint64), 0)
     assert len(pairs) == 1500 * 1499 // 2
+
+
+# ----------------------------------------------------------------------------------------------------- cleaning
+
+
+def photographed(products):
+    return pd.DataFrame({"product_id": products}, index=np.arange(len(products)) * 10 + 7)
+
+
+def test_cleaning_keeps_the_main_component_of_every_product():
+    rows = photographed([1, 1, 1, 1, 2, 2, 2])
+    pairs = [(7, 17), (17, 27), (37, 47), (47, 57), (999, 7)]  # 37-47 crosses products; 999 is no row of these
+    groups = catalog.linked(rows, pairs)
+    assert groups[7] == groups[17] == groups[27] != groups[37] and groups[37] != groups[47]
+    kept, dropped = catalog.clean(rows, groups)
+    assert list(kept.index) == [7, 17, 27, 47, 57] and list(dropped.index) == [37, 67]
+    assert list(dropped["in_group"]) == [1, 1] and list(dropped["in_main"]) == [3, 2]
+    assert dropped["reason"][37] == "1 linked, the product's main group has 3"
+
+
+def test_a_product_without_a_main_component_is_left_as_it_is():
+    rows = photographed([1, 1, 2, 3, 3, 3, 3])
+    for pairs in ([], [(37, 47), (57, 67)]):
+        kept, dropped = catalog.clean(rows, catalog.linked(rows, np.array(pairs, int).reshape(-1, 2)))
+        assert list(kept.index) == list(rows.index) and dropped.empty
+
+
+def test_cleaning_by_similarity_finds_a_photo_under_the_wrong_product():
+    rng = np.random.default_rng(0)
+    products = np.repeat([0, 1, 2], 10)
+    x = np.eye(3)[products] + 0.1 * rng.normal(size=(30, 3))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    products[[4, 15]] = [1, 2]  # mislabelled
+    rows = photographed(products)
+    kept, dropped = catalog.clean(rows, catalog.visits(rows, x, similarity=0.8))
+    assert list(dropped.index) == [47, 157] and len(kept) == 28

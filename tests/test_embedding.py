@@ -32,7 +32,38 @@ def test_order_and_batch_size_change_nothing(toy_data, network):
     np.testing.assert_allclose(one, other[::-1], atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "rows"])
+def test_object_is_found_where_the_feature_map_is_strong_and_cut_out(toy_data):
+    class Bright(torch.nn.Module):  # a backbone whose features are the brightness itself
+        num_features = 3
+
+        def forward_features(self, x):
+            return torch.nn.functional.avg_pool2d(x, 8)
+
+    model = models.create("siamese_small")
+    model.backbone = Bright()
+    store = Drawn()
+    boxes = embedding.object_boxes(model, store, [0], image_size=64, margin=0.0)
+    np.testing.assert_allclose(boxes[0], [0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_array_equal(boxes[1], [0, 0, 1, 1])
+    part = images.cut(store[0], boxes[0])
+    assert part.shape == (32, 32, 3) and (part == 255).all()
+
+
+class Drawn:
+    """A store of two photos: a white square in the dark, low in the middle."""
+
+    readable = np.array([True, True])
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, row):
+        photo = np.zeros((64, 64, 3), np.uint8)
+        photo[32:, 16:48] = 255
+        return photo
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "rows", "boxes"])
 def test_cached_embeddings_are_only_used_for_the_same_question(toy_data, network, tmp_path, change):
     rows, how = toy_data[0].index[:4], {"image_size": 32, "fit": "squash", "cache_dir": tmp_path}
     first = embedding.embed(network, toy_data[1], rows, **how)
@@ -44,7 +75,8 @@ def test_cached_embeddings_are_only_used_for_the_same_question(toy_data, network
     elif change == "interpolation":
         network.record["interpolation"] = "bicubic"
     rows = rows[::-1] if change == "rows" else rows
-    how |= {"size": {"image_size": 48}, "fit": {"fit": "crop"}}.get(change, {})
+    boxes = np.tile(np.float32([0.2, 0.2, 0.8, 0.8]), (len(toy_data[1]), 1))
+    how |= {"size": {"image_size": 48}, "fit": {"fit": "crop"}, "boxes": {"boxes": boxes}}.get(change, {})
     embedding.embed(network, toy_data[1], rows, **how)
     assert len(list((tmp_path / "embeddings").iterdir())) == 2
 
@@ -168,3 +200,9 @@ def test_shop_photos_alone_are_a_harder_gallery_on_real_photos(frozen):
     queries, gallery, q, g = frozen
     shop = (gallery.domain == "shop").to_numpy()
     assert embedding.retrieve(q, g[shop], queries, gallery[shop]).metrics["precision_at_1"] < 0.35
+
+
+def test_learned_whitening_lifts_frozen_features_on_real_photos(frozen):
+    queries, gallery, q, g = frozen
+    found = embedding.retrieve(q, g, queries, gallery, steps=["learned_whiten:64"]).metrics
+    assert found["map_at_5"] == pytest.approx(0.692, abs=0.015)

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from vipr_utils import runs
@@ -39,7 +40,8 @@ def test_record_names_folders_without_their_place(tmp_path):
 
 def test_readme_shows_the_reference_records_as_they_are():
     root = Path(__file__).resolve().parents[1]
-    table = runs.markdown(runs.scoreboard(root / "submissions" / "reference"))
+    reference = root / "submissions" / "reference"
+    table = runs.tables(reference)
     assert table.count("\n") > 5 and f"{runs.START}\n{table}\n{runs.END}" in (root / "README.md").read_text()
 
 
@@ -122,3 +124,41 @@ def test_the_command_replaces_the_table_between_the_marks_only(tmp_path, capsys)
 def test_an_empty_folder_gives_an_empty_scoreboard(tmp_path):
     assert runs.scoreboard(tmp_path).empty
     assert runs.main([str(tmp_path)]) == 1
+
+
+def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_range(tmp_path):
+    for seed, value in enumerate((0.3, 0.5, 0.4)):
+        name = f"study_scratch-triplet-cosine-seed{seed}"
+        saved(tmp_path / name, metrics=SCORES | {"map_at_5": value}, params={"seed": seed})
+    saved(tmp_path / "other")
+    merged = runs.over_seeds(runs.scoreboard(tmp_path)).set_index("run")
+    row = merged.loc["study_scratch-triplet-cosine"]
+    assert row.map_at_5 == pytest.approx(0.4) and (row.seeds, row.least, row.most) == (3, 0.3, 0.5)
+    text = runs.tables(tmp_path)
+    assert "**study_scratch**" in text and "| 0.400 [0.441, 0.476] | 3: 0.300–0.500 |" in text and "| 0.023 |" in text
+    assert text.index("**study_scratch**") < text.index("**single runs**")
+
+
+def answered(folder, values, names=("a.jpg", "b.jpg", "c.jpg", "d.jpg")):
+    table = {"name": names, "product_id": [1, 1, 2, 2], "shop": values, "customer": [0.5] * 4}
+    folder.mkdir()
+    pd.DataFrame(table).to_csv(folder / "average_precision.csv", index=False)
+
+
+def test_levers_are_compared_with_the_baseline_of_their_sweep_query_by_query(tmp_path):
+    answered(tmp_path / "gap-baseline", [0.0, 0.2, 0.4, 0.6])
+    answered(tmp_path / "gap-clutter", [0.1, 0.3, 0.6, 0.8])
+    table = runs.against_baselines(tmp_path).set_index(["run", "view"])
+    row = table.loc["gap-clutter", "shop"]
+    assert row.difference == pytest.approx(0.15) and row.baseline == pytest.approx(0.3) and 0.1 <= row.low <= row.high <= 0.2
+    assert table.loc["gap-clutter", "customer"].difference == 0
+    assert "| gap-clutter | shop | 0.300 | 0.450 | +0.150 [+0.100, +0.200] |" in runs.paired_markdown(table.reset_index())
+
+
+def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp_path):
+    answered(tmp_path / "gap-baseline", [0.0, 0.2, 0.4, 0.6])
+    answered(tmp_path / "gap-other", [0.0, 0.2, 0.4, 0.6], names=("a.jpg", "b.jpg", "c.jpg", "e.jpg"))
+    with pytest.raises(runs.RunError, match="gap-other and gap-baseline answered different queries"):
+        runs.against_baselines(tmp_path)
+    with pytest.raises(runs.RunError, match="average_precision.csv does not exist"):
+        runs.compare(tmp_path, "gap-baseline", ["nothing"])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vipr_utils.sampling import PKSampler, ShuffledSampler, sampler
+from vipr_utils.sampling import PKSampler, ShuffledSampler, Stages, sampler
 
 LONG_TAIL = np.repeat(np.arange(20), [1, 1, 2, 3, 5, 8, 13, 21, 34, 55] * 2)
 
@@ -106,3 +106,20 @@ def test_sampler_by_name_fills_the_batch_or_says_why_not():
         sampler("products", LONG_TAIL, batch_size=15)
     with pytest.raises(ValueError, match="batches 'random' are unknown: use one of"):
         sampler("random", LONG_TAIL, batch_size=16)
+
+
+def test_stages_change_the_batches_after_the_first_epochs():
+    labels = np.repeat(np.arange(4), [40, 4, 4, 4])
+    first, then = (sampler(kind, labels, batch_size=8) for kind in ("products", "balanced"))
+    stages = Stages(first, then, first_epochs=2)
+    for epoch, expected in enumerate([first, first, then, then]):
+        np.testing.assert_array_equal(stages.batches(epoch), expected.batches(epoch))
+
+
+def test_limits_of_a_product_reach_the_batches_or_are_refused():
+    labels = np.repeat(np.arange(5), [40, 8, 8, 8, 2])
+    batches = sampler("products", labels, batch_size=8, min_images=4, max_images=12).batches(0)
+    shown = labels[np.concatenate(batches)]
+    assert 4 not in shown and (shown == 0).sum() <= 12
+    with pytest.raises(ValueError, match="'shuffled' take all images: min_images and max_images need one of"):
+        sampler("shuffled", labels, batch_size=8, max_images=4)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from scipy import ndimage
 
-from vipr_utils import host, images, metrics, search
+from vipr_utils import host, images, metrics, models, rerank, search
 
 
 def mixed_precision(device: torch.device, *, training: bool = False) -> torch.dtype | None:
@@ -49,21 +49,12 @@ def embed(
     path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit, features, boxes)}.npy" if cache_dir else None
     if path and path.exists():
         return np.load(path)
-    r = model.record
-    transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
     rows = np.asarray(rows)
     readable = store.readable[rows]
-    photos = images.Photos(store, rows[readable], transform, boxes=boxes)
-    loader = images.loader(photos, batch_size=batch_size, device=device)
-    was_training = model.training
-    model.eval().to(device, memory_format=torch.channels_last)
-    forward, out = model.features if features else model, []
-    with torch.inference_mode(), autocast(device):
-        for pixels, _, _ in loader:
-            pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
-            out.append(forward(pixels).float().cpu().numpy())
-    model.train(was_training)
-    width = out[0].shape[1] if out else r["embedding_dim"]
+    forward = model.features if features else model
+    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "boxes": boxes}
+    out = _forwarded(forward, model, store, rows[readable], **how)
+    width = out[0].shape[1] if out else model.record["embedding_dim"]
     embeddings = np.full((len(rows), width), np.nan, np.float32)
     if out:
         embeddings[readable] = np.concatenate(out)
@@ -74,8 +65,56 @@ def embed(
     return embeddings
 
 
+def embed_at_sizes(model, store, rows, *, image_sizes: tuple[int, ...], **settings) -> np.ndarray:
+    """(N, D) float32, L2-normalised: the sum of the embeddings of the same photos at several sizes in pixels.
+
+    Settings as in `embed`. Costs as much as the sizes together.
+    Source: Gordo et al. 2017, arXiv:1610.07940 (multi-resolution).
+    """
+    return rerank.unit(sum(embed(model, store, rows, image_size=px, **settings) for px in image_sizes))
+
+
+def fit_region_whitening(
+    model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
+    power: float = 1.0,
+):  # fmt: skip
+    """The model with the whitening of its R-MAC pooling set to PCA whitening of the regions of these photos.
+
+    The layer is filled in place and stays trainable. power and refusals as in `rerank.fit_whitening`: there must be more
+    regions (14 a photo) than channels; a few thousand photos are plenty.
+    Source: Gordo et al. 2017, arXiv:1610.07940.
+    """
+    if not isinstance(model.pooling, models.RMAC):
+        raise ValueError(f"pooling is {model.record['pooling']!r} and has no regions: create the model with pooling='rmac'")
+    rows, size = np.asarray(rows), image_size or model.record["image_size"]
+    rows, how = rows[store.readable[rows]], {"device": device, "batch_size": batch_size, "size": size, "fit": fit}
+    regions = _forwarded(lambda x: model.pooling.regions(model.maps(x)), model, store, rows, **how)
+    regions = np.concatenate([r.reshape(-1, r.shape[-1]) for r in regions])
+    white, layer = rerank.fit_whitening(regions, regions.shape[1], power=power), model.pooling.whitening
+    with torch.no_grad():
+        layer.weight.copy_(torch.as_tensor(white.matrix.T))
+        layer.bias.copy_(torch.as_tensor(-white.mean @ white.matrix))
+    return model
+
+
+def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, size, fit="squash", boxes=None) -> list:
+    """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode meanwhile."""
+    r, out = model.record, []
+    transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
+    photos = images.Photos(store, rows, transform, boxes=boxes)
+    loader = images.loader(photos, batch_size=batch_size, device=device)
+    was_training = model.training
+    model.eval().to(device, memory_format=torch.channels_last)
+    with torch.inference_mode(), autocast(device):
+        for pixels, _, _ in loader:
+            pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
+            out.append(forward(pixels).float().cpu().numpy())
+    model.train(was_training)
+    return out
+
+
 def _key(model, store, rows, size: int, fit: str, features: bool, boxes) -> str:
-    seen_as = [model.record[k] for k in ("name", "mean", "std", "interpolation")]
+    seen_as = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
     digest = hashlib.sha256(json.dumps([seen_as, size, fit, features, store.key]).encode())
     digest.update(np.asarray(rows, dtype=np.int64).tobytes())
     digest.update(b"" if boxes is None else boxes[rows].tobytes())
@@ -92,16 +131,11 @@ def object_boxes(
     labels: the largest connected region where the sum of the backbone's feature map lies above its mean (Wei et al. 2017,
     arXiv:1604.04994), widened by a margin. Rows not asked for get the whole photo.
     """
-    record, rows = model.record, np.asarray(rows)[store.readable[np.asarray(rows)]]
-    transform = images.eval_transform(image_size or record["image_size"], mean=record["mean"], std=record["std"])
-    model.eval().to(device, memory_format=torch.channels_last)
+    rows, size = np.asarray(rows)[store.readable[np.asarray(rows)]], image_size or model.record["image_size"]
+    how = {"device": device, "batch_size": batch_size, "size": size}
+    energy = np.concatenate(_forwarded(lambda x: model.maps(x).sum(1), model, store, rows, **how))  # (N, h, w)
     boxes = np.tile(np.float32([0, 0, 1, 1]), (len(store), 1))
-    with torch.inference_mode(), autocast(device):
-        for pixels, _, at in images.loader(images.Photos(store, rows, transform), batch_size=batch_size, device=device):
-            maps = model.backbone.forward_features(pixels.to(device, memory_format=torch.channels_last))
-            if maps.ndim != 4:
-                raise ValueError(f"object_boxes needs a feature map (B, C, H, W), {record['name']} gives {tuple(maps.shape)}")
-            boxes[at.numpy()] = [_largest_region(m, margin) for m in maps.float().sum(1).cpu().numpy()]
+    boxes[rows] = [_largest_region(e, margin) for e in energy]
     return boxes
 
 
@@ -111,7 +145,7 @@ def _largest_region(energy: np.ndarray, margin: float) -> tuple[float, ...]:
     if not n:
         return 0.0, 0.0, 1.0, 1.0
     largest = 1 + np.bincount(regions.ravel())[1:].argmax()
-    y, x = ndimage.find_objects(regions == largest)[0]
+    y, x = ndimage.find_objects(regions)[largest - 1]
     h, w = energy.shape
     dx, dy = margin * (x.stop - x.start), margin * (y.stop - y.start)
     return max(0.0, (x.start - dx) / w), max(0.0, (y.start - dy) / h), min(1.0, (x.stop + dx) / w), min(1.0, (y.stop + dy) / h)
@@ -142,22 +176,31 @@ class Retrieval:
 
 def retrieve(
     query_embeddings, gallery_embeddings, queries: pd.DataFrame, gallery: pd.DataFrame, *, k: int = 5,
-    distance: str = "cosine", seed: int = 0, device="cpu",
-) -> Retrieval:
+    distance: str = "cosine", seed: int = 0, device="cpu", steps: list[str] = (), **stack,
+) -> Retrieval:  # fmt: skip
     """Search the gallery with every query and score the lists where products are known.
 
+    steps: post-processing by name, see `rerank.apply`, to which stack (depth, verify, ...) goes; by cosine. Their seconds
+    are in metrics["steps"].
     A query that could not be read (NaN) is ranked by the centre of the gallery and counted as n_unreadable_queries.
     """
     q, unreadable = query_embeddings.copy(), np.isnan(query_embeddings).any(1)
     q[unreadable] = gallery_embeddings.mean(0)
     ids = {"query_ids": queries["image_id"].to_numpy(), "gallery_ids": gallery["image_id"].to_numpy()}
-    scores, ranks = search.top_k(q, gallery_embeddings, k, distance=distance, device=device, **ids)
+    if steps and distance == "manhattan":
+        raise ValueError(f"steps {list(steps)} work by cosine, got distance 'manhattan': leave the steps or the distance away")
     wanted, there = queries["product_id"].to_numpy(), gallery["product_id"].to_numpy()
+    if steps:
+        found = rerank.apply(steps, q, gallery_embeddings, k=k, labels=there, device=device, **ids, **stack)
+        scores, ranks = found.scores, found.ranks
+    else:
+        scores, ranks = search.top_k(q, gallery_embeddings, k, distance=distance, device=device, **ids)
     hits = metrics.hits_from_ranks(ranks, wanted, there)
     n_relevant = metrics.count_relevant(wanted, there) - np.isin(ids["query_ids"], ids["gallery_ids"])
     known = wanted >= 0
     summary = metrics.summary(hits[known], n_relevant[known], wanted[known], seed=seed) if known.any() else {}
     summary |= {"n_gallery": len(gallery), "n_unreadable_queries": int(unreadable.sum())}
+    summary |= {"steps": found.seconds} if steps else {}
     return Retrieval(scores, ranks, hits, n_relevant, summary)
 
 

@@ -167,11 +167,16 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def by_sweep(table: pd.DataFrame) -> str:
-    """The scoreboard as one Markdown table for each sweep (the word before the dash of a run's name), single runs last."""
-    sweep = table["run"].str.split(":").str[0].where(lambda s: s.str.contains("-"), "single runs").str.split("-").str[0]
-    names = sorted(sweep.unique(), key=lambda n: (n == "single runs", n))
-    return "\n\n".join(f"**{name}**\n\n{markdown(table[sweep == name])}" for name in names)
+def tables(output_dir: Path) -> str:
+    """All runs of a folder in Markdown: a table for each sweep (the word before the dash of a run's name), the paired
+    differences to the sweeps' baselines, then single runs."""
+    board, single = scoreboard(output_dir), "single runs"
+    sweep = board["run"].str.split(":").str[0].where(lambda s: s.str.contains("-"), single).str.split("-").str[0]
+    parts = [(name, markdown(board[sweep == name])) for name in sorted(sweep.unique()) if name != single]
+    if paired := paired_markdown(against_baselines(output_dir)):
+        parts.append(("paired differences to the baseline", paired))
+    parts += [(single, markdown(board[sweep == single]))] if (sweep == single).any() else []
+    return "\n\n".join(f"**{name}**\n\n{text}" for name, text in parts)
 
 
 def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
@@ -247,8 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(markdown(table))
     print(*table.attrs["problems"], sep="\n", file=sys.stderr)
     if given.readme:
-        paired = paired_markdown(against_baselines(given.output_dir))
-        insert(given.readme, by_sweep(table) + (f"\n\n**paired with the baseline**\n\n{paired}" if paired else ""))
+        insert(given.readme, tables(given.output_dir))
     return 0 if len(table) else 1
 
 

@@ -20,7 +20,7 @@ def top_k(
     remain, ranks are -1 and scores -inf. Equal scores stand in gallery order.
     Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
     """
-    q, g = _checked(queries, "query"), _checked(gallery, "gallery")
+    q, g = checked(queries, "query"), checked(gallery, "gallery")
     if q.shape[1] != g.shape[1]:
         raise ValueError(f"queries have {q.shape[1]} dimensions, the gallery {g.shape[1]}: embed both with one model")
     if k < 1 or len(g) == 0:
@@ -45,7 +45,7 @@ def top_k(
     return _padded(torch.cat(scores).numpy(), k, -np.inf), _padded(torch.cat(ranks).numpy(), k, -1)
 
 
-def _checked(embeddings, what: str) -> torch.Tensor:
+def checked(embeddings, what: str) -> torch.Tensor:
     x = torch.as_tensor(np.asarray(embeddings, dtype=np.float32))
     if x.ndim != 2:
         raise ValueError(f"{what} embeddings must be (N, D), got shape {tuple(x.shape)}")
