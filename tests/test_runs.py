@@ -105,7 +105,7 @@ def test_markdown_gives_interval_data_sizes_time_and_hardware_and_skips_unscored
     saved(tmp_path / "eda", metrics={})
     lines = runs.markdown(runs.scoreboard(tmp_path)).splitlines()
     assert len(lines) == 3
-    assert "| one | toy, test, all | 20 × 30 | 0.458 [0.441, 0.476] | 0.564 | 61 s |" in lines[2]
+    assert "| one | toy, test | 20 × 30 | 0.458 [0.441, 0.476] | 1 | 0.564 | 61 s |" in lines[2]
 
 
 def test_the_command_replaces_the_table_between_the_marks_only(tmp_path, capsys):
