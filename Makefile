@@ -10,7 +10,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export MPLBACKEND := Agg
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test lint unit smoke nbval sweeps notebooks readme clean
+.PHONY: demo test lint unit smoke nbval sweeps stamp notebooks readme clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m vipr_utils.batch params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
@@ -36,6 +36,10 @@ nbval: smoke
 sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
 	$(BIN)/python -m vipr_utils.batch params/sweeps/laptop --output-dir .venv/sweeps -p image_size=48 -p epochs=1 -p batch_size=16
+
+# Write the bootstrap cell, and the address and release of pyproject.toml, into notebooks and README.
+stamp:
+	$(PYTHON) tests/stamp.py
 
 # Run the notebooks in place with their defaults, as they are committed.
 notebooks: .venv/test.stamp

@@ -198,7 +198,7 @@ def test_whole_file_keeps_the_old_file_on_any_error(tmp_path, error):
 def test_full_disk_is_named_with_file_room_and_remedy_and_the_old_file_stays(tmp_path, error):
     path = tmp_path / "model.pt"
     path.write_text("old")
-    message = r"disk full while writing model\.pt .*GiB free.*output_dir or cache_dir"
+    message = r"disk full while writing model\.pt .*GB free.*output_dir or cache_dir"
     with pytest.raises(OSError, match=message) as caught:
         with host.whole_file(path) as part:
             part.write_text("half of")
