@@ -379,7 +379,7 @@ def preflight(params: dict) -> pd.DataFrame:
     if _is_kept(cache):
         rows["cache"] = (rows["cache"][0], f"counts against the {KEPT_GB} GB: leave cache_dir empty")
     rows["weights"] = (_weights(given["weights"]), "")
-    rows["time"] = _time(given, data, out)
+    rows["time"] = _time(params, data, out)
     for item, (found, todo) in rows.items():
         if todo:
             warnings.warn(f"{item}: {found}: {todo}", stacklevel=2)
@@ -427,19 +427,19 @@ def _weights(weights: str) -> str:
     return f"attached: {', '.join(folders)}" if folders else "an installed package, else the hub"
 
 
-def _time(given: dict, data: Path | None, out: Path) -> tuple[str, str]:
+def _time(params: dict, data: Path | None, out: Path) -> tuple[str, str]:
     """What the same parameters took on this hardware before; without that max_minutes, or that there is no limit."""
     for file in sorted([*out.glob("*/run.json"), *out.glob("reference/*/run.json")], key=lambda f: -f.stat().st_mtime):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             known = record["data"]["root"] == data.name if data else record["data"]["root"].startswith("toy")
-            if known and record["hardware"] == hardware() and _settings(record["params"]) == _settings(given):
+            if known and record["hardware"] == hardware() and _settings(record["params"]) == _settings(params):
                 return f"{record['seconds']:.0f} s, as run {record['run']} took here", ""
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # no record of this kit
-    if minutes := given.get("max_minutes"):
+    if minutes := params.get("max_minutes"):
         return f"training ends after {minutes:g} min, then evaluation", ""
-    limit = SESSION_HOURS.get(where()) if data and given.get("epochs") else None
+    limit = SESSION_HOURS.get(where()) if data and params.get("epochs") else None
     return "not run here before", f"the session ends after {limit} h, done or not: set max_minutes" if limit else ""
 
 
