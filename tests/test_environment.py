@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import stamp
 import yaml
+from packaging.specifiers import SpecifierSet
 
 tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,17 @@ def test_conda_and_pip_ask_for_the_same_packages_and_versions():
     assert found.pop("python") == project["requires-python"]
     assert found.pop("pip")
     assert found == wanted
+
+
+@pytest.mark.parametrize("lane", ["kaggle-py312", "colab-py313"])
+def test_lane_installs_every_dependency_in_a_version_that_the_project_allows(lane):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "tests" / "lanes" / f"{lane}.txt").read_text().splitlines()
+    pinned = dict(requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip())
+    wanted = project["dependencies"] + [d for d in project["optional-dependencies"]["demo"] if "pytorch-model" not in d]
+    for name, bounds in map(requirement, wanted):
+        version = pinned[name].removeprefix("==")
+        assert not version or SpecifierSet(bounds).contains(version), f"{name} {version} {bounds}"
 
 
 def test_every_line_of_the_environment_says_why():
