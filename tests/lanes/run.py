@@ -53,8 +53,8 @@ def listing(folder: Path) -> dict:
 
 
 def main(lane: str, work: str, wheels: str, *chosen: str) -> None:
-    work = Path(work).resolve()
-    elsewhere = tree(lane, work, Path(wheels).resolve())
+    work, wheels = Path(work).resolve(), Path(wheels).resolve()
+    elsewhere = tree(lane, work, wheels)
     places = PLATFORM[lane] | {"VIPR_PLATFORM_ROOT": str(work), "PYTHONPATH": str(OFFLINE), "MPLBACKEND": "Agg"}
     kit = work / "kaggle" / "input" / "datasets" / "some-one" / "vipr-kit" / "vipr"
     before, written = listing(work / "kaggle" / "input"), []
@@ -69,7 +69,7 @@ def main(lane: str, work: str, wheels: str, *chosen: str) -> None:
     call([sys.executable, "-m", "pytest", "-q", *nbval, *written], elsewhere, OMP_NUM_THREADS="1", **places)
     assert listing(work / "kaggle" / "input") == before, "an input was written to"
     if not chosen:
-        places["VIPR_PLATFORM_ROOT"] = "/"  # the tests make their own trees
+        places |= {"VIPR_PLATFORM_ROOT": str(work / "empty"), "PYTHONPATH": f"{OFFLINE}{os.pathsep}{wheels}"}
         call([sys.executable, "-m", "pytest", "-q", "tests"], ROOT, OMP_NUM_THREADS="1", **places)
 
 
