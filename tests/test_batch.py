@@ -1,9 +1,16 @@
 """Headless runs: parameters are checked before any kernel starts, failures are named, finished work is not repeated."""
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from vipr_utils import batch, host, runs
@@ -232,7 +239,7 @@ def fake_kernel(monkeypatch):
     """papermill without a process: writes run.json as a notebook does, and counts."""
     calls = []
 
-    def papermill(path, out, values):
+    def papermill(path, out, values, slot):
         calls.append(values)
         out.write_text(path.read_text())
         (out.parent / "run.json").write_text(json.dumps({"metrics": {"map_at_5": None}}))
@@ -304,3 +311,100 @@ def test_memory_errors_are_named_with_the_remedy(tmp_path, name, value, memory):
     reason = batch._reason(done, error_notebook(tmp_path / "n.ipynb", name, value))
     assert reason.startswith("out of memory: lower batch_size or image_size\n") == memory
     assert reason.endswith(f"{name}: {value}")
+
+
+# ------------------------------------------------------------------------------------------------- side by side
+
+
+def sweep(root, rows, name="rows"):
+    return params_file(root, yaml.safe_dump({"notebook": "tiny", "runs": rows}), name)
+
+
+def test_rows_of_a_sweep_go_side_by_side_but_files_and_a_row_that_names_another_wait(repo):
+    notebook(repo, "zz_next")
+    rows = [{"run_name": n} for n in "abc"] + [{"run_name": "d", "fail": "b"}, {"run_name": "e"}]
+    files = [sweep(repo, rows), params_file(repo, "", "tiny"), params_file(repo, "", "zz_next")]
+    found = [[r.name for r in wave] for wave in batch.waves(batch.load_runs(files))]
+    assert found == [["a", "b", "c"], ["d", "e"], ["tiny"], ["zz_next"]]
+
+
+@pytest.mark.parametrize("named, present, jobs, places", [
+    (None, 2, 0, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
+    ("3,5", 8, 0, [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]),
+    (None, 2, 1, [{"CUDA_VISIBLE_DEVICES": "0"}]),
+    (None, 0, 0, [{"OMP_NUM_THREADS": "4"}] * 2),  # 8 cores would do for 4, 9 GB for 2
+    (None, 0, 4, [{"OMP_NUM_THREADS": "2"}] * 4),
+])  # fmt: skip
+def test_a_process_gets_a_gpu_of_its_own_or_its_share_of_the_cores(monkeypatch, named, present, jobs, places):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: present)
+    monkeypatch.setattr(host, "cores", lambda: 8)
+    monkeypatch.setattr(host, "memory_gb", lambda: (16.0, 9.0))
+    assert batch.slots(jobs) == places
+
+
+def test_every_row_runs_once_on_a_free_slot_and_results_keep_their_order(repo, monkeypatch):
+    busy, seen, together = set(), [], threading.Barrier(2, timeout=20)
+
+    def papermill(path, out, values, slot):
+        gpu = slot["CUDA_VISIBLE_DEVICES"]
+        assert gpu not in busy
+        busy.add(gpu)
+        together.wait()  # passes only when two run at once
+        seen.append((values["run_name"], gpu))
+        busy.discard(gpu)
+        (out.parent / "run.json").write_text("{}")
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(batch, "_papermill", papermill)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    lines = []
+    todo = batch.load_runs([sweep(repo, [{"run_name": n} for n in "abcdef"])])
+    results = batch.run_all(todo, output_dir="out", report=lines.append)
+    assert [r.run.name for r in results] == list("abcdef") == [line.split()[1] for line in lines]
+    assert sorted(name for name, _ in seen) == list("abcdef") and {gpu for _, gpu in seen} == {"0", "1"}
+
+
+# A sweep of six: in `lethal` the process that waits for papermill is killed, once.
+RAY_WORK = """\
+import json, os, pathlib, random, signal
+folder = pathlib.Path(output_dir) / run_name
+(folder / "count").open("a").write("x")
+if fail == "lethal" and (folder / "count").read_text() == "x":
+    worker = int(pathlib.Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    (folder / "killed").write_text(pathlib.Path(f"/proc/{worker}/cmdline").read_text())
+    os.kill(worker, signal.SIGKILL)
+record = dict(
+    run=run_name, notebook="tiny", params=dict(seed=seed), data={}, protocol="test",
+    metrics={"map_at_5": random.Random(seed).random()}, model=None, seconds=0.1, versions={}, device="cpu", git="",
+)
+(folder / "run.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is optional: pip install ray")
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker by /proc")
+def test_sweep_on_ray_survives_a_killed_worker_and_gives_the_numbers_of_the_local_runner(repo):
+    notebook(repo, "ray_tiny", work=RAY_WORK)
+    rows = [{"run_name": n, "seed": i} for i, n in enumerate("abcdef")]
+    rows[2]["fail"] = "lethal"
+    file = params_file(repo, yaml.safe_dump({"notebook": "ray_tiny", "runs": rows}), "rows")
+    local = yaml.safe_dump({"notebook": "ray_tiny", "runs": [r | {"fail": ""} for r in rows]})
+    places = os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-m", "vipr_utils.batch", "--jobs", "2", "--output-dir"]
+    for asked in (["on_ray", str(file), "--engine", "ray"], ["here", str(params_file(repo, local, "local"))]):
+        done = subprocess.run([*command, *asked], cwd=repo, env=places, capture_output=True, text=True)
+        assert not done.returncode, done.stdout + done.stderr
+    assert (repo / "on_ray" / "c" / "killed").read_text().startswith("ray::")
+    assert [started(repo / "on_ray" / n) for n in "abcdef"] == [1, 1, 2, 1, 1, 1]
+    numbers = {where: [runs.load(repo / where / n)["metrics"] for n in "abcdef"] for where in ("on_ray", "here")}
+    assert numbers["on_ray"] == numbers["here"] and len({m["map_at_5"] for m in numbers["here"]}) == 6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is here")
+def test_ray_that_is_missing_is_an_error_with_the_remedy(repo, no_kernel, capsys):
+    assert batch.main([str(params_file(repo, "")), "--engine", "ray"]) == 2
+    assert "--engine ray: Ray is missing: pip install ray, or leave --engine out" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """Where the kit runs: folders, files written whole, devices, memory."""
 
 import errno
+import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 
@@ -136,6 +138,25 @@ def test_data_on_colab_is_found_in_content_drive_and_the_kagglehub_cache(tmp_pat
     assert host.find_data_root()[0] == folder
 
 
+@pytest.mark.parametrize("mount", ["kit", "kit/vipr", "datasets/me/kit", "datasets/me/kit/vipr", "notebooks/me/run/deep",
+                                   "models/me/net/pytorch/default/1"])  # fmt: skip
+def test_attached_file_is_found_at_the_root_of_an_input_or_one_folder_below(monkeypatch, mount):
+    file = host.KAGGLE_INPUT / mount / "submissions" / "04[a]" / "model.pt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert host.attached("submissions/04[a]") == []  # nothing is attached to a laptop
+    on_kaggle(monkeypatch)
+    assert host.attached("submissions/04[a]") == [file.parent] and host.attached("submissions/04") == []
+    assert host.find_run("04[a]") == file.parent  # the output of an earlier notebook
+    own = host.run_folder("submissions", "04[a]")
+    (own / "model.pt").touch()
+    assert host.find_run("04[a]") == own and host.find_run(str(file.parent)) == file.parent
+
+
+def test_run_that_is_nowhere_is_looked_for_in_the_output_folder(tmp_path):
+    assert host.find_run("05", output_dir=str(tmp_path)) == tmp_path / "05"
+
+
 # -------------------------------------------------------------------------------------------- folders and files
 
 
@@ -146,6 +167,13 @@ def test_relative_output_is_kept_in_kaggle_working_or_in_the_checkout(tmp_path, 
     assert host.output_folder("out") == tmp_path / "kaggle" / "working" / "out"
     assert host.output_folder(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
     assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_relative_output_on_colab_is_kept_on_the_mounted_drive(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert host.output_folder("out") == tmp_path / "content" / "out"
+    (tmp_path / "content" / "drive" / "MyDrive").mkdir(parents=True)
+    assert host.output_folder("out") == tmp_path / "content" / "drive" / "MyDrive" / "vipr" / "out"
 
 
 def test_cache_is_the_parameter_then_the_variable_then_the_platforms_scratch(tmp_path, monkeypatch):
@@ -198,7 +226,7 @@ def test_whole_file_keeps_the_old_file_on_any_error(tmp_path, error):
 def test_full_disk_is_named_with_file_room_and_remedy_and_the_old_file_stays(tmp_path, error):
     path = tmp_path / "model.pt"
     path.write_text("old")
-    message = r"disk full while writing model\.pt .*GiB free.*output_dir or cache_dir"
+    message = r"disk full while writing model\.pt .*GB free.*output_dir or cache_dir"
     with pytest.raises(OSError, match=message) as caught:
         with host.whole_file(path) as part:
             part.write_text("half of")
@@ -216,6 +244,94 @@ def test_disk_that_fills_up_when_the_file_is_flushed_is_named_too(tmp_path, monk
         with host.whole_file(tmp_path / "images.bin") as part:
             part.write_bytes(b"1")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def keeps_little(monkeypatch):
+    """Kaggle, but 3,000 bytes of /kaggle/working are kept."""
+    on_kaggle(monkeypatch)
+    monkeypatch.setattr(host, "KEPT_GB", 3000 / 1e9)
+    return host.output_folder("out")
+
+
+def test_file_that_would_pass_what_kaggle_keeps_is_refused_and_the_old_one_stays(tmp_path, keeps_little):
+    path = keeps_little / "model.pt"
+    path.write_bytes(b"x" * 1000)
+    assert host.room_gb(keeps_little) * 1e9 == pytest.approx(2000)
+    with host.whole_file(path) as part:
+        part.write_bytes(b"y" * 1900)
+    with pytest.raises(OSError, match=r"disk full while writing model\.pt .*working keeps 3e-06 GB.*output_dir or cache_dir"):
+        with host.whole_file(path) as part:
+            part.write_bytes(b"z" * 1200)
+    assert path.read_bytes() == b"y" * 1900 and list(keeps_little.iterdir()) == [path]
+    with host.whole_file(host.cache_folder() / "images.bin") as part:  # scratch has no such limit
+        part.write_bytes(b"z" * 9000)
+
+
+@pytest.mark.skipif(host.fcntl is None, reason="no lock on Windows")
+def test_lock_lets_one_in_at_a_time(tmp_path):
+    with host.locked(tmp_path / "run"):
+        with open(tmp_path / "run" / ".lock") as file, pytest.raises(BlockingIOError):
+            host.fcntl.flock(file, host.fcntl.LOCK_EX | host.fcntl.LOCK_NB)
+    with host.locked(tmp_path / "run"):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------- preflight
+
+
+def test_preflight_says_what_is_here_and_warns_of_nothing_on_a_laptop_with_the_toy_set(recwarn):
+    table = host.preflight({"epochs": 3})
+    assert list(table.index) == ["data", "machine", "device", "memory", "outputs", "cache", "weights", "time"]
+    assert table.found["data"] == "toy set (generated)" and table.found["machine"].startswith("local, Python 3.")
+    assert table.found["time"] == "not run here before"
+    assert re.fullmatch(r"\d+ of \d+ GB available", table.found["memory"])
+    assert not [w for w in recwarn if "session" in str(w.message) or "GPU" in str(w.message)]
+
+
+def test_preflight_of_real_photos_on_kaggle_without_gpu_and_time_limit_warns_of_both(monkeypatch):
+    on_kaggle(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    data_root(host.KAGGLE_INPUT / "products-10k")
+    with pytest.warns(UserWarning) as warned:
+        table = host.preflight({"epochs": 3, "max_minutes": 0.0})
+    assert "choose Settings > Accelerator > GPU T4 x2" in table["to do"]["device"]
+    assert "the session ends after 12 h, done or not: set max_minutes" in table["to do"]["time"]
+    assert {str(w.message).split(":")[0] for w in warned} >= {"device", "time"}
+    assert host.preflight({"epochs": 3, "max_minutes": 90.0}).found["time"] == "training ends after 90 min, then evaluation"
+
+
+def test_preflight_names_the_p100s_way_out(p100):
+    with pytest.warns(UserWarning, match=r"device: cpu: .*Tesla P100.*Settings > Accelerator > GPU T4 x2"):
+        assert "GPU T4 x2" in host.preflight({})["to do"]["device"]
+
+
+def test_preflight_warns_of_a_cache_among_the_outputs_and_of_a_full_disk(keeps_little):
+    with pytest.warns(UserWarning) as warned:
+        table = host.preflight({"cache_dir": str(keeps_little / "cache")})
+    assert table["to do"]["cache"].startswith("counts against the")
+    assert re.fullmatch(r"0 GB of \S+ GB kept free", table.found["outputs"])
+    assert any("outputs: " in str(w.message) and "runs may not fit" in str(w.message) for w in warned)
+
+
+def test_preflight_shows_a_wrong_data_root_instead_of_raising(tmp_path):
+    with pytest.warns(UserWarning, match="data: .*nowhere does not exist"):
+        assert "does not exist" in host.preflight({"data_root": str(tmp_path / "nowhere")})["to do"]["data"]
+
+
+def test_preflight_says_how_long_the_same_parameters_took_here(tmp_path, monkeypatch):
+    params = {"output_dir": str(tmp_path), "epochs": 3, "lr": 0.1}
+    record = {"run": "mine", "seconds": 83.4, "hardware": host.hardware(), "data": {"root": "toy-24"}}
+    folder = host.run_folder(str(tmp_path), "mine")
+    unknown = "not run here before"
+    for changed, said in (({}, "83 s, as run mine took here"), ({"lr": 0.2}, unknown), ({"k": 1}, unknown)):
+        (folder / "run.json").write_text(json.dumps(record | {"params": params | {"output_dir": "elsewhere"} | changed}))
+        assert host.preflight(params).found["time"] == said
+    (folder / "run.json").write_text(json.dumps(record | {"params": params, "hardware": "Tesla T4"}))
+    assert host.preflight(params).found["time"] == "not run here before"
+    (folder / "run.json").write_text("[")
+    assert host.preflight(params).found["time"] == "not run here before"
 
 
 # ---------------------------------------------------------------------------------------------- device and memory

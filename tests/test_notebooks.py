@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import stamp
 import yaml
 
 from vipr_utils import batch
@@ -26,7 +27,7 @@ DEFAULTS = {"data_root": "", "output_dir": "submissions", "cache_dir": "", "run_
 OF_THIS_MACHINE = {"data_root", "output_dir", "cache_dir"}  # a parameter file need not repeat these
 SILENT = {"tune", "seed_everything", "to_csv", "save_table"}  # calls at the end of a cell that give nothing to look at
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|tmp|root|work|Users)/\S*")
-REPOSITORY = re.search(r'^Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+REPOSITORY = stamp.ADDRESS.removeprefix("https://github.com/")
 
 every_notebook = pytest.mark.parametrize("stem", STEMS)
 
@@ -89,9 +90,33 @@ def test_parameter_line_says_its_unit_or_rule_and_papermill_can_read_it(stem):
 def test_one_bootstrap_cell_opens_every_notebook_with_the_same_bytes():
     found = {stem: tagged(stem, "bootstrap") for stem in STEMS}
     assert all(len(cells) == 1 for cells in found.values())
-    assert len({cells[0] for cells in found.values()}) == 1
+    assert {cells[0] for cells in found.values()} == {stamp.bootstrap()}, "make stamp writes it"
+    tags = [["parameters"], ["bootstrap", "nbval-ignore-output"]]
+    assert all([c["metadata"].get("tags") for c in code(stem)[:2]] == tags for stem in STEMS)
+
+
+@every_notebook
+def test_badges_and_bootstrap_cell_are_of_the_projects_address_and_release(stem):
+    notebook = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))
+    before = json.dumps(notebook)
+    assert json.dumps(stamp.stamped(notebook)) == before, "make stamp"
+
+
+def test_readme_has_both_badges_of_every_notebook_at_the_projects_address():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert stamp.badges(readme) == readme, "make stamp"
     for stem in STEMS:
-        assert [c["metadata"].get("tags") for c in code(stem)[:2]] == [["parameters"], ["bootstrap"]]
+        file = f"{REPOSITORY}/blob/main/notebooks/{stem}.ipynb"
+        assert readme.count(f"](https://kaggle.com/kernels/welcome?src=https://github.com/{file})") == 1
+        assert readme.count(f"](https://colab.research.google.com/github/{file})") == 1
+
+
+def test_another_address_would_reach_every_badge(monkeypatch):
+    monkeypatch.setattr(stamp, "ADDRESS", "https://github.com/some-one/else.where")
+    badge = source(cells(STEMS[0])[0])
+    assert stamp.badges(badge).count("github.com/some-one/else.where/blob/") == 1
+    assert stamp.badges(badge).count("google.com/github/some-one/else.where/blob/") == 1
+    assert REPOSITORY not in stamp.badges(badge)
 
 
 @every_notebook

@@ -1,9 +1,12 @@
 """Run notebooks headless: a folder of parameter files, or a sweep, one papermill process per run.
 
     python -m vipr_utils.batch params/smoke [more paths] [--only 03] [--output-dir DIR] [-p name=value ...] [--force]
+                               [--jobs N] [--engine ray [--address HOST:PORT]]
 
 A parameter file is flat YAML named like its notebook. A sweep names the notebook itself, with `base` values and
 either `runs` (a list of value sets, each with its run_name) or `grid` (name: list of values, all combinations).
+The rows of one sweep run side by side, one a GPU or `--jobs`; files run one after the other, in the order of their names,
+and so does a row that names another (`model_run`) after it. With Ray the rows go to its workers, here or on a cluster.
 Every run is checked before the first kernel starts. What was done before with the same inputs is not done again.
 Exit code 0: all runs are done; 1: one failed; 2: wrong parameters.
 """
@@ -12,21 +15,27 @@ from __future__ import annotations
 
 import argparse
 import ast
+import ctypes
 import difflib
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
+import os
+import queue
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 
 from vipr_utils import host, runs
@@ -222,24 +231,70 @@ def _cells(notebook: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------ running
 
 
-def run_all(todo: list[Run], *, output_dir: str = "", force: bool = False, report: Callable = print) -> list[Result]:
-    """Run one after the other; `report` gets one line a run. A failed run does not stop the others."""
-    ready = []
-    for run in todo:  # all folders and data roots first: a wrong one is known before any kernel starts
-        given = run.defaults | run.params
-        out = output_dir and Path(output_dir).expanduser().resolve() or given.get("output_dir", "submissions")
+def run_all(
+    todo: list[Run], *, output_dir: str = "", force: bool = False, jobs: int = 0, report: Callable = print
+) -> list[Result]:
+    """Run them, `jobs` rows of a sweep at a time (0: see `slots`); `report` gets one line a run, in the order of `todo`.
+
+    A failed run does not stop the others. Results do not depend on `jobs` where threads per run are the same: on a CPU a
+    run's share of the cores is its number of threads, unless $OMP_NUM_THREADS says it.
+    """
+    free, results = queue.Queue(), []
+    for slot in (places := slots(jobs)):
+        free.put(slot)
+
+    def one(run: Run) -> Result:
+        slot, (folder, data) = free.get(), ready[id(run)]
         try:
-            ready.append((run, host.run_folder(str(out), run.name), host.find_data_root(given.get("data_root", ""))[0]))
-        except (ValueError, FileNotFoundError) as error:
-            raise BadParameters(f"{run.file}: {error}") from None
-    results, width = [], max(len(run.name) for run in todo)
-    for run, folder, data in ready:
-        results.append(_run(run, folder.resolve(), data, force))
-        report(_line(results[-1], width))
+            with host.locked(folder):  # another batch may be at it
+                return _run(run, folder, data, force, slot)
+        finally:
+            free.put(slot)
+
+    ready = _ready(todo, output_dir)
+    with ThreadPoolExecutor(len(places)) as pool:  # threads that wait: each run is a process of its own
+        for wave in waves(todo):
+            for result in pool.map(one, wave):
+                results.append(result)
+                report(_line(result, max(len(run.name) for run in todo)))
     return results
 
 
-def _run(run: Run, folder: Path, data: Path | None, force: bool) -> Result:
+def _ready(todo: list[Run], output_dir: str) -> dict[int, tuple[Path, Path | None]]:
+    """Run folder and data root of each: a wrong one is known before any kernel starts."""
+    ready = {}
+    for run in todo:
+        given = run.defaults | run.params
+        out = output_dir and Path(output_dir).expanduser().resolve() or given.get("output_dir", "submissions")
+        try:
+            folder, data = host.run_folder(str(out), run.name), host.find_data_root(given.get("data_root", ""))[0]
+        except (ValueError, FileNotFoundError) as error:
+            raise BadParameters(f"{run.file}: {error}") from None
+        ready[id(run)] = folder.resolve(), data
+    return ready
+
+
+def waves(todo: list[Run]) -> list[list[Run]]:
+    """Runs that may go side by side: rows of one file, up to a row that names one of them as its input."""
+    found: list[list[Run]] = []
+    for run in todo:
+        named = {Path(v).name for v in run.params.values() if isinstance(v, str)}
+        together = found and found[-1][0].file == run.file and not named & {r.name for r in found[-1]}
+        found[-1].append(run) if together else found.append([run])
+    return found
+
+
+def slots(jobs: int = 0) -> list[dict[str, str]]:
+    """Environment of each process that may run at once: one a visible GPU, else one for 2 cores and 4 GB, or `jobs`."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
+    n = jobs or max(1, min(host.cores() // 2, int(host.memory_gb()[1] / 4)))
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, host.cores() // n)))}] * n
+
+
+def _run(run: Run, folder: Path, data: Path | None, force: bool, slot: dict[str, str]) -> Result:
     key, mark, written = _key(run, folder, data), folder / "batch.json", folder / "run.json"
     if not force and written.is_file() and mark.is_file() and _marked(mark) == (key, _sha256(written)):
         return Result(run, folder, "skip")
@@ -250,7 +305,7 @@ def _run(run: Run, folder: Path, data: Path | None, force: bool) -> Result:
     if values.get("data_root"):
         values["data_root"] = str(data)  # the kernel's working folder may be another
     started = time.time()
-    done = _papermill(run.notebook, folder / "notebook.ipynb", values)
+    done = _papermill(run.notebook, folder / "notebook.ipynb", values, slot)
     seconds = time.time() - started
     if done.returncode:
         return Result(run, folder, "FAIL", seconds, _reason(done, folder / "notebook.ipynb"))
@@ -273,13 +328,78 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _papermill(notebook: Path, out: Path, values: dict) -> subprocess.CompletedProcess:
+def _papermill(notebook: Path, out: Path, values: dict, slot: dict[str, str]) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "params.yaml"
         file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
         command = ["papermill", str(notebook), str(out), "-f", str(file), "-k", "python3", "--no-progress-bar"]
         command = [sys.executable, "-m", *command]
-        return subprocess.run(command, cwd=_root(), capture_output=True, text=True, errors="replace")
+        kept = {"cwd": _root(), "env": os.environ | slot, "preexec_fn": _end_with_parent if LIBC else None}
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", **kept)
+
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    LIBC.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: no kernel goes on when the process that waits for it was killed
+
+
+# ---------------------------------------------------------------------------------------------------------- Ray
+
+COLLECTED = ("*.json", "*.csv", "*.png", "notebook.ipynb")  # of a run on another machine; checkpoints stay there
+CARRIED = {"excludes": [".git", ".venv", ".lanes", "submissions", "tests", "kaggle"]}
+
+
+def run_on_ray(
+    todo: list[Run], *, output_dir: str = "", force: bool = False, jobs: int = 0, address: str = "", report: Callable = print
+) -> list[Result]:
+    """The same as `run_all` on Ray's workers: a task a run with its GPU, tried again where a worker is lost.
+
+    address: of a running cluster, which gets the repository and needs its packages, and the data under the same path;
+    empty starts Ray here. Records come back whatever machine made them. Raises BadParameters without Ray.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise BadParameters("--engine ray: Ray is missing: pip install ray, or leave --engine out")
+    import ray
+
+    _ready(todo, output_dir)
+    output_dir = output_dir and str(Path(output_dir).expanduser().resolve())
+    cluster = {"address": address, "runtime_env": {"working_dir": str(_root()), **CARRIED}}
+    ray.init(log_to_driver=False, **cluster if address else {"num_cpus": len(slots(jobs)), "include_dashboard": False})
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_remote)
+        results = []
+        for wave in waves(todo):
+            for run, reference in zip(wave, [task.remote(run, output_dir, force) for run in wave]):
+                results.append(_collected(ray, run, reference, output_dir))
+                report(_line(results[-1], max(len(run.name) for run in todo)))
+    finally:
+        ray.shutdown()
+    return results
+
+
+def _remote(run: Run, output_dir: str, force: bool) -> tuple[Result, dict[str, bytes]]:
+    """A worker's part: (result, the small files of its run folder by name)."""
+    run.notebook = _notebook(run.notebook.stem)  # the worker's copy of the repository
+    folder, data = _ready([run], output_dir)[id(run)]
+    with host.locked(folder):
+        result = _run(run, folder, data, force, {})  # Ray has set CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS
+    return result, {f.name: f.read_bytes() for pattern in COLLECTED for f in folder.glob(pattern)}
+
+
+def _collected(ray, run: Run, reference, output_dir: str) -> Result:
+    folder = _ready([run], output_dir)[id(run)][0]
+    try:
+        result, files = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return Result(run, folder, "FAIL", 0.0, f"Ray gave the run up: {str(error).splitlines()[0]}")
+    for name, content in files.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            with host.whole_file(folder / name) as part:
+                part.write_bytes(content)
+    return Result(run, folder, result.status, result.seconds, result.error)
 
 
 def _key(run: Run, folder: Path, data: Path | None) -> str:
@@ -331,6 +451,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output-dir", default="", help="instead of the notebooks' output_dir")
     parser.add_argument("-p", action="append", default=[], metavar="name=value", help="for every notebook that has it")
     parser.add_argument("--force", action="store_true", help="also run what was done before")
+    parser.add_argument("--jobs", type=int, default=0, help="rows of a sweep at once; 0: one a GPU, else 2 cores each")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: its workers, here or at --address")
+    parser.add_argument("--address", default="", help="of a Ray cluster")
     given = parser.parse_args(arguments)
     if wrong := [p for p in given.p if "=" not in p]:
         parser.error(f"-p {wrong[0]}: expected name=value")
@@ -338,7 +461,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("papermill is missing: pip install papermill ipykernel")
     try:
         todo = load_runs(given.paths, dict(p.split("=", 1) for p in given.p), given.only)
-        results = run_all(todo, output_dir=given.output_dir, force=given.force, report=partial(print, flush=True))
+        how = {"output_dir": given.output_dir, "force": given.force, "report": partial(print, flush=True)}
+        if given.engine == "ray":
+            results = run_on_ray(todo, jobs=given.jobs, address=given.address, **how)
+        else:
+            results = run_all(todo, jobs=given.jobs, **how)
     except BadParameters as error:
         print(error, file=sys.stderr)
         return 2
@@ -352,4 +479,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(importlib.import_module("vipr_utils.batch").main())  # by its name, so that Ray's workers find it too

