@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "vipr_utils"
 ORDER = [
     "host", "metrics", "submission", "runs", "catalog", "toy", "images", "sampling", "models", "losses", "search",
-    "rerank", "embedding", "training", "labels", "plots", "batch", "report", "kaggle",
+    "rerank", "verification", "embedding", "training", "labels", "plots", "batch", "report", "kaggle",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 NOT_IN_THE_PACKAGE = {"papermill", "nbval", "pytest", "faiss", "torchmetrics", "pytorch_metric_learning", "ranx", "oml"}
