@@ -186,6 +186,21 @@ def test_form_is_that_of_the_search_and_runs_repeat(toy_data):
         np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
 
 
+@pytest.mark.parametrize("depth, read", [(1, 3 + 2), (4, 3 + 6)])
+def test_tables_give_what_their_features_give_and_only_photos_in_the_lists_are_read(photos, depth, read, monkeypatch):
+    gallery = photos.iloc[[0, 1, 2, 0, 1, 2]].copy()
+    ranks = np.array([[1, 0, 2, 5], [2, 0, 1, -1], [1, 2, 4, 3]])
+    scores = np.where(ranks < 0, -np.inf, np.linspace(0.9, 0.6, 4)).astype(np.float32)
+    q, g = (verification.features(t, px=96) for t in (photos, gallery))
+    want = verification.spatial_verification(scores, ranks, q, g, depth=depth)
+    calls, sift = [], verification.sift
+    monkeypatch.setattr(verification, "sift", lambda *a, **k: calls.append(1) or sift(*a, **k))
+    seen = verification.verify(scores, ranks, photos, gallery, depth=depth, px=96)
+    for field in ("scores", "ranks", "counts", "probability"):
+        np.testing.assert_array_equal(getattr(seen, field), getattr(want, field))
+    assert len(calls) == read and (want.ranks[1, 3], want.counts[1, 3]) == (-1, -1)
+
+
 def test_lists_of_another_gallery_are_refused():
     few = features_of([textured(0, 64)] * 2)
     scores, ranks = lists(2, 9, 5)

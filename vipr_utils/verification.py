@@ -281,7 +281,7 @@ def spatial_verification(
             f"scores {scores.shape} and ranks {ranks.shape} up to {ranks.max(initial=-1)} do not fit features of "
             f"{len(queries)} queries and {len(gallery)} gallery photos: pass the lists and the tables of one search"
         )
-    depth = min(depth or max(1, MOST_PAIRS // max(1, len(ranks))), ranks.shape[1])
+    depth = _affordable(depth, ranks)
     counts = np.full(ranks.shape, -1)
     counts[:, :depth] = inlier_counts(queries, gallery, ranks[:, :depth])
     counts[ranks < 0] = -1
@@ -290,6 +290,26 @@ def spatial_verification(
     final = scores + (TRUST * spread[:, None] * nats).astype(scores.dtype)
     order = np.argsort(-final, axis=1, kind="stable")
     return Verified(*(np.take_along_axis(x, order, axis=1) for x in (final, ranks, counts, probability)))
+
+
+def verify(
+    scores: np.ndarray, ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame, *, depth: int = 0, **settings
+) -> Verified:
+    """`spatial_verification` of the lists of a search over two catalog tables; settings as in `features`.
+
+    Of the gallery only the photos that are looked at get features: all of a small one, what the lists hold of a large one.
+    """
+    depth = _affordable(depth, ranks)
+    used = np.unique(ranks[:, :depth].clip(0))
+    used = used if len(used) < len(gallery) / 2 else np.arange(len(gallery))  # most: then all, one cache for every search
+    few, sizes = features(gallery.iloc[used], **settings), np.zeros(len(gallery), np.int64)
+    sizes[used] = np.diff(few.offsets)
+    whole = Features(np.cumsum([0, *sizes]), few.points, few.descriptors)
+    return spatial_verification(scores, ranks, features(queries, **settings), whole, depth=depth)
+
+
+def _affordable(depth: int, ranks: np.ndarray) -> int:
+    return min(depth or max(1, MOST_PAIRS // max(1, len(ranks))), ranks.shape[1])
 
 
 def verified_expansion(queries: np.ndarray, gallery: np.ndarray, found: Verified, *, least: float = 0.9, most: int = 5) -> np.ndarray:
