@@ -255,13 +255,13 @@ def evidence(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     F = n * exp(-count / noise) is how many wrong photos among the n looked at would have such a count; probability =
     1 / (1 + F), evidence = log(1 + 1 / F) - log(1 + 1 / n): 0 without inliers, then growing with their number. noise is the
-    query's own, from no labels: the mean of the exponential whose 0.8 quantile is that of its list, at least NOISE. Where
-    nothing can be verified (fruit, a tag that hangs in every photo) right and wrong photos have the same counts, the
-    noise is high and none stands out; a handful of variants with the same artwork do not raise it. -1: not looked at.
+    query's own, from no labels: the mean of the exponential that has its list's median, at least NOISE. Where right and
+    wrong photos match alike (a tag that hangs in every photo) it is high and none stands out; variants with the same
+    artwork do not raise it while they are the smaller half, so a list should have 20 photos. -1: not looked at.
     Source: the number of false alarms of Desolneux, Moisan and Morel 2000 (IJCV 40).
     """
     looked = [row[row >= 0] for row in counts]
-    noise = np.array([max(NOISE, np.quantile(row, 0.8) / np.log(5)) if len(row) else NOISE for row in looked])
+    noise = np.array([max(NOISE, np.median(row) / np.log(2)) if len(row) else NOISE for row in looked])
     accidents = np.log([max(1, len(row)) for row in looked])[:, None]
     odds = counts.clip(0) / noise[:, None] - accidents
     return 1 / (1 + np.exp(-odds)), np.logaddexp(0, odds) - np.logaddexp(0, 0.0 - accidents)
