@@ -160,9 +160,15 @@ def test_evidence_is_the_papers_number_of_false_alarms():
     noise = 3 / np.log(2)
     for i, n in enumerate([0, 0, 3, 8, 10]):
         alarms = 5 * np.exp(-n / noise)
-        assert probability[0, i] == pytest.approx(1 / (1 + alarms))
+        assert probability[0, i] == pytest.approx((n / 10) ** 3 / (1 + alarms))
         assert nats[0, i] == pytest.approx(np.log(1 + 1 / alarms) - np.log(1 + 1 / 5))
     assert nats[0, 0] == 0 and not nats[1].any()
+
+
+def test_variant_with_half_the_inliers_is_evidence_but_not_verified():
+    probability, nats = verification.evidence(np.array([[80, 40, *[0] * 30]]))
+    assert probability[0, 0] > 0.99 and probability[0, 1] < 0.2
+    assert nats[0, 0] > nats[0, 1] > 10 and nats[0, 2] == 0
 
 
 def test_only_the_first_of_a_list_are_looked_at_and_the_budget_bounds_them(monkeypatch):
