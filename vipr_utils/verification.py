@@ -256,7 +256,7 @@ def evidence(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     F = n * exp(-count / noise) is how many wrong photos among the n looked at would have such a count by accident; evidence
     = log(1 + 1 / F) - log(1 + 1 / n): 0 without inliers, then growing with their number. A variant with the same logo is no
     accident and still wrong: probability = (count / best count of the list)^3 / (1 + F), so the runner-up falls. Above 0.9
-    98 to 99 % were right on drawn packages and collages, 84 % on real cartons whose variants differ in a word. noise is the
+    89 to 99 % were right on drawn packages and collages, 84 % on real cartons whose variants differ in a word. noise is the
     query's own, from no labels: the mean of the exponential that has its list's median, at least NOISE. Where right and
     wrong photos match alike (a tag that hangs in every photo) it is high and none stands out; variants with the same
     artwork do not raise it while they are the smaller half, so a list should have 20 photos. -1: not looked at.
