@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "vipr_utils"
 ORDER = [
     "host", "metrics", "submission", "runs", "catalog", "toy", "images", "sampling", "models", "losses", "search",
-    "rerank", "embedding", "training", "labels", "plots", "batch", "report", "kaggle",
+    "rerank", "verification", "embedding", "training", "labels", "plots", "batch", "report", "kaggle",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 NOT_IN_THE_PACKAGE = {"papermill", "nbval", "pytest", "faiss", "torchmetrics", "pytorch_metric_learning", "ranx", "oml"}
@@ -87,4 +87,4 @@ def test_module_says_what_it_is_about(module):
 
 def test_package_can_be_read_in_an_evening():
     lines = {m: len((PACKAGE / f"{m}.py").read_text(encoding="utf-8").splitlines()) for m in MODULES}
-    assert sum(lines.values()) < 4800, lines
+    assert sum(lines.values()) < 5800, lines

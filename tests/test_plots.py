@@ -25,6 +25,14 @@ FIGURES = {
     "intervals": (lambda: plots.intervals(SCORES, **WORDS), "95 % intervals: frozen 0.500"),
     "lines": (lambda: plots.lines({"x": ([1, 2], [0.5, 0.25])}, xlabel="n", ylabel="m", **WORDS), "x from 0.50 at 1 to 0.25 at 2"),
     "image_grid": (lambda: plots.image_grid([picture()], columns=2, labels=["one"], **WORDS), "Title, 1 photos in 1 rows of 2: one"),
+    "matches": (
+        lambda: plots.matches(picture(0), picture(1, 90, 50), (np.eye(100, 2), np.eye(100, 2) / 2), **WORDS),
+        "Title: 100 matches between a query and a gallery photo, 50 of them drawn",
+    ),
+    "no matches": (
+        lambda: plots.matches(picture(0), picture(1), (np.zeros((0, 2)), np.zeros((0, 2))), **WORDS),
+        "Title: 0 matches between a query and a gallery photo",
+    ),
 }
 
 

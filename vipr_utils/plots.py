@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch
 from PIL import Image
 
 from vipr_utils import host
@@ -224,10 +226,10 @@ def denormalised(image, *, mean, std) -> np.ndarray:
     return (x.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _photo(ax, image: np.ndarray) -> None:
+def _photo(ax, image: np.ndarray, *, least_px: int = 140, **how) -> None:
     """One picture in its axes, reduced to what the page can show, so that notebooks stay small."""
-    step = max(1, min(image.shape[:2]) // 140)
-    ax.imshow(image[::step, ::step])
+    step = max(1, min(image.shape[:2]) // least_px)
+    ax.imshow(image[::step, ::step], **how)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
@@ -281,6 +283,27 @@ def ranked_lists(store, queries: pd.DataFrame, gallery: pd.DataFrame, result, ch
     caption = caption or "Left: the query. Then its ranked gallery images, best first: tick or cross, similarity, class and group."
     alt = f"Ranked lists of {len(chosen)} queries: {right} of {len(chosen) * k} images show the query's product"
     return _finish(figure, title, caption, alt)
+
+
+def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str, caption: str = "", most: int = 60) -> Picture:
+    """A query beside a gallery photo, verified points joined by lines; points: (a (M, 2), b (M, 2)) of verification.inliers.
+
+    The lines are spread over the rainbow from the top of the query down, so that parallel ones can be told apart; of more
+    than `most` every second, third ... is drawn.
+    """
+    figure, axes = _figure(7.2, 3.4, 1, 2, gridspec_kw={"wspace": 0.06})
+    for ax, image in zip(axes[0], (query, photo)):
+        _photo(ax, image, least_px=240, extent=(0, image.shape[1], image.shape[0], 0))
+    a, b = (x * max(image.shape[:2]) for x, image in zip(points, (query, photo)))
+    drawn = np.argsort(a[:, 1], kind="stable")[:: -(-len(a) // most) or 1]
+    for at, colour in zip(drawn, colormaps["turbo"](np.linspace(0.05, 0.95, len(drawn)))):
+        line = {"coordsA": axes[0, 0].transData, "coordsB": axes[0, 1].transData, "color": colour, "linewidth": 0.9}
+        figure.add_artist(ConnectionPatch(a[at], b[at], **line))
+        for ax, spot in zip(axes[0], (a[at], b[at])):
+            ax.plot(*spot, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.4)
+    shown = f", {len(drawn)} of them drawn" if len(drawn) < len(a) else ""
+    caption = caption or f"Left: the query. Right: the gallery photo. {len(a)} points lie where one homography puts them{shown}."
+    return _finish(figure, title, caption, f"{title}: {len(a)} matches between a query and a gallery photo{shown}")
 
 
 def _what(row) -> str:
