@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vipr_utils import catalog, embedding, host, images, models
+from vipr_utils import catalog, embedding, host, images, models, rerank
 
 
 @pytest.fixture
@@ -161,6 +161,32 @@ def test_domains_are_centred_on_the_gallery_they_are_searched_in(toy_data, netwo
     expected = embedding.retrieve(q, g, queries, gallery)
     np.testing.assert_allclose(found.scores, expected.scores, atol=2e-2)
     assert not np.allclose(found.scores, embedding.evaluate(network, store, pairs, image_size=32)[""].scores, atol=0.02)
+
+
+def test_verification_by_name_reads_the_photos_and_finds_the_printed_ones(toy_data):
+    photos, _ = toy_data
+    queries, gallery = photos[photos.split == "test"], photos[photos.split == "train"]
+    drawn = np.random.default_rng(0).normal(size=(len(photos), 8)).astype(np.float32)  # says nothing
+    q, g = drawn[: len(queries)], drawn[len(queries) :]
+    plain, verified, expanded = (
+        embedding.retrieve(q, g, queries, gallery, steps=steps).metrics["map_at_5"]
+        for steps in ([], ["verify:100"], ["centre", "verify:100", "verified_qe:3"])
+    )
+    assert verified > 1.5 * plain and expanded > plain
+
+
+def test_learned_whitening_becomes_part_of_the_model_and_of_its_checkpoint(toy_data, network, tmp_path):
+    photos, store = toy_data
+    rows = photos[photos.split == "train"]
+    how = {"image_size": 32, "features": True}
+    model = embedding.with_learned_whitening(network, store, rows, 5, image_size=32)
+    features = embedding.embed(network, store, rows.index, **how)
+    expected = rerank.fit_learned_whitening(features, rows.product_id.to_numpy(), 5)(features)
+    found = embedding.embed(model, store, rows.index, image_size=32)
+    np.testing.assert_allclose(found, expected, atol=3e-2)
+    assert model.record["embedding_dim"] == 5 and network.record["embedding_dim"] == 16
+    again = models.load(models.save(model, tmp_path / "model.pt"))
+    np.testing.assert_array_equal(embedding.embed(again, store, rows.index, image_size=32), found)
 
 
 def test_features_are_what_the_neck_receives(toy_data, network):

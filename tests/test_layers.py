@@ -87,4 +87,4 @@ def test_module_says_what_it_is_about(module):
 
 def test_package_can_be_read_in_an_evening():
     lines = {m: len((PACKAGE / f"{m}.py").read_text(encoding="utf-8").splitlines()) for m in MODULES}
-    assert sum(lines.values()) < 5800, lines
+    assert sum(lines.values()) < 6000, lines

@@ -290,7 +290,7 @@ def test_verification_sorts_the_list_and_its_expansion_searches_again():
     assert seen == {"top": 20, "depth": 30}
     np.testing.assert_array_equal(out.ranks, search.top_k(queries, gallery, 30)[1][:, ::-1][:, :3])
     steps = ["verify:20", "verified_qe:4"]
-    how = {"verify": verify, "verified_qe": lambda q, s, r, k: gallery[r[:, k - 1]]}
+    how = {"verify": verify, "verified_qe": lambda q, g, s, r, k: gallery[r[:, k - 1]]}
     out = rerank.apply(steps, queries, gallery, depth=30, **how)
     assert (out.ranks[:, 0] == search.top_k(queries, gallery, 30)[1][:, -4]).all()
 

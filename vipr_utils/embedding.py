@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from scipy import ndimage
 
-from vipr_utils import host, images, metrics, models, rerank, search
+from vipr_utils import host, images, metrics, models, rerank, search, verification
 
 
 def mixed_precision(device: torch.device, *, training: bool = False) -> torch.dtype | None:
@@ -97,6 +97,17 @@ def fit_region_whitening(
     return model
 
 
+def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **settings):
+    """A copy of the model that ends in a learned whitening to `dim` numbers, fitted on the photos of the catalog rows given
+    and their products (see `rerank.fit_learned_whitening`), in place of its neck. settings as in `embed`, and the image_size
+    at which it will be used: features shift with it.
+    """
+    features = embed(model, store, rows.index, features=True, **settings)
+    seen = ~np.isnan(features).any(1)
+    fitted = rerank.fit_learned_whitening(features[seen], rows["product_id"].to_numpy()[seen], dim)
+    return models.with_projection(model, fitted.mean, fitted.matrix)
+
+
 def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, size, fit="squash", boxes=None) -> list:
     """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode meanwhile."""
     r, out = model.record, []
@@ -176,12 +187,12 @@ class Retrieval:
 
 def retrieve(
     query_embeddings, gallery_embeddings, queries: pd.DataFrame, gallery: pd.DataFrame, *, k: int = 5,
-    distance: str = "cosine", seed: int = 0, device="cpu", steps: list[str] = (), **stack,
+    distance: str = "cosine", seed: int = 0, device="cpu", steps: list[str] = (), cache_dir: Path | None = None,
 ) -> Retrieval:  # fmt: skip
     """Search the gallery with every query and score the lists where products are known.
 
-    steps: post-processing by name, see `rerank.apply`, to which stack (depth, verify, ...) goes; by cosine. Their seconds
-    are in metrics["steps"].
+    steps: post-processing by name, see `rerank.apply`; by cosine. Their seconds are in metrics["steps"]. `verify:TOP` reads
+    the original photos, whose local features are kept in cache_dir.
     A query that could not be read (NaN) is ranked by the centre of the gallery and counted as n_unreadable_queries.
     """
     q, unreadable = query_embeddings.copy(), np.isnan(query_embeddings).any(1)
@@ -191,7 +202,8 @@ def retrieve(
         raise ValueError(f"steps {list(steps)} work by cosine, got distance 'manhattan': leave the steps or the distance away")
     wanted, there = queries["product_id"].to_numpy(), gallery["product_id"].to_numpy()
     if steps:
-        found = rerank.apply(steps, q, gallery_embeddings, k=k, labels=there, device=device, **ids, **stack)
+        how = _verifiers(steps, queries, gallery, cache_dir)
+        found = rerank.apply(steps, q, gallery_embeddings, k=k, labels=there, device=device, **ids, **how)
         scores, ranks = found.scores, found.ranks
     else:
         scores, ranks = search.top_k(q, gallery_embeddings, k, distance=distance, device=device, **ids)
@@ -202,6 +214,23 @@ def retrieve(
     summary |= {"n_gallery": len(gallery), "n_unreadable_queries": int(unreadable.sum())}
     summary |= {"steps": found.seconds} if steps else {}
     return Retrieval(scores, ranks, hits, n_relevant, summary)
+
+
+def _verifiers(steps: list[str], queries: pd.DataFrame, gallery: pd.DataFrame, cache_dir) -> dict:
+    """depth, verify and verified_qe for `rerank.apply`: lists as long as they are verified, verification of these photos."""
+    tops = [int(step.split(":")[1]) for step in steps if step.startswith("verify:")]
+    last = {}
+
+    def verify(scores, ranks, top):
+        last["found"] = verification.verify(scores, ranks, queries, gallery, depth=top, cache_dir=cache_dir)
+        return last["found"].scores, last["found"].ranks
+
+    def verified_qe(q, g, scores, ranks, n):
+        if "found" not in last:
+            verify(scores, ranks, ranks.shape[1])
+        return verification.verified_expansion(q, g, last["found"], most=n)
+
+    return {"depth": max([100, *tops]), "verify": verify, "verified_qe": verified_qe}
 
 
 def evaluate(

@@ -227,7 +227,7 @@ class Embedder(nn.Module):
     `record` says what it is (name, parameters, weights, transform) and travels in every checkpoint.
     """
 
-    def __init__(self, name: str, *, embedding_dim: int = 0, pooling: str = "own") -> None:
+    def __init__(self, name: str, *, embedding_dim: int = 0, pooling: str = "own", projected: bool = False) -> None:
         super().__init__()
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown: use 'own' (the backbone's) or one of {list(POOLINGS)[1:]}")
@@ -238,7 +238,9 @@ class Embedder(nn.Module):
         self.pooling = POOLINGS[pooling](features)
         # The neck: a projection with batch statistics, which keeps the scale of every dimension alike.
         self.neck = nn.Identity()
-        if embedding_dim:
+        if embedding_dim and projected:
+            self.neck = nn.Linear(features, embedding_dim)
+        elif embedding_dim:
             self.neck = nn.Sequential(nn.Linear(features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))
         self.record = {
             "name": name,
@@ -246,6 +248,7 @@ class Embedder(nn.Module):
             "weights": {"source": "random", "sha256": ""},
             "embedding_dim": embedding_dim or features,
             "neck": bool(embedding_dim),
+            "projected": projected,
             "pooling": pooling,
             **transform,
         }
@@ -451,6 +454,22 @@ def save(model: Embedder, path: Path, **changes) -> Path:
     return Path(path)
 
 
+def with_projection(model: Embedder, mean, matrix) -> Embedder:
+    """A copy of the model with x -> (x - mean) @ matrix, mean (C,), matrix (C, D), on its pooled features in place of its
+    neck: a rerank.Projection fitted on embedding.embed(..., features=True) becomes part of the model."""
+    matrix = torch.as_tensor(matrix, dtype=torch.float32)
+    other = Embedder(model.record["name"], embedding_dim=matrix.shape[1], pooling=model.record["pooling"], projected=True)
+    other.backbone.load_state_dict(model.backbone.state_dict())
+    if other.pooling is not None:
+        other.pooling.load_state_dict(model.pooling.state_dict())
+    with torch.no_grad():
+        other.neck.weight.copy_(matrix.T)
+        other.neck.bias.copy_(-torch.as_tensor(mean, dtype=torch.float32) @ matrix)
+    kept = {k: v for k, v in model.record.items() if k not in ("embedding_dim", "neck", "projected", "parameters")}
+    other.record |= kept
+    return other.eval()
+
+
 def open_model(model_run: str, backbone: str, *, output_dir: str = "submissions", **create_settings) -> Embedder:
     """The model of an earlier run (its name, see host.find_run, or its folder); with model_run "" a fresh `create`."""
     if not model_run:
@@ -466,8 +485,9 @@ def load(path: Path) -> Embedder:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         record = data["record"]
+        width = record["embedding_dim"] if record["neck"] else 0
         model = Embedder(
-            record["name"], embedding_dim=record["embedding_dim"] if record["neck"] else 0, pooling=record["pooling"]
+            record["name"], embedding_dim=width, pooling=record["pooling"], projected=record.get("projected", False)
         )
         model.load_state_dict(data["state"])
     except Exception as error:

@@ -297,7 +297,7 @@ def apply(
     First steps on embeddings, fitted on the gallery; learned_whiten needs its labels (G,). Then steps on lists of
     max(k, depth) photos, in any order: k_reciprocal and verify sort the list that is there; `aqe:5` (average) and
     `aqe:5:3` (alpha 3) expand by its first five and search again. A query never meets its own id.
-    The caller brings verify(scores, ranks, top) -> (scores, ranks) and verified_qe(queries, scores, ranks, k) -> queries.
+    The caller brings verify(scores, ranks, top) -> (scores, ranks) and verified_qe(queries, gallery, scores, ranks, k) -> queries.
     """
     parsed = parse(steps)
     for name, given in (("verify", verify), ("verified_qe", verified_qe), ("learned_whiten", labels)):
@@ -321,7 +321,7 @@ def apply(
             q, g, transductive_k_reciprocal(q, g, lists[1], **_named(n), **ids, device=device)
         ),
         "verify": lambda top: (q, g, verify(*lists, top)),
-        "verified_qe": lambda n: (verified_qe(q, *lists, n), g, None),
+        "verified_qe": lambda n: (verified_qe(q, g, *lists, n), g, None),
         "search": lambda n: (q, g, search.top_k(q, g, n, device=device, **ids)),
     }  # fmt: skip
 
