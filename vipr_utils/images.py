@@ -122,12 +122,15 @@ def build_store(catalog: pd.DataFrame, *, cache_dir: Path, store_px: int = 256) 
     when it is complete, a damaged one is built anew.
     """
     folder = Path(cache_dir) / "stores" / f"{catalog.attrs['fingerprint']}-{len(catalog)}-{store_px}"
-    if folder.is_dir():
+    with host.locked(folder):  # two first runs at once: the second finds what the first has built
         try:
             return Store(folder)
-        except (OSError, KeyError, ValueError):
-            (folder / "index.npz").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, KeyError, ValueError):  # absent or damaged
+            _build(catalog, folder, store_px)
+    return Store(folder)
+
+
+def _build(catalog: pd.DataFrame, folder: Path, store_px: int) -> None:
     root, problems, sizes = Path(catalog.attrs["root"]), [], np.zeros(len(catalog) + 1, np.int64)
 
     def pack(path: str) -> bytes | BrokenImage:
@@ -151,7 +154,6 @@ def build_store(catalog: pd.DataFrame, *, cache_dir: Path, store_px: int = 256) 
         part.write_text(json.dumps(problems))
     with host.whole_file(folder / "index.npz") as part, open(part, "wb") as file:
         np.savez(file, offsets=np.cumsum(sizes))
-    return Store(folder)
 
 
 def open_data(data_root: str, cache_dir: str, *, px: int = 256) -> tuple[pd.DataFrame, Store, pd.DataFrame]:
