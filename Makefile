@@ -32,10 +32,12 @@ smoke: .venv/test.stamp
 nbval: smoke
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope $(NOTEBOOKS) .venv/smoke/*/notebook.ipynb
 
-# Every sweep from its file, at a size that only shows that it runs.
+# Every sweep from its file, at a size that only shows that it runs; of three seeds the first.
 sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
-	$(BIN)/python -m vipr_utils.batch params/sweeps/laptop --output-dir .venv/sweeps -p image_size=48 -p epochs=1 -p batch_size=16
+	OMP_NUM_THREADS=1 $(BIN)/python -m vipr_utils.batch params/sweeps/laptop --jobs 2 --output-dir .venv/sweeps \
+		--only 'best-seed0,gap,study_scratch-*-seed0,study_pretrained,study_subset' \
+		-p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
 
 # The series, nbval and the tests in the package versions of Kaggle's and of Colab's image (5 GB each, in .lanes).
 # Named Pythons: make test-kaggle PYTHON312=/path/to/python3.12

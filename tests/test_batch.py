@@ -208,6 +208,7 @@ def test_only_takes_runs_by_the_beginning_of_their_name(repo):
         params_file(repo, "", stem)
     assert [r.name for r in batch.load_runs(["params"])] == ["01_a", "02_b", "03_c"]  # in the order of the files
     assert [r.name for r in batch.load_runs(["params"], only="03,01")] == ["01_a", "03_c"]
+    assert [r.name for r in batch.load_runs(["params"], only="0*_b")] == ["02_b"]
     with pytest.raises(batch.BadParameters, match="--only 04: none of 01_a, 02_b, 03_c begins so"):
         batch.load_runs(["params"], only="04")
 

@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase as fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +133,8 @@ def _typed(text: object, kind: str) -> object:
 
 
 def load_runs(paths: Iterable[str | Path], overrides: dict | None = None, only: str = "") -> list[Run]:
-    """The runs that files and folders ask for, checked. `only`: beginnings of notebook or run names, with commas.
+    """The runs that files and folders ask for, checked. `only`: beginnings of notebook or run names, with commas; * stands
+    for anything.
 
     Raises BadParameters with every problem found, each naming its file and key.
     """
@@ -142,8 +144,8 @@ def load_runs(paths: Iterable[str | Path], overrides: dict | None = None, only: 
             wanted += [(file, *found) for found in _value_sets(file)]
         except BadParameters as error:
             problems.append(f"{file}: {error}")
-    starts = tuple(s.strip() for s in only.split(",") if s.strip())
-    chosen = [w for w in wanted if not starts or w[1].stem.startswith(starts) or _name(w[1], w[2]).startswith(starts)]
+    starts = [s.strip() + "*" for s in only.split(",") if s.strip()] or ["*"]
+    chosen = [w for w in wanted if any(fnmatch(name, s) for name in (w[1].stem, _name(w[1], w[2])) for s in starts)]
     if not chosen and not problems:
         raise BadParameters(f"--only {only}: none of {', '.join(_name(n, v) for _, n, v in wanted)} begins so")
     known = {n: parameters_of(n) for n in {w[1] for w in chosen}}
