@@ -1,0 +1,90 @@
+"""Training at real size: images per second, memory and use of the device, for the study's networks.
+
+    python benchmarks/training.py [--products 400] [--steps 60] [--device cuda] [--out benchmarks/training.json]
+
+The photos are the generated set; its rows are repeated to the 141,931 of Products-10K, so that sampler, index and loader
+work at that size. Each network trains at 224 px and its study batch, in the half precision that the device takes, with the
+loader's own decoding and augmentation. The first third of the steps warms up and is not counted.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vipr_utils import catalog, host, images, losses, models, sampling, toy, training
+from vipr_utils.embedding import mixed_precision
+
+IMAGES = 141_931
+NETWORKS = {"siamese_90m": 32, "torchvision/resnet50": 32, "efficientnet_b4": 32}  # name: images a step
+
+
+def photos_at_scale(products: int, n: int):
+    """(photos, store, rows (n,)): a generated set whose train rows are repeated to n."""
+    root = toy.generate(host.cache_folder() / f"benchmark-{products}", products=products, image_size=256)
+    photos, _ = catalog.read(root)
+    store = images.build_store(photos, cache_dir=host.cache_folder(), store_px=256)
+    rows = photos.index[photos.split == "train"].to_numpy()
+    return photos, store, np.resize(rows, n)
+
+
+def used(device: torch.device) -> str:
+    """What the driver says of the device's use, '' without a GPU."""
+    if device.type != "cuda":
+        return ""
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+
+
+def measure(name: str, batch_size: int, data, *, device: torch.device, steps: int) -> dict:
+    photos, store, rows = data
+    labels = np.unique(photos.loc[rows, "product_id"], return_inverse=True)[1]
+    labels = labels + (labels.max() + 1) * (np.arange(len(rows)) // max(1, len(rows) // 24))  # about 24 times the products
+    model = models.create(name, weights="none", embedding_dim=128)
+    data = images.Photos(store, rows, images.study_transform(224), labels=labels)
+    criterion = losses.criterion("contrastive", "euclidean", 128)
+    optimizer = training._optimizer(model, criterion, "adam", lr=1e-3, head_lr=1e-3, weight_decay=0.0)
+    state = training._State(model.train(), criterion, device, optimizer)
+    batches = sampling.sampler("products", labels, batch_size=batch_size).batches(0)
+    seen, began, use = 0, time.perf_counter(), []
+    for step, (pixels, its, _) in enumerate(images.loader(data, batch_sampler=batches[:steps], device=device)):
+        state.step(pixels, its, 1.0, step, 0, 0.0)
+        if step == steps // 3:
+            seen, began = 0, time.perf_counter()
+        seen += len(its)
+        use += [used(device)] if step % 20 == 19 else []
+    seconds = time.perf_counter() - began
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else of_process
+    return {
+        "network": name, "million_parameters": round(model.record["parameters"] / 1e6, 1), "batch_size": batch_size,
+        "precision": str(mixed_precision(device, training=True) or torch.float32), "images": len(rows),
+        "batches_an_epoch": len(batches), "images_per_second": round(seen / seconds, 1), "memory_gb": round(peak, 2),
+        "gpu_use": use, "hardware": host.hardware(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--products", type=int, default=400)
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    host.tune()
+    device, data = host.device(given.device), photos_at_scale(given.products, given.images)
+    found = [measure(n, b, data, device=device, steps=given.steps) for n, b in NETWORKS.items()]
+    print(json.dumps(found, indent=1))
+    if given.out:
+        with host.whole_file(given.out) as part:
+            part.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
