@@ -186,11 +186,14 @@ def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
 
 
 def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "mAP@5") -> Picture:
-    """A forest plot: one row per entry of columns map_at_5, map_at_5_low, map_at_5_high, first entry on top."""
+    """A forest plot: one row per entry of columns map_at_5, map_at_5_low, map_at_5_high, first entry on top; a line at 0 where
+    these are differences."""
     figure, ((ax,),) = _figure(7.2, 0.9 + 0.36 * len(table))
     y = np.arange(len(table))[::-1]
     middle, low, high = (table[c].to_numpy(float) for c in ("map_at_5", "map_at_5_low", "map_at_5_high"))
     ax.errorbar(middle, y, xerr=[middle - low, high - middle], fmt="o", color=BLUE, ecolor=SKY, elinewidth=4, markersize=5)
+    if np.nanmin(low) < 0:  # differences
+        ax.axvline(0, color=GREY, linewidth=1)
     for x, row in zip(middle, y):
         ax.annotate(f"{x:.3f}", (x, row), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
     ax.set_yticks(y, [str(i) for i in table.index], fontsize=8)
