@@ -25,12 +25,13 @@ from vipr_utils import host, images
 
 VERSION = 1  # of the cached features
 LARGEST = 2.0  # a small photo is enlarged at most so many times
-RATIO = 0.8  # Lowe 2004: nearest over second nearest distance
-LOOSE, TIGHT, CELL = 0.05, 0.01, 0.02  # affine tolerance, homography tolerance, one place: in longest sides
+RATIO = 0.85  # nearest over second nearest distance; Lowe 2004 takes 0.8, here the keypoints' own turn and size judge too
+LOOSE, TIGHT, CELL = 0.1, 0.01, 0.02  # affine tolerance, homography tolerance, one place: in longest sides
+TURN, GROWTH = np.pi / 6, 2.0  # how far a keypoint's own angle and size may differ from the homography's
 LEAST = 5  # inliers; four points always fit
 NOISE = 1.25  # the least mean count of wrong pairs: below, five inliers in a list of a hundred would be proof
-TRUST = 2.0  # weight of the evidence, in standard deviations of the list's scores per nat
-MOST_PAIRS, MOST_BYTES = 200_000, 8 * 2**30  # of one call: about 5 minutes on 2 cores; 60,000 photos
+TRUST = 8.0  # weight of the evidence, in standard deviations of the list's scores per nat
+MOST_PAIRS, MOST_BYTES = 200_000, 8 * 2**30  # of one call: about 6 minutes on 2 cores; 60,000 photos
 
 
 # ------------------------------------------------------------------------------------------------------ features
@@ -188,7 +189,8 @@ def homography(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray | N
     """((M,) bool inliers, H (3, 3) or None) with b = H a up to TIGHT for matched points a, b (M, 4).
 
     The affine test comes first: it is cheap and rejects most wrong pairs; RANSAC then runs among its inliers. A
-    homography that mirrors, folds or flattens the picture is no view of a flat thing and is rejected.
+    homography that mirrors, folds or flattens the picture is no view of a flat thing and is rejected, and a match whose
+    keypoints turn or grow otherwise than it does is no inlier.
     """
     none = np.zeros(len(a), bool), None
     if len(a) < LEAST or (near := _affine_inliers(a, b)).sum() < LEAST:
@@ -200,16 +202,36 @@ def homography(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray | N
     x = np.c_[a[:, :2], np.ones(len(a))] @ matrix.T
     inside = x[:, 2] > 1e-6
     inside &= np.linalg.norm(x[:, :2] / np.where(inside, x[:, 2], 1)[:, None] - b[:, :2], axis=1) < TIGHT
-    return (inside, matrix) if inside.sum() >= LEAST and _is_a_view(matrix, a[inside, :2]) else none
+    if inside.sum() < LEAST or not _is_a_view(matrix, a[inside, :2]):
+        return none
+    inside[inside] = _turns_and_grows_alike(matrix, a[inside], b[inside])
+    return (inside, matrix) if inside.sum() >= LEAST else none
+
+
+def _local(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(M, 2, 2) Jacobians of the homography at points (M, 2)."""
+    x = np.c_[points, np.ones(len(points))] @ matrix.T
+    y, w = x[:, :2, None] / x[:, 2, None, None], x[:, 2, None, None]
+    return (matrix[:2, :2] - y * matrix[2, :2]) / w
 
 
 def _is_a_view(matrix: np.ndarray, points: np.ndarray) -> bool:
     """Whether at every point the local scale is 1/8 to 8, the two axes differ up to 5 times, and nothing is mirrored."""
-    x = np.c_[points, np.ones(len(points))] @ matrix.T
-    y, w = x[:, :2, None] / x[:, 2, None, None], x[:, 2, None, None]
-    local = (matrix[:2, :2] - y * matrix[2, :2]) / w  # (M, 2, 2) Jacobians
+    local = _local(matrix, points)
     long, short = np.linalg.svd(local, compute_uv=False).T
     return bool((np.linalg.det(local) > 0).all() and long.max() < 8 and short.min() > 1 / 8 and (long / short).max() < 5)
+
+
+def _turns_and_grows_alike(matrix: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(M,) bool: matched points (M, 4) whose angle and diameter change as the homography does there.
+
+    Positions alone let five chance matches through where things are not flat; their angles and sizes are at random.
+    """
+    local = _local(matrix, a[:, :2])
+    arrow = (local @ np.stack([np.cos(a[:, 3]), np.sin(a[:, 3])], 1)[..., None])[..., 0]
+    turn = np.angle((arrow[:, 0] + 1j * arrow[:, 1]) * np.exp(-1j * b[:, 3]))
+    growth = np.sqrt(np.linalg.det(local)) * a[:, 2] / b[:, 2]
+    return (np.abs(turn) < TURN) & (np.abs(np.log(growth)) < np.log(GROWTH))
 
 
 def inliers(query: tuple, photo: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -256,7 +278,7 @@ def evidence(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     F = n * exp(-count / noise) is how many wrong photos among the n looked at would have such a count by accident; evidence
     = log(1 + 1 / F) - log(1 + 1 / n): 0 without inliers, then growing with their number. A variant with the same logo is no
     accident and still wrong: probability = (count / best count of the list)^3 / (1 + F), so the runner-up falls. Above 0.9
-    89 to 99 % were right on drawn packages and collages, 84 % on real cartons whose variants differ in a word. noise is the
+    85 to 100 % were right on drawn packages and collages, 75 % on real cartons whose variants differ in a word. noise is the
     query's own, from no labels: the mean of the exponential that has its list's median, at least NOISE. Where right and
     wrong photos match alike (a tag that hangs in every photo) it is high and none stands out; variants with the same
     artwork do not raise it while they are the smaller half, so a list should have 20 photos. -1: not looked at.
