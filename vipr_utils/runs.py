@@ -145,9 +145,9 @@ def write_runs_csv(output_dir: Path) -> Path:
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """The scoreboard with runs that differ in their seed alone (names ending in -seed0, -seed1, ...) as one row: means of
-    the scores and ends of intervals, the sum of seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5."""
+    the scores and ends of intervals and seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5."""
     scores = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
-    how = {c: "mean" if c in scores else "sum" if c == "seconds" else "first" for c in table if c != "run"}
+    how = {c: "mean" if c in (*scores, "seconds") else "first" for c in table if c != "run"}
     table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(subset="map_at_5")
     extra = {"seeds": ("map_at_5", "size"), "least": ("map_at_5", "min"), "most": ("map_at_5", "max")}
     named = {c: (c, kind) for c, kind in how.items()} | extra
