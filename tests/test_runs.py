@@ -153,7 +153,13 @@ def test_levers_are_compared_with_the_baseline_of_their_sweep_query_by_query(tmp
     assert row.difference == pytest.approx(0.15) and row.baseline == pytest.approx(0.3) and row.low == pytest.approx(0.1)
     assert row.high == pytest.approx(0.2)
     assert table.loc["gap-clutter", "customer"].difference == 0
-    assert "| gap-clutter | shop | 0.300 | 0.450 | +0.150 [+0.100, +0.200] |" in runs.paired_markdown(table.reset_index())
+    line = "| gap-clutter | shop | 0.300 | 0.450 | +0.150 [+0.100, +0.200] |"
+    assert line in runs.paired_markdown(table.reset_index())
+    saved(tmp_path / "toy" / "gap-baseline")
+    for name in ("gap-baseline", "gap-clutter"):
+        (tmp_path / "toy" / name).mkdir(exist_ok=True)
+        (tmp_path / "toy" / name / "average_precision.csv").write_bytes((tmp_path / name / "average_precision.csv").read_bytes())
+    assert "**toy: paired differences to the baseline**" in runs.tables(tmp_path) and runs.tables(tmp_path).count(line) == 2
 
 
 def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp_path):

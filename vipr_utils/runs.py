@@ -173,13 +173,15 @@ def markdown(table: pd.DataFrame) -> str:
 
 def tables(output_dir: Path) -> str:
     """All runs of a folder in Markdown: a table for each sweep (the word before the dash of a run's name), the paired
-    differences to the sweeps' baselines, then single runs."""
+    differences to the sweeps' baselines, single runs; last the paired differences of each folder of runs inside it."""
     board, single = scoreboard(output_dir), "single runs"
     sweep = board["run"].str.split(":").str[0].where(lambda s: s.str.contains("-"), single).str.split("-").str[0]
     parts = [(name, markdown(board[sweep == name])) for name in sorted(sweep.unique()) if name != single]
     if paired := paired_markdown(against_baselines(output_dir)):
         parts.append(("paired differences to the baseline", paired))
     parts += [(single, markdown(board[sweep == single]))] if (sweep == single).any() else []
+    for inside in sorted({f.parents[1] for f in Path(output_dir).glob("*/*-baseline/run.json")}):
+        parts.append((f"{inside.name}: paired differences to the baseline", paired_markdown(against_baselines(inside))))
     return "\n\n".join(f"**{name}**\n\n{text}" for name, text in parts)
 
 
