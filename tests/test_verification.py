@@ -217,6 +217,20 @@ def test_tables_give_what_their_features_give_and_only_photos_in_the_lists_are_r
     assert len(calls) == read and (want.ranks[1, 3], want.counts[1, 3]) == (-1, -1)
 
 
+def test_a_pair_that_was_counted_is_not_counted_again(photos, tmp_path, monkeypatch):
+    scores, how = np.float32([[0.9, 0.8]] * 3), {"px": 96, "cache_dir": tmp_path}
+    counted, inliers = [], verification.inliers
+    monkeypatch.setattr(verification, "inliers", lambda *a: counted.append(1) or inliers(*a))
+    for ranks, new in (([[0, 1], [1, 2], [2, 0]], 6), ([[1, 0], [1, 0], [2, -1]], 1)):
+        ranks, counted[:] = np.array(ranks), []
+        kept = verification.verify(scores, ranks, photos, photos, **how)
+        assert len(counted) == new
+        np.testing.assert_array_equal(kept.counts, verification.verify(scores, ranks, photos, photos, px=96).counts)
+    (file,) = tmp_path.glob("features/counts-*.npz")
+    file.write_bytes(file.read_bytes()[:40])
+    assert (verification.verify(scores, ranks, photos, photos, **how).counts == kept.counts).all()
+
+
 def test_lists_of_another_gallery_are_refused():
     few = features_of([textured(0, 64)] * 2)
     scores, ranks = lists(2, 9, 5)

@@ -307,8 +307,13 @@ def spatial_verification(
             f"{len(queries)} queries and {len(gallery)} gallery photos: pass the lists and the tables of one search"
         )
     depth = _affordable(depth, ranks)
+    return _reordered(scores, ranks, inlier_counts(queries, gallery, ranks[:, :depth]))
+
+
+def _reordered(scores: np.ndarray, ranks: np.ndarray, seen: np.ndarray) -> Verified:
+    """The Verified lists for the inlier counts (Q, depth) of their first photos."""
     counts = np.full(ranks.shape, -1)
-    counts[:, :depth] = inlier_counts(queries, gallery, ranks[:, :depth])
+    counts[:, : seen.shape[1]] = seen
     counts[ranks < 0] = -1
     probability, nats = evidence(counts)
     spread = np.ma.masked_invalid(scores).std(1).filled(0)
@@ -318,19 +323,47 @@ def spatial_verification(
 
 
 def verify(
-    scores: np.ndarray, ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame, *, depth: int = 0, **settings
-) -> Verified:
+    scores: np.ndarray, ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame, *, depth: int = 0,
+    cache_dir: Path | None = None, **settings,
+) -> Verified:  # fmt: skip
     """`spatial_verification` of the lists of a search over two catalog tables; settings as in `features`.
 
     Of the gallery only the photos that are looked at get features: all of a small one, what the lists hold of a large one.
+    With cache_dir the count of every pair is kept too: other lists of the same photos then cost only their new pairs.
     """
+    settings |= {"cache_dir": cache_dir}
     depth = _affordable(depth, ranks)
     used = np.unique(ranks[:, :depth].clip(0))
     used = used if len(used) < len(gallery) / 2 else np.arange(len(gallery))  # most: then all, one cache for every search
     few, sizes = features(gallery.iloc[used], **settings), np.zeros(len(gallery), np.int64)
     sizes[used] = np.diff(few.offsets)
     whole = Features(np.cumsum([0, *sizes]), few.points, few.descriptors)
-    return spatial_verification(scores, ranks, features(queries, **settings), whole, depth=depth)
+    counted = _kept_counts(ranks[:, :depth], queries, gallery, (features(queries, **settings), whole), settings)
+    return _reordered(scores, ranks, counted)
+
+
+def _kept_counts(ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame, its: tuple, settings: dict) -> np.ndarray:
+    """`inlier_counts` of the lists, of which those in cache_dir are not computed again; new ones are added to it."""
+    if not (folder := settings["cache_dir"]):
+        return inlier_counts(*its, ranks)
+    rules = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float))}
+    key = [queries.attrs["fingerprint"], rules, {k: v for k, v in settings.items() if k != "cache_dir"}]
+    path = Path(folder) / "features" / f"counts-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npz"
+    pairs = queries.index.to_numpy()[:, None] * 2**31 + gallery.index.to_numpy()[ranks]  # (Q, k) catalog rows of both
+    try:
+        with np.load(path) as file:
+            known, values = file["pairs"], file["counts"]
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):  # absent, or cut short
+        known, values = np.array([-1]), np.array([0])
+    at = np.searchsorted(known, pairs).clip(max=len(known) - 1)
+    found = known[at] == pairs
+    counts = np.where(found, values[at], inlier_counts(*its, np.where(found, -1, ranks)))
+    counts[ranks < 0] = 0
+    fresh = ~found & (ranks >= 0)
+    known, first = np.unique(np.concatenate([known, pairs[fresh]]), return_index=True)
+    with host.whole_file(path) as part, open(part, "wb") as file:
+        np.savez(file, pairs=known, counts=np.concatenate([values, counts[fresh]])[first])
+    return counts
 
 
 def _affordable(depth: int, ranks: np.ndarray) -> int:
