@@ -169,3 +169,17 @@ def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp
         runs.against_baselines(tmp_path)
     with pytest.raises(runs.RunError, match="average_precision.csv does not exist"):
         runs.compare(tmp_path, "gap-baseline", ["nothing"])
+
+
+def test_an_ablation_shows_each_method_with_its_difference_and_long_tables_are_folded(tmp_path):
+    extra = {"setting": "", "difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "verdict": "does not help"}
+    plain = {"name": "plain search"} | SCORES | extra | {"seconds": 0.26, "peak_mb": 40.6, "ms_per_image": 8.04}
+    other = plain | {"name": "k", "setting": "k:20", "difference": 0.072, "difference_low": 0.061, "difference_high": 0.084}
+    other |= {"verdict": "helps", "ms_per_image": float("nan"), "seconds": 400.0}
+    saved(tmp_path / "07", metrics=SCORES | {"rows": [plain, other]})
+    text = runs.tables(tmp_path)
+    assert text.startswith("**07**") and "single runs" not in text and "20 queries × 30 gallery photos of toy, lite0" in text
+    assert "| plain search |  | 0.458 [0.441, 0.476] |  |  | 8.0 | 0.3 s | 41 MB |" in text
+    assert "| k | k:20 | 0.458 [0.441, 0.476] | +0.072 [+0.061, +0.084] | helps | – | 7 min | 41 MB |" in text
+    saved(tmp_path / "07", metrics=SCORES | {"rows": [plain] + [other] * 12})
+    assert runs.tables(tmp_path).startswith("<details><summary><b>07</b> (13 rows)</summary>\n\n")

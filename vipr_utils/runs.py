@@ -27,6 +27,7 @@ STUDY = {
     "study_pretrained-resnet101": 0.1225, "study_pretrained-resnet50": 0.1163, "study_pretrained-efficientnet_b4": 0.1842,
     "study_subset-efficientnet_b1": 0.6366, "study_subset-scratch": 0.9704,
 }  # fmt: skip
+FOLD = 12  # lines of a table that are still shown open
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
@@ -172,17 +173,42 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def tables(output_dir: Path) -> str:
-    """All runs of a folder in Markdown: a table for each sweep (the word before the dash of a run's name), the paired
-    differences to the sweeps' baselines, single runs; last the paired differences of each folder of runs inside it."""
-    board, single = scoreboard(output_dir), "single runs"
-    sweep = board["run"].str.split(":").str[0].where(lambda s: s.str.contains("-"), single).str.split("-").str[0]
-    parts = [(name, markdown(board[sweep == name])) for name in sorted(sweep.unique()) if name != single]
+    """All runs of a folder in Markdown: a table for each sweep (the word before the dash of a run's name), one for each
+    ablation (a run whose rows hold a difference), the paired differences to the sweeps' baselines, single runs; last the
+    paired differences of each folder of runs inside it. Long tables are folded."""
+    board, single, folder = scoreboard(output_dir), "single runs", Path(output_dir)
+    name = board["run"].str.split(":").str[0]
+    ablations = {n: text for n in sorted(name.unique()) if (text := _ablation(folder / n))}
+    sweep = name.where(lambda s: s.str.contains("-") | s.isin(list(ablations)), single).str.split("-").str[0]
+    parts = [(n, markdown(board[sweep == n])) for n in sorted(sweep.unique()) if n not in {single, *ablations}]
     if paired := paired_markdown(against_baselines(output_dir)):
         parts.append(("paired differences to the baseline", paired))
+    parts += ablations.items()
     parts += [(single, markdown(board[sweep == single]))] if (sweep == single).any() else []
-    for inside in sorted({f.parents[1] for f in Path(output_dir).glob("*/*-baseline/run.json")}):
+    for inside in sorted({f.parents[1] for f in folder.glob("*/*-baseline/run.json")}):
         parts.append((f"{inside.name}: paired differences to the baseline", paired_markdown(against_baselines(inside))))
-    return "\n\n".join(f"**{name}**\n\n{text}" for name, text in parts)
+    return "\n\n".join(_folded(n, text) if text.count("\n") > FOLD else f"**{n}**\n\n{text}" for n, text in parts)
+
+
+def _folded(title: str, text: str) -> str:
+    rows = sum(line.startswith("|") for line in text.splitlines()) - 2
+    return f"<details><summary><b>{title}</b> ({rows} rows)</summary>\n\n{text}\n\n</details>"
+
+
+def _ablation(folder: Path) -> str:
+    """One row a method with its difference to the first, of a run whose rows hold one; '' for other runs."""
+    record = load(folder) if (folder / "run.json").is_file() else {"metrics": None}
+    rows = (record["metrics"] or {}).get("rows") or [{}]
+    if "difference" not in rows[0]:
+        return ""
+    lines = ["| method | setting | mAP@5 [95 %] | difference [95 %] | verdict | ms an image | time | memory |", "|" + "---|" * 8]
+    for i, r in enumerate(rows):
+        score = f"{r['map_at_5']:.3f} [{r['map_at_5_low']:.3f}, {r['map_at_5_high']:.3f}]"
+        gain = f"{r['difference']:+.3f} [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}] | {r['verdict']}"
+        cost = f"{_number(r['ms_per_image'] or math.nan, '.1f')} | {_duration(r['seconds'])} | {r['peak_mb']:.0f} MB"
+        lines.append(f"| {r['name']} | {r['setting']} | {score} | {gain if i else ' | '} | {cost} |")
+    head = f"{rows[0]['n_queries']:,} queries × {rows[0]['n_gallery']:,} gallery photos of {record['data'].get('root', '')}"
+    return f"{head}, {record['model']['name']}, {_duration(record['seconds'])} in all, {record['hardware']}.\n\n" + "\n".join(lines)
 
 
 def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
@@ -234,7 +260,7 @@ def _number(value, form: str = ".3f") -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{seconds:.{int(seconds < 10)}f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def insert(readme: Path, text: str) -> Path:
