@@ -325,3 +325,17 @@ def test_customer_photos_of_toy_boxes_find_their_shop_photo():
 
 def test_empty_table_has_no_features(photos):
     assert len(verification.features(photos[:0])) == 0
+
+
+def test_pairs_of_one_product_that_geometry_brings_together_clean_it(make_root, tmp_path):
+    names = [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 2)]
+    root = make_root("name,class,group\n" + "".join(f"{n}.jpg,{c},0\n" for n, c in names), None)
+    views = [textured(0), *(cv2.warpPerspective(textured(0), KNOWN @ np.diag([1, s, 1]), (320, 320)) for s in (1.0, 0.95))]
+    for (name, _), view in zip(names, [*views, textured(1), textured(0)]):  # d is no view of the product, e is of another
+        cv2.imwrite(str(root / "train" / f"{name}.jpg"), view)
+    rows = catalog.read(root)[0]
+    rows.index += 10
+    pairs = verification.verified_pairs(rows, px=320, cache_dir=tmp_path / "cache")
+    assert sorted(map(tuple, pairs)) == [(10, 11), (10, 12), (11, 12)]
+    assert list(catalog.clean(rows, catalog.linked(rows, pairs))[1].name) == ["d.jpg"]
+    assert len(verification.verified_pairs(rows[3:], px=320)) == 0  # one photo each
