@@ -258,6 +258,8 @@ def clean(rows: pd.DataFrame, groups: pd.Series) -> tuple[pd.DataFrame, pd.DataF
     Mislabelled photos go, and right ones that no chain reaches go with them (the back of a box): look at what is dropped.
     On the grocery set with 5 % of the train labels made wrong, `visits` of frozen EfficientNet-Lite0 embeddings at similarity
     0.5, 0.6, 0.7 drop 62, 74, 89 % of the wrong photos and 1, 4, 11 % of the right ones.
+    Pairs of `verification.verified_pairs` drop 98 % of the wrong ones there and 43 % of the right ones, most of them fruit: on
+    drawn packages they drop 78 % and none.
     """
     size = rows.groupby([rows["product_id"], groups.loc[rows.index]])["product_id"].transform("size")
     main = size.groupby(rows["product_id"]).transform("max")
