@@ -77,7 +77,8 @@ def test_best_validated_epoch_is_kept(toy_data, tmp_path):
 
 def test_time_budget_stops_and_keeps_what_was_learned(toy_data, tmp_path):
     start = time.monotonic()
-    model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03)
+    with pytest.warns(UserWarning, match="max_minutes used up in epoch .* of 10000"):
+        model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03)
     assert time.monotonic() - start < 30 and 1 <= len(history) < 10_000
     assert not equal(model, setting(toy_data)[0])
 

@@ -110,6 +110,7 @@ def fit(
         if progress:
             print(_line(row, epochs), flush=True)
         if out_of_time:
+            warnings.warn(f"max_minutes used up in epoch {epoch + 1} of {epochs}: this training was cut short", stacklevel=2)
             break
         state.save(folder / "checkpoint.pt", state.seconds + time.monotonic() - start)
         last_saved = time.monotonic()
