@@ -330,7 +330,8 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     gigabytes = memory_gb()[0]
-    return f"{cores()} cores" + (f", {gigabytes:.0f} GB" if gigabytes else "")
+    of = f"{cores()} cores" if cores() > 1 else "1 core"
+    return of + (f", {gigabytes:.0f} GB" if gigabytes else "")
 
 
 def memory_gb() -> tuple[float, float]:
