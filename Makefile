@@ -36,7 +36,7 @@ nbval: smoke
 sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m vipr_utils.batch params/sweeps/laptop --jobs 2 --output-dir .venv/sweeps \
-		--only 'best*-seed0,bai,gap_seen,gap_unseen-all,study_scratch-*-seed0,study_pretrained,study_subset' \
+		--only 'best*-seed0,bai,gordo,gap_seen,gap_unseen-all,study_scratch-*-seed0,study_pretrained,study_subset' \
 		-p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
 
 # The series, nbval and the tests in the package versions of Kaggle's and of Colab's image (5 GB each, in .lanes).

@@ -129,7 +129,8 @@ def fit(
 
 EXTRAS = {  # what a recipe may add, with the value when it does not
     "weight_decay": 1e-4, "layer_decay": 1.0, "ema_decay": 0.0, "frozen_epochs": 0, "balanced_epochs": 0, "min_images": 1,
-    "max_images": 0, "clutter": 0.0, "cut_to_object": False, "centre_domains": False, "learned_whitening": 0, "gpus": 1,
+    "max_images": 0, "clutter": 0.0, "cut_to_object": False, "centre_domains": False, "learned_whitening": 0, "pooling": "own",
+    "gpus": 1,
 }  # fmt: skip
 
 
