@@ -12,7 +12,7 @@ import pytest
 import stamp
 import yaml
 
-from vipr_utils import batch
+from vipr_utils import batch, models, rerank, training
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -130,7 +130,11 @@ def test_smoke_parameters_are_the_notebooks_defaults(stem):
 
 @pytest.mark.parametrize("file", [str(f.relative_to(ROOT)) for f in PARAMETER_FILES])
 def test_parameter_file_fits_its_notebook(file):
-    assert batch.load_runs([ROOT / file])
+    found = batch.load_runs([ROOT / file])
+    assert found
+    for run in found:
+        assert training.extras(run.params.get("extras", [])).pooling in models.POOLINGS
+        assert rerank.parse(run.params.get("rerank", [])) is not None
 
 
 # ---------------------------------------------------------------------------------------------------- the story
