@@ -62,7 +62,8 @@ def features(photos: pd.DataFrame, *, px: int = 640, n_keypoints: int = 1000, ca
     """Features of the catalog rows given, in their order, from the original files at px pixels on the longest side.
 
     The packed store is no source: it holds photos at the size of networks. With cache_dir the result is kept under a key
-    of data, rows and settings; a damaged file is built anew. 144 bytes a keypoint.
+    of data, rows and settings, and photos that another kept table holds are taken from there; a damaged file is built anew.
+    144 bytes a keypoint.
     Raises ValueError where they would not fit in 8 GiB.
     """
     if (size := len(photos) * n_keypoints * 144) > MOST_BYTES:
@@ -70,28 +71,36 @@ def features(photos: pd.DataFrame, *, px: int = 640, n_keypoints: int = 1000, ca
             f"features of {len(photos):,} photos with {n_keypoints:,} keypoints may take {size / 2**30:.0f} GiB, over "
             f"{MOST_BYTES / 2**30:.0f}: verify fewer photos (a smaller depth) or take fewer keypoints"
         )
-    settings = [VERSION, photos.attrs["fingerprint"], px, n_keypoints, photos.index.tolist()]
-    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
-    path = Path(cache_dir) / "features" / f"{name}.npz" if cache_dir else None
-    if path and (kept := _kept(path)):
-        return kept
+    rows, folder = photos.index.to_numpy(), Path(cache_dir) / "features" if cache_dir else None
+    settings = json.dumps([VERSION, photos.attrs["fingerprint"], px, n_keypoints])
+    name = f"{hashlib.sha256(settings.encode()).hexdigest()[:24]}-{hashlib.sha256(rows.tobytes()).hexdigest()[:24]}.npz"
+    known: dict = {}  # row -> its points and descriptors
+    for path in [folder / name, *sorted(folder.glob(f"{name[:25]}*.npz"))] if folder else []:
+        known |= _kept(path, [row for row in rows if row not in known])
     root = Path(photos.attrs["root"])
-    found = _on_all_cores(lambda file: _features_of(root / file, px, n_keypoints), photos["path"])
-    points, descriptors = zip(*(found or [_no_features()]))
+    missing = photos["path"][[row not in known for row in rows]]
+    known |= zip(missing.index, _on_all_cores(lambda file: _features_of(root / file, px, n_keypoints), missing))
+    points, descriptors = zip(*[known[row] for row in rows] or [_no_features()])
     offsets = np.cumsum([0, *map(len, points)])[: len(photos) + 1]
     result = Features(offsets, np.concatenate(points), np.concatenate(descriptors))
-    if path:
-        with host.whole_file(path) as part, open(part, "wb") as file:
-            np.savez(file, **vars(result))
+    if folder and len(missing):
+        with host.whole_file(folder / name) as part, open(part, "wb") as file:
+            np.savez(file, rows=rows, **vars(result))
     return result
 
 
-def _kept(path: Path) -> Features | None:
+def _kept(path: Path, rows: list) -> dict:
+    """Points and descriptors of those of the rows that a file holds; none where it is absent or cut short."""
     try:
-        with np.load(path) as file:
-            return Features(file["offsets"], file["points"], file["descriptors"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):  # absent, or cut short
-        return None
+        with np.load(path) as file:  # reads what is asked for
+            at = {row: i for i, row in enumerate(file["rows"].tolist())}
+            if not (wanted := [row for row in rows if row in at]):
+                return {}
+            offsets, points, descriptors = (file[n] for n in ("offsets", "points", "descriptors"))
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}
+    spans = [slice(*offsets[at[row] : at[row] + 2]) for row in wanted]
+    return {row: (points[span], descriptors[span]) for row, span in zip(wanted, spans)}
 
 
 def _features_of(path: Path, px: int, n_keypoints: int) -> tuple[np.ndarray, np.ndarray]:
