@@ -381,8 +381,8 @@ def verified_pairs(rows: pd.DataFrame, *, least: int = 15, cache_dir: Path | Non
 
     Source: Gordo et al. 2017, arXiv:1610.07940 (cleaning of landmarks).
     """
-    later = [at[i + 1 :] for at in rows.groupby("product_id").indices.values() for i in range(len(at))]
-    first = np.concatenate(list(rows.groupby("product_id").indices.values()))
+    products = list(rows.groupby("product_id").indices.values())
+    first, later = np.concatenate(products), [at[i + 1 :] for at in products for i in range(len(at))]
     ranks = np.full((len(rows), max(map(len, later), default=0)), -1)
     for row, others in zip(first, later):
         ranks[row, : len(others)] = others
