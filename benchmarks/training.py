@@ -53,7 +53,7 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
     batches = sampling.sampler("products", labels, batch_size=batch_size).batches(0)
     seen, began, use = 0, time.perf_counter(), []
     for step, (pixels, its, _) in enumerate(images.loader(data, batch_sampler=batches[:steps], device=device)):
-        state.step(pixels, its, 1.0, step, 0, 0.0)
+        state.step(pixels, its, 1.0, step, 0.0)
         if step == steps // 3:
             seen, began = 0, time.perf_counter()
         seen += len(its)

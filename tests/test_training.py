@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -81,24 +80,6 @@ def test_time_budget_stops_and_keeps_what_was_learned(toy_data, tmp_path):
         model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03)
     assert time.monotonic() - start < 30 and 1 <= len(history) < 10_000
     assert not equal(model, setting(toy_data)[0])
-
-
-def test_micro_batches_give_the_gradient_of_the_whole_batch(toy_data, monkeypatch):
-    """GradCache: without batch statistics both ways are the same sum."""
-    monkeypatch.setattr(training, "autocast", lambda *_, **__: nullcontext())
-    model, criterion, photos, sampler = setting(toy_data)
-    model.eval()
-    pixels, labels = zip(*[photos[i][:2] for i in sampler.batches(0)[0]])
-    pixels, labels = torch.stack(pixels), torch.tensor(labels)
-    gradients = []
-    for parts in (0, 3):
-        state = started(model, criterion)
-        state.optimizer.step = lambda *_, **__: None
-        model.zero_grad()
-        state.step(pixels, labels, 1.0, 0, parts, 0.0)
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_frozen_backbone_keeps_weights_and_statistics(toy_data, tmp_path):
@@ -183,7 +164,7 @@ def test_extras_of_a_recipe_are_typed_and_unknown_ones_are_refused():
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def one_step(rank, processes, address, toy_data, folder, micro_batch=0):
+def one_step(rank, processes, address, toy_data, folder):
     """Gradients of one step in a process of `processes`, without batch statistics, written to <folder>/<rank>.pt."""
     torch.set_num_threads(1)
     if processes > 1:
@@ -194,18 +175,17 @@ def one_step(rank, processes, address, toy_data, folder, micro_batch=0):
     pixels, labels = zip(*[photos[i][:2] for i in rows])
     state = started(model, criterion)
     state.optimizer.step = lambda *_, **__: None
-    state.step(torch.stack(pixels), torch.tensor(labels), 1.0, 0, micro_batch, 0.0)
+    state.step(torch.stack(pixels), torch.tensor(labels), 1.0, 0, 0.0)
     gradients = [p.grad for p in [*model.parameters(), *criterion.parameters()]]
     torch.save({"loss": state.sums[0] / len(labels), "gradients": gradients}, Path(folder) / f"{processes}-{rank}.pt")
 
 
-@pytest.mark.parametrize("micro_batch", [0, 3])
-def test_two_processes_have_the_loss_and_gradients_of_one_with_the_joint_batch(toy_data, tmp_path, micro_batch, monkeypatch):
+def test_two_processes_have_the_loss_and_gradients_of_one_with_the_joint_batch(toy_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    torch.multiprocessing.spawn(one_step, (2, address, toy_data, tmp_path, micro_batch), nprocs=2)
+    torch.multiprocessing.spawn(one_step, (2, address, toy_data, tmp_path), nprocs=2)
     one_step(0, 1, "", toy_data, tmp_path)
     whole, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1"))
     assert first["loss"] == second["loss"] == pytest.approx(whole["loss"], rel=1e-4)

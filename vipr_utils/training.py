@@ -14,7 +14,6 @@ import math
 import socket
 import time
 import warnings
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +52,6 @@ def fit(
     milestones: tuple[int, ...] = (),  # epochs, for multistep
     gamma: float = 0.1,
     frozen_epochs: int = 0,  # epochs in which only neck and criterion learn
-    micro_batch: int = 0,  # images in memory at once; 0 is the whole batch
     clip_norm: float = 0.0,
     ema_decay: float = 0.0,
     validate=None,  # model -> dict with map_at_5
@@ -92,7 +90,7 @@ def fit(
         for pixels, labels, _ in loader:
             done = sum(per_epoch[:epoch]) + state.batch
             scale = rate(done, sum(per_epoch), schedule, warmup, [sum(per_epoch[:m]) for m in milestones], gamma)
-            state.step(pixels, labels, scale, seed * 1_000_003 + done, micro_batch, clip_norm)
+            state.step(pixels, labels, scale, seed * 1_000_003 + done, clip_norm)
             now = time.monotonic()
             spent = state.seconds + now - start
             if out_of_time := _agreed(bool(max_minutes) and spent > max_minutes * 60, device):
@@ -307,16 +305,14 @@ class _State:
         self.seconds, self.history, self.best = 0.0, [], -1.0
         self.identity, self.sums = "", np.zeros(4)
 
-    def step(self, pixels, labels, scale: float, seed: int, micro_batch: int, clip_norm: float) -> None:
-        """One update; the loss always sees the whole batch, whatever fits into memory at once."""
+    def step(self, pixels, labels, scale: float, seed: int, clip_norm: float) -> None:
+        """One update by the loss of a whole batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
         pixels = pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        small = micro_batch and micro_batch < len(pixels)
-        backward = self._backward_in_parts if small else self._backward
-        loss, active, embeddings = backward(pixels, labels, seed, micro_batch)
+        loss, active, embeddings = self._backward(pixels, labels, seed)
         if not math.isfinite(loss):
             raise Diverged(
                 f"loss is {loss} in epoch {self.epoch}, batch {self.batch}: lower lr or set clip_norm (1.0 is usual); "
@@ -334,31 +330,12 @@ class _State:
         self.sums += np.array([loss, active, apart, 1.0]) * len(labels)
         self.batch += 1
 
-    def _backward(self, pixels, labels, seed, _):
+    def _backward(self, pixels, labels, seed: int):
         torch.manual_seed(seed)
         with autocast(self.device, training=True):
             embeddings = self.model(pixels)
         loss, active = self.criterion(*_gathered(embeddings, labels))
         self.scaler.scale(loss).backward()
-        return loss.item(), active, embeddings.detach()
-
-    def _backward_in_parts(self, pixels, labels, seed, micro_batch):
-        """Embed in parts, take the loss over all pairs, send its gradient back part by part.
-
-        Same gradient as the whole batch but for batch statistics, which are per part.
-        Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
-        """
-        parts = pixels.split(micro_batch)
-        with torch.no_grad(), autocast(self.device, training=True):
-            embeddings = torch.cat([_seeded(self.model, p, seed + i) for i, p in enumerate(parts)])
-        leaf = embeddings.float().requires_grad_()
-        loss, active = self.criterion(*_gathered(leaf, labels))
-        self.scaler.scale(loss).backward()
-        with _statistics_kept(self.model):
-            for i, (part, grad) in enumerate(zip(parts, leaf.grad.split(micro_batch))):
-                with autocast(self.device, training=True):
-                    again = _seeded(self.model, part, seed + i)
-                again.backward(grad.to(again.dtype))
         return loss.item(), active, embeddings.detach()
 
     def _update_average(self) -> None:
@@ -459,25 +436,6 @@ def _freeze_backbone(model, frozen: bool) -> None:
     model.backbone.requires_grad_(not frozen)
     if frozen:
         model.backbone.eval()  # batch statistics stay those of pretraining
-
-
-def _seeded(model, pixels, seed: int) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return model(pixels)
-
-
-@contextmanager
-def _statistics_kept(model):
-    """BatchNorm normalises by the batch but leaves its running averages alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(m, m.momentum) for m in norms]
-    for m in norms:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, momentum in kept:
-            m.momentum = momentum
 
 
 def _warn_of_collapse(row: dict, of_pairs: bool) -> None:
