@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from vipr_utils import catalog, host, images, losses, models, sampling, toy, training
-from vipr_utils.embedding import mixed_precision
 
 IMAGES = 141_931
 NETWORKS = {"siamese_90m": 32, "torchvision/resnet50": 32, "efficientnet_b4": 32}  # name: images a step
@@ -49,7 +48,8 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
     data = images.Photos(store, rows, images.study_transform(224), labels=labels)
     criterion = losses.criterion("contrastive", "euclidean", 128)
     optimizer = training._optimizer(model, criterion, "adam", lr=1e-3, head_lr=1e-3, weight_decay=0.0)
-    state = training._State(model.train(), criterion, device, optimizer)
+    dtype = host.precision("auto", device, training=True)
+    state = training._State(model.train(), criterion, device, dtype, optimizer)
     batches = sampling.sampler("products", labels, batch_size=batch_size).batches(0)
     seen, began, use = 0, time.perf_counter(), []
     for step, (pixels, its, _) in enumerate(images.loader(data, batch_sampler=batches[:steps], device=device)):
@@ -63,7 +63,7 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else of_process
     return {
         "network": name, "million_parameters": round(model.record["parameters"] / 1e6, 1), "batch_size": batch_size,
-        "precision": str(mixed_precision(device, training=True) or torch.float32), "images": len(rows),
+        "precision": str(dtype), "images": len(rows),
         "batches_an_epoch": len(batches), "images_per_second": round(seen / seconds, 1), "memory_gb": round(peak, 2),
         "gpu_use": use, "hardware": host.hardware(),
     }  # fmt: skip

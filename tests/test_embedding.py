@@ -14,21 +14,27 @@ def network():
     return models.create("siamese_small", embedding_dim=16)
 
 
-def test_embeddings_are_the_models_own_of_the_eval_transform(toy_data, network):
+@pytest.mark.parametrize(("precision", "bits"), [("float32", 24), ("bfloat16", 8), ("float16", 11)])
+def test_embeddings_are_the_models_own_of_the_eval_transform(toy_data, network, precision, bits):
+    """Within the bits of the format: each layer rounds its input, weights and output by up to 2 ** -bits, and independent
+    roundings add in squares."""
     photos, store = toy_data
     rows = photos.index[:5]
-    found = embedding.embed(network, store, rows, image_size=32, batch_size=2)
+    found = embedding.embed(network, store, rows, image_size=32, batch_size=2, precision=precision)
     transform = images.eval_transform(32)
     with torch.inference_mode():
         expected = network(torch.stack([transform(store[r]) for r in rows])).numpy()
-    half = embedding.mixed_precision(torch.device("cpu"))
-    np.testing.assert_allclose(found, expected, atol=2e-2 if half else 1e-5)
+    layers = sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in network.modules())
+    assert np.linalg.norm(found - expected, axis=1).max() <= max(1e-5, (3 * layers) ** 0.5 * 2.0**-bits)
     assert found.dtype == np.float32 and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
 
 
 def test_order_and_batch_size_change_nothing(toy_data, network):
     rows = toy_data[0].index[:7].to_numpy()
-    one, other = (embedding.embed(network, toy_data[1], r, image_size=32, batch_size=b) for r, b in ((rows, 7), (rows[::-1], 2)))
+    one, other = (
+        embedding.embed(network, toy_data[1], r, image_size=32, batch_size=b, precision="float32")
+        for r, b in ((rows, 7), (rows[::-1], 2))
+    )
     np.testing.assert_allclose(one, other[::-1], atol=1e-5)
 
 

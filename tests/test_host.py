@@ -457,3 +457,36 @@ def test_revision_is_empty_without_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(host, "repository", lambda: tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert host.git_revision() == ""
+
+
+# ------------------------------------------------------------------------------------------------------ precision
+
+
+def test_precision_is_what_was_asked_for_then_the_environments_then_what_pays(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("VIPR_PRECISION", "bfloat16")
+    assert host.precision("float32", cpu) is torch.float32
+    assert host.precision("auto", cpu) is host.precision("auto", cpu, training=True) is torch.bfloat16
+    monkeypatch.delenv("VIPR_PRECISION")
+    for capability, half in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
+        assert host.precision("auto", cuda) is host.precision("auto", cuda, training=True) is half
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "embedding", "training"),
+    [(True, True, "bfloat16", "bfloat16"), (False, True, "bfloat16", "float32"), (False, False, "float32", "float32")],
+)
+def test_precision_on_a_cpu_goes_by_its_units(monkeypatch, amx, avx512, embedding, training):
+    monkeypatch.delenv("VIPR_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert host.precision_used("auto", torch.device("cpu")) == {"embedding": embedding, "training": training}
+
+
+def test_unknown_precision_names_where_it_was_set_and_the_known(monkeypatch):
+    with pytest.raises(ValueError, match="precision 'half' is unknown: use 'auto', 'float32', 'bfloat16' or 'float16'"):
+        host.precision("half", torch.device("cpu"))
+    monkeypatch.setenv("VIPR_PRECISION", "fp8")
+    with pytest.raises(ValueError, match=r"\$VIPR_PRECISION 'fp8' is unknown"):
+        host.precision("auto", torch.device("cpu"))

@@ -15,44 +15,28 @@ from scipy import ndimage
 from vipr_utils import host, images, metrics, models, rerank, search, verification
 
 
-def mixed_precision(device: torch.device, *, training: bool = False) -> torch.dtype | None:
-    """The half precision that pays on this device: bf16 from Ampere on, fp16 on older GPUs (T4), else None (float32).
-
-    On a CPU bf16 pays where it has units for it: AMX for both, AVX512-BF16 for embedding alone (EfficientNet-Lite0 at
-    160 px on an EPYC: 10.8 against 17.4 ms an image, but 80 against 71 in training). Emulated it is ten times slower.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    units = ("_is_amx_tile_supported",) if training else ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    pays = device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
-    return torch.bfloat16 if pays else None
-
-
-def autocast(device: torch.device, *, training: bool = False):
-    dtype = mixed_precision(device, training=training)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
 def embed(
     model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
-    boxes: np.ndarray | None = None, cache_dir: Path | None = None, features: bool = False,
+    precision: str = "auto", boxes: np.ndarray | None = None, cache_dir: Path | None = None, features: bool = False,
 ) -> np.ndarray:
     """(N, D) float32 embeddings of the catalog rows given, in their order, with the model's own eval transform.
     features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
 
-    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. boxes (len(store), 4) cuts each photo
-    to its object first (see `object_boxes`). With cache_dir the result is kept
-    under a key of weights, data, rows and transform. A row that the store could not read gets NaN, which `retrieve`
+    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see `host.precision`. boxes
+    (len(store), 4) cuts each photo to its object first (see `object_boxes`). With cache_dir the result is kept
+    under a key of weights, data, rows, transform and precision. A row that the store could not read gets NaN, which `retrieve`
     counts and `search.top_k` refuses.
     """
     size = image_size or model.record["image_size"]
-    path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit, features, boxes)}.npy" if cache_dir else None
+    dtype = host.precision(precision, device)
+    key = _key(model, store, rows, size, fit, features, boxes, dtype) if cache_dir else ""
+    path = Path(cache_dir) / "embeddings" / f"{key}.npy" if cache_dir else None
     if path and path.exists():
         return np.load(path)
     rows = np.asarray(rows)
     readable = store.readable[rows]
     forward = model.features if features else model
-    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "boxes": boxes}
+    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "dtype": dtype, "boxes": boxes}
     out = _forwarded(forward, model, store, rows[readable], **how)
     width = out[0].shape[1] if out else model.record["embedding_dim"]
     embeddings = np.full((len(rows), width), np.nan, np.float32)
@@ -76,7 +60,7 @@ def embed_at_sizes(model, store, rows, *, image_sizes: tuple[int, ...], **settin
 
 def fit_region_whitening(
     model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
-    power: float = 1.0,
+    precision: str = "auto", power: float = 1.0,
 ):  # fmt: skip
     """The model with the whitening of its R-MAC pooling set to PCA whitening of the regions of these photos.
 
@@ -88,6 +72,7 @@ def fit_region_whitening(
         raise ValueError(f"pooling is {model.record['pooling']!r} and has no regions: create the model with pooling='rmac'")
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
     rows, how = rows[store.readable[rows]], {"device": device, "batch_size": batch_size, "size": size, "fit": fit}
+    how["dtype"] = host.precision(precision, device)
     regions = _forwarded(lambda x: model.pooling.regions(model.maps(x)), model, store, rows, **how)
     regions = np.concatenate([r.reshape(-1, r.shape[-1]) for r in regions])
     white, layer = rerank.fit_whitening(regions, regions.shape[1], power=power), model.pooling.whitening
@@ -108,7 +93,7 @@ def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **setting
     return models.with_projection(model, fitted.mean, fitted.matrix)
 
 
-def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, size, fit="squash", boxes=None) -> list:
+def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, size, dtype, fit="squash", boxes=None) -> list:
     """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode meanwhile."""
     r, out = model.record, []
     transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
@@ -116,7 +101,7 @@ def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, s
     loader = images.loader(photos, batch_size=batch_size, device=device)
     was_training = model.training
     model.eval().to(device, memory_format=torch.channels_last)
-    with torch.inference_mode(), autocast(device):
+    with torch.inference_mode(), host.autocast(device, dtype):
         for pixels, _, _ in loader:
             pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
             out.append(forward(pixels).float().cpu().numpy())
@@ -124,9 +109,9 @@ def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, s
     return out
 
 
-def _key(model, store, rows, size: int, fit: str, features: bool, boxes) -> str:
+def _key(model, store, rows, size: int, fit: str, features: bool, boxes, dtype) -> str:
     seen_as = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
-    digest = hashlib.sha256(json.dumps([seen_as, size, fit, features, store.key]).encode())
+    digest = hashlib.sha256(json.dumps([seen_as, size, fit, features, str(dtype), store.key]).encode())
     digest.update(np.asarray(rows, dtype=np.int64).tobytes())
     digest.update(b"" if boxes is None else boxes[rows].tobytes())
     for name, tensor in model.state_dict().items():
@@ -136,14 +121,15 @@ def _key(model, store, rows, size: int, fit: str, features: bool, boxes) -> str:
 
 
 def object_boxes(
-    model, store, rows, *, device=torch.device("cpu"), image_size: int = 0, batch_size: int = 64, margin: float = 0.1
-) -> np.ndarray:
+    model, store, rows, *, device=torch.device("cpu"), image_size: int = 0, batch_size: int = 64, precision: str = "auto",
+    margin: float = 0.1,
+) -> np.ndarray:  # fmt: skip
     """(len(store), 4) float32 boxes left, top, right, bottom in 0..1 of the object in each photo of the rows, found without
     labels: the largest connected region where the sum of the backbone's feature map lies above its mean (Wei et al. 2017,
     arXiv:1604.04994), widened by a margin. Rows not asked for get the whole photo.
     """
     rows, size = np.asarray(rows)[store.readable[np.asarray(rows)]], image_size or model.record["image_size"]
-    how = {"device": device, "batch_size": batch_size, "size": size}
+    how = {"device": device, "batch_size": batch_size, "size": size, "dtype": host.precision(precision, device)}
     energy = np.concatenate(_forwarded(lambda x: model.maps(x).sum(1), model, store, rows, **how))  # (N, h, w)
     boxes = np.tile(np.float32([0, 0, 1, 1]), (len(store), 1))
     boxes[rows] = [_largest_region(e, margin) for e in energy]

@@ -25,7 +25,6 @@ from timm.optim import param_groups_layer_decay
 from torch import distributed, nn
 
 from vipr_utils import host, images, models
-from vipr_utils.embedding import autocast, mixed_precision
 from vipr_utils.sampling import ShuffledSampler
 
 
@@ -43,6 +42,7 @@ def fit(
     epochs: int,
     lr: float,
     device: torch.device = torch.device("cpu"),
+    precision: str = "auto",  # see host.precision
     head_lr: float = 0.0,  # neck and criterion; 0 takes lr
     layer_decay: float = 1.0,  # the rate of each layer over that of the next; 1 is one rate for the whole backbone
     optimizer: str = "adamw",
@@ -68,12 +68,13 @@ def fit(
     over restarts; when it is used up training stops, keeps what it has, and returns.
     Raises Diverged when the loss is not finite; the last checkpoint stays.
     """
-    no_matter = ("max_minutes", "checkpoint_minutes", "progress")
+    no_matter, dtype = ("max_minutes", "checkpoint_minutes", "progress"), host.precision(precision, device, training=True)
     settings = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in no_matter}
+    settings["precision"] = str(dtype)
     settings["milestones"] = list(milestones)
     start, folder = time.monotonic(), Path(folder)
     rates = {"lr": lr, "head_lr": head_lr or lr, "layer_decay": layer_decay, "weight_decay": weight_decay}
-    state = _State(model, criterion, device, _optimizer(model, criterion, optimizer, **rates), ema_decay)
+    state = _State(model, criterion, device, dtype, _optimizer(model, criterion, optimizer, **rates), ema_decay)
     state.identity = _identity(settings, model, photos, [sampler.batches(e) for e in (0, max(0, epochs - 1))])
     state.resume(folder / "checkpoint.pt")
     per_epoch = [len(sampler.batches(e)) for e in range(epochs)] if epochs < 50 else [len(sampler.batches(0))] * epochs
@@ -294,12 +295,11 @@ def rate(step: int, steps: int, schedule: str, warmup: float, milestones: list[i
 class _State:
     """What a checkpoint holds: weights, optimiser, scaler, averages, position, history."""
 
-    def __init__(self, model, criterion, device, optimizer, ema_decay: float = 0.0) -> None:
+    def __init__(self, model, criterion, device, dtype, optimizer, ema_decay: float = 0.0) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)
         self.criterion = criterion.to(device) if isinstance(criterion, nn.Module) else criterion
-        self.device, self.ema_decay, self.optimizer = device, ema_decay, optimizer
-        half = mixed_precision(device, training=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+        self.device, self.dtype, self.ema_decay, self.optimizer = device, dtype, ema_decay, optimizer
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.average = copy.deepcopy(model).eval() if ema_decay else None
         self.epoch = self.batch = self.updates = 0
         self.seconds, self.history, self.best = 0.0, [], -1.0
@@ -332,7 +332,7 @@ class _State:
 
     def _backward(self, pixels, labels, seed: int):
         torch.manual_seed(seed)
-        with autocast(self.device, training=True):
+        with host.autocast(self.device, self.dtype):
             embeddings = self.model(pixels)
         loss, active = self.criterion(*_gathered(embeddings, labels))
         self.scaler.scale(loss).backward()
