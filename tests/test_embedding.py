@@ -38,40 +38,10 @@ def test_order_and_batch_size_change_nothing(toy_data, network):
     np.testing.assert_allclose(one, other[::-1], atol=1e-5)
 
 
-def test_object_is_found_where_the_feature_map_is_strong_and_cut_out(toy_data):
-    class Bright(torch.nn.Module):  # a backbone whose features are the brightness itself
-        num_features = 3
-
-        def forward_features(self, x):
-            return torch.nn.functional.avg_pool2d(x, 8)
-
-    model = models.create("siamese_small")
-    model.backbone = Bright()
-    store = Drawn()
-    boxes = embedding.object_boxes(model, store, [0], image_size=64, margin=0.0)
-    np.testing.assert_allclose(boxes[0], [0.25, 0.5, 0.75, 1.0])
-    np.testing.assert_array_equal(boxes[1], [0, 0, 1, 1])
-    part = images.cut(store[0], boxes[0])
-    assert part.shape == (32, 32, 3) and (part == 255).all()
-
-
-class Drawn:
-    """A store of two photos: a white square in the dark, low in the middle."""
-
-    readable = np.array([True, True])
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, row):
-        photo = np.zeros((64, 64, 3), np.uint8)
-        photo[32:, 16:48] = 255
-        return photo
-
-
-@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "rows", "boxes"])
+@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "rows", "precision"])
 def test_cached_embeddings_are_only_used_for_the_same_question(toy_data, network, tmp_path, change):
-    rows, how = toy_data[0].index[:4], {"image_size": 32, "fit": "squash", "cache_dir": tmp_path}
+    rows = toy_data[0].index[:4]
+    how = {"image_size": 32, "fit": "squash", "precision": "float32", "cache_dir": tmp_path}
     first = embedding.embed(network, toy_data[1], rows, **how)
     np.testing.assert_array_equal(embedding.embed(network, toy_data[1], rows, **how), first)
     assert len(list((tmp_path / "embeddings").iterdir())) == 1
@@ -81,8 +51,7 @@ def test_cached_embeddings_are_only_used_for_the_same_question(toy_data, network
     elif change == "interpolation":
         network.record["interpolation"] = "bicubic"
     rows = rows[::-1] if change == "rows" else rows
-    boxes = np.tile(np.float32([0.2, 0.2, 0.8, 0.8]), (len(toy_data[1]), 1))
-    how |= {"size": {"image_size": 48}, "fit": {"fit": "crop"}, "boxes": {"boxes": boxes}}.get(change, {})
+    how |= {"size": {"image_size": 48}, "fit": {"fit": "crop"}, "precision": {"precision": "bfloat16"}}.get(change, {})
     embedding.embed(network, toy_data[1], rows, **how)
     assert len(list((tmp_path / "embeddings").iterdir())) == 2
 
@@ -92,19 +61,6 @@ def tables(queries, gallery):
         return pd.DataFrame({"product_id": products, "image_id": [f"{split}/{i}" for i in range(len(products))]})
 
     return table(queries, "test"), table(gallery, "train")
-
-
-def test_centring_takes_away_what_a_domain_shares():
-    rng = np.random.default_rng(0)
-    product = rng.normal(size=(20, 8))
-    shop, customer = product + [5, *[0] * 7], product + [0, 5, *[0] * 6]
-    x = np.concatenate([shop, customer]).astype(np.float32)
-    domains = np.repeat(["shop", "customer"], 20)
-    centred = embedding.centred(x, domains)
-    np.testing.assert_allclose(centred[:20], centred[20:], atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(centred, axis=1), 1, atol=1e-5)
-    half = embedding.centred(x, domains, of=np.tile([True, False], 20))
-    assert not np.allclose(half, centred)
 
 
 def test_query_without_relevant_image_is_excluded_and_counted():
@@ -153,20 +109,6 @@ def test_evaluation_of_several_galleries_embeds_every_photo_once(toy_data, netwo
     q, g = (embed(network, store, t.index, image_size=32) for t in (queries, shop))
     assert found["shop"].metrics == embedding.retrieve(q, g, queries, shop).metrics
     assert found["all"].metrics["n_gallery"] == len(gallery)
-
-
-def test_domains_are_centred_on_the_gallery_they_are_searched_in(toy_data, network):
-    photos, store = toy_data
-    _, queries, gallery = catalog.split(photos, "test")
-    pairs = {"": (queries, gallery)}
-    found = embedding.evaluate(network, store, pairs, image_size=32, centre_domains=True)[""]
-    q, g = (embedding.embed(network, store, t.index, image_size=32) for t in (queries, gallery))
-    customer = g[(gallery.domain == "customer").to_numpy()].mean(0)
-    g = embedding.centred(g, gallery.domain)
-    q = (q - customer) / np.linalg.norm(q - customer, axis=1, keepdims=True)
-    expected = embedding.retrieve(q, g, queries, gallery)
-    np.testing.assert_allclose(found.scores, expected.scores, atol=2e-2)
-    assert not np.allclose(found.scores, embedding.evaluate(network, store, pairs, image_size=32)[""].scores, atol=0.02)
 
 
 def test_verification_by_name_reads_the_photos_and_finds_the_printed_ones(toy_data):

@@ -153,10 +153,10 @@ def test_head_without_a_neck_says_to_make_one():
 
 
 def test_extras_of_a_recipe_are_typed_and_unknown_ones_are_refused():
-    found = training.extras(["pooling:rmac", "ema_decay:0.99", "frozen_epochs:2", "cut_to_object", "centre_domains:false"])
-    assert (found.ema_decay, found.frozen_epochs, found.cut_to_object, found.centre_domains) == (0.99, 2, True, False)
+    found = training.extras(["pooling:rmac", "ema_decay:0.99", "frozen_epochs:2"])
+    assert (found.pooling, found.ema_decay, found.frozen_epochs) == ("rmac", 0.99, 2)
     assert vars(training.extras([])) == training.EXTRAS
-    for wrong in ("emma:0.9", "frozen_epochs:half", "frozen_epochs", "cut_to_object:3"):
+    for wrong in ("emma:0.9", "frozen_epochs:half", "frozen_epochs"):
         with pytest.raises(ValueError, match=f"extra '{wrong}' is unknown or has a wrong value: use name:value"):
             training.extras([wrong])
 

@@ -10,33 +10,31 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy import ndimage
 
 from vipr_utils import host, images, metrics, models, rerank, search, verification
 
 
 def embed(
     model, store, rows, *, device=torch.device("cpu"), batch_size: int = 64, image_size: int = 0, fit: str = "squash",
-    precision: str = "auto", boxes: np.ndarray | None = None, cache_dir: Path | None = None, features: bool = False,
+    precision: str = "auto", cache_dir: Path | None = None, features: bool = False,
 ) -> np.ndarray:
     """(N, D) float32 embeddings of the catalog rows given, in their order, with the model's own eval transform.
     features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
 
-    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see `host.precision`. boxes
-    (len(store), 4) cuts each photo to its object first (see `object_boxes`). With cache_dir the result is kept
-    under a key of weights, data, rows, transform and precision. A row that the store could not read gets NaN, which `retrieve`
-    counts and `search.top_k` refuses.
+    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see `host.precision`. With
+    cache_dir the result is kept under a key of weights, data, rows, transform and precision. A row that the store could
+    not read gets NaN, which `retrieve` counts and `search.top_k` refuses.
     """
     size = image_size or model.record["image_size"]
     dtype = host.precision(precision, device)
-    key = _key(model, store, rows, size, fit, features, boxes, dtype) if cache_dir else ""
+    key = _key(model, store, rows, size, fit, features, dtype) if cache_dir else ""
     path = Path(cache_dir) / "embeddings" / f"{key}.npy" if cache_dir else None
     if path and path.exists():
         return np.load(path)
     rows = np.asarray(rows)
     readable = store.readable[rows]
     forward = model.features if features else model
-    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "dtype": dtype, "boxes": boxes}
+    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "dtype": dtype}
     out = _forwarded(forward, model, store, rows[readable], **how)
     width = out[0].shape[1] if out else model.record["embedding_dim"]
     embeddings = np.full((len(rows), width), np.nan, np.float32)
@@ -93,11 +91,11 @@ def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **setting
     return models.with_projection(model, fitted.mean, fitted.matrix)
 
 
-def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, size, dtype, fit="squash", boxes=None) -> list:
+def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, size, dtype, fit="squash") -> list:
     """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode meanwhile."""
     r, out = model.record, []
     transform = images.eval_transform(size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit)
-    photos = images.Photos(store, rows, transform, boxes=boxes)
+    photos = images.Photos(store, rows, transform)
     loader = images.loader(photos, batch_size=batch_size, device=device)
     was_training = model.training
     model.eval().to(device, memory_format=torch.channels_last)
@@ -109,55 +107,14 @@ def _forwarded(forward, model, store, rows: np.ndarray, *, device, batch_size, s
     return out
 
 
-def _key(model, store, rows, size: int, fit: str, features: bool, boxes, dtype) -> str:
+def _key(model, store, rows, size: int, fit: str, features: bool, dtype) -> str:
     seen_as = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
     digest = hashlib.sha256(json.dumps([seen_as, size, fit, features, str(dtype), store.key]).encode())
     digest.update(np.asarray(rows, dtype=np.int64).tobytes())
-    digest.update(b"" if boxes is None else boxes[rows].tobytes())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]
-
-
-def object_boxes(
-    model, store, rows, *, device=torch.device("cpu"), image_size: int = 0, batch_size: int = 64, precision: str = "auto",
-    margin: float = 0.1,
-) -> np.ndarray:  # fmt: skip
-    """(len(store), 4) float32 boxes left, top, right, bottom in 0..1 of the object in each photo of the rows, found without
-    labels: the largest connected region where the sum of the backbone's feature map lies above its mean (Wei et al. 2017,
-    arXiv:1604.04994), widened by a margin. Rows not asked for get the whole photo.
-    """
-    rows, size = np.asarray(rows)[store.readable[np.asarray(rows)]], image_size or model.record["image_size"]
-    how = {"device": device, "batch_size": batch_size, "size": size, "dtype": host.precision(precision, device)}
-    energy = np.concatenate(_forwarded(lambda x: model.maps(x).sum(1), model, store, rows, **how))  # (N, h, w)
-    boxes = np.tile(np.float32([0, 0, 1, 1]), (len(store), 1))
-    boxes[rows] = [_largest_region(e, margin) for e in energy]
-    return boxes
-
-
-def _largest_region(energy: np.ndarray, margin: float) -> tuple[float, ...]:
-    """Box of the largest region of a map (H, W) above its mean, in 0..1, widened by `margin` of its own size."""
-    regions, n = ndimage.label(energy > energy.mean())
-    if not n:
-        return 0.0, 0.0, 1.0, 1.0
-    largest = 1 + np.bincount(regions.ravel())[1:].argmax()
-    y, x = ndimage.find_objects(regions)[largest - 1]
-    h, w = energy.shape
-    dx, dy = margin * (x.stop - x.start), margin * (y.stop - y.start)
-    return max(0.0, (x.start - dx) / w), max(0.0, (y.start - dy) / h), min(1.0, (x.stop + dx) / w), min(1.0, (y.stop + dy) / h)
-
-
-def centred(embeddings: np.ndarray, domains, *, of: np.ndarray | None = None) -> np.ndarray:
-    """Embeddings (N, D) with the mean of their own domain subtracted, L2-normalised again: takes away what all shop
-    photos share and customers' do not. of (N,) bool says which rows the means are taken over; all by default.
-    """
-    domains, out = np.asarray(domains), embeddings.copy()
-    of = np.ones(len(out), bool) if of is None else of
-    for domain in np.unique(domains):
-        its = domains == domain
-        out[its] -= embeddings[its & of].mean(0) if (its & of).any() else 0.0
-    return out / np.linalg.norm(out, axis=1, keepdims=True).clip(1e-12)
 
 
 @dataclass(frozen=True)
@@ -221,20 +178,12 @@ def _verifiers(steps: list[str], queries: pd.DataFrame, gallery: pd.DataFrame, c
 
 def evaluate(
     model, store, pairs: dict[str, tuple[pd.DataFrame, pd.DataFrame]], *, distance: str = "cosine", k: int = 5,
-    seed: int = 0, centre_domains: bool = False, **embed_settings,
+    seed: int = 0, **embed_settings,
 ) -> dict[str, Retrieval]:  # fmt: skip
     """A Retrieval for each named (queries, gallery); every photo is embedded once. Settings as in `embed`.
-
-    centre_domains: subtract each domain's mean over the gallery's photos (see `centred`); queries of a domain that the
-    gallery lacks keep theirs.
     """
     rows = np.unique(np.concatenate([table.index for pair in pairs.values() for table in pair]))
     embeddings = embed(model, store, rows, **embed_settings)
-    if centre_domains:
-        tables = pd.concat([table for pair in pairs.values() for table in pair])
-        domains = tables["domain"][~tables.index.duplicated()].reindex(rows)
-        in_gallery = np.isin(rows, np.concatenate([gallery.index for _, gallery in pairs.values()]))
-        embeddings = centred(embeddings, domains, of=in_gallery)
 
     def of(table: pd.DataFrame) -> np.ndarray:
         return embeddings[np.searchsorted(rows, table.index)]

@@ -312,17 +312,14 @@ class Photos(torch.utils.data.Dataset):
     Random transforms are seeded by (seed, epoch, row): the same photo looks the same in the same epoch whatever the
     order, the number of workers, or where a run was interrupted.
     shop (N,) bool: with probability `clutter` such a photo is made customer_like, on the ground of another of the rows.
-    boxes (len(store), 4): left, top, right, bottom in 0..1 that each photo is first cut to (embedding.object_boxes).
     """
 
-    def __init__(
-        self, store: Store, rows, transform, *, labels=None, seed: int = 0, shop=None, clutter: float = 0.0, boxes=None
-    ) -> None:
+    def __init__(self, store: Store, rows, transform, *, labels=None, seed: int = 0, shop=None, clutter: float = 0.0) -> None:
         self.store, self.rows, self.transform = store, np.asarray(rows, np.int64), transform
         self.labels = np.full(len(self.rows), -1, np.int64) if labels is None else np.asarray(labels, np.int64)
         if len(self.labels) != len(self.rows):
             raise ValueError(f"{len(self.labels)} labels for {len(self.rows)} rows: give one each")
-        self.seed, self.epoch, self.boxes = seed, 0, boxes
+        self.seed, self.epoch = seed, 0
         self.shop, self.clutter = np.zeros(len(self.rows), bool) if shop is None else np.asarray(shop, bool), clutter
 
     def set_epoch(self, epoch: int) -> None:
@@ -337,19 +334,10 @@ class Photos(torch.utils.data.Dataset):
         rng = np.random.default_rng(drawn)
         if self.shop[i] and rng.random() < self.clutter:
             photo = customer_like(photo, self.store[int(rng.choice(self.rows[~self.shop]))], rng)
-        elif self.boxes is not None:
-            photo = cut(photo, self.boxes[row])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
             image = self.transform(photo)
         return torch.as_tensor(image), int(self.labels[i]), row
-
-
-def cut(photo: np.ndarray, box) -> np.ndarray:
-    """The part of a photo (H, W, 3) inside a box left, top, right, bottom in 0..1; at least one pixel."""
-    h, w = photo.shape[:2]
-    left, top = int(box[0] * w), int(box[1] * h)
-    return photo[top : max(top + 1, math.ceil(box[3] * h)), left : max(left + 1, math.ceil(box[2] * w))]
 
 
 def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, workers: int = -1):

@@ -10,14 +10,14 @@ import numpy as np
 BALANCES = ("", "product", "group")
 
 
-KINDS = ("shuffled", "shuffled_domains", "products", "balanced", "groups", "cross_domain")
+KINDS = ("shuffled", "shuffled_domains", "products", "balanced", "groups")
 
 
 def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None, shop=None, seed: int = 0, **limits):
     """The sampler of that name. 'shuffled' takes no heed of labels; 'shuffled_domains' shows each shop photo so often that
-    they make an eighth of the images; the others draw P = batch_size / images products:
-    'products' as often as they have images, 'balanced' all alike, 'groups' all groups (N,) alike, 'cross_domain' with a
-    shop photo (shop (N,) bool) in each product's share. limits: PKSampler's min_images and max_images of a product."""
+    they (shop (N,) bool) make an eighth of the images; the others draw P = batch_size / images products:
+    'products' as often as they have images, 'balanced' all alike, 'groups' all groups (N,) alike.
+    limits: PKSampler's min_images and max_images of a product."""
     if kind not in KINDS:
         raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
     if kind.startswith("shuffled") and (limits.get("min_images", 1) > 1 or limits.get("max_images")):
@@ -31,7 +31,7 @@ def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None,
         return ShuffledSampler(rows, batch_size=batch_size, seed=seed)
     if batch_size % images:
         raise ValueError(f"batch_size {batch_size} is no multiple of the {images} images that each product brings")
-    how = {"balanced": {"balance": "product"}, "groups": {"balance": "group", "groups": groups}, "cross_domain": {"shop": shop}}
+    how = {"balanced": {"balance": "product"}, "groups": {"balance": "group", "groups": groups}}
     return PKSampler(labels, products=batch_size // images, images=images, seed=seed, **how.get(kind, {}), **limits)
 
 
@@ -69,13 +69,11 @@ class PKSampler:
     what a product shows in an epoch (Conde 2022: 4 and 50).
     balance: "" shows products as often as they have images; "product" all alike, "group" all groups (N,) alike and the
     products within (Bai 2020, arXiv:2008.10545: a second stage for the long tail).
-    shop (N,) bool: each run of a product that has both kinds opens with one of its shop photos, so that every
-    batch holds pairs across the two domains.
     """
 
     def __init__(
         self, labels, *, products: int = 8, images: int = 4, seed: int = 0, replace: bool = True, min_images: int = 1,
-        max_images: int = 0, balance: str = "", groups=None, shop=None,
+        max_images: int = 0, balance: str = "", groups=None,
     ) -> None:  # fmt: skip
         labels = np.asarray(labels)
         if products < 2 or images < 2:
@@ -102,7 +100,6 @@ class PKSampler:
         self.products, self.images, self.seed, self.balance = products, images, seed, balance
         self.max_images = max_images or len(labels)
         self.groups = None if groups is None else np.asarray(groups)[[r[0] for r in self.rows]]
-        self.shop = np.zeros(len(labels), bool) if shop is None else np.asarray(shop, bool)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -123,15 +120,12 @@ class PKSampler:
 
     def _runs(self, rows: np.ndarray, rng: np.random.Generator):
         """One product's images in runs of K without end, each pass over them in a new order."""
-        shop, others = rows[self.shop[rows]], rows[~self.shop[rows]]
-        mixed = len(shop) > 0 and len(others) > 0
-        rest, width = (others, self.images - 1) if mixed else (rows, self.images)
-        rest = rng.permutation(rest)[: self.max_images]
+        shown = rng.permutation(rows)[: self.max_images]
         while True:
-            fill = -len(rest) % width
-            order = rng.permutation(rest)
-            for run in np.concatenate([order, rng.choice(order, fill, replace=fill > len(order))]).reshape(-1, width):
-                yield np.concatenate([rng.choice(shop, 1), run]) if mixed else run
+            fill = -len(shown) % self.images
+            order = rng.permutation(shown)
+            more = rng.choice(order, fill, replace=fill > len(order))
+            yield from np.concatenate([order, more]).reshape(-1, self.images)
 
     def _batches(self, runs: list[tuple[int, np.ndarray]]):
         """Groups of P runs of P different products, in the order given; what cannot fill a batch is left out."""

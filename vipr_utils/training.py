@@ -128,26 +128,24 @@ def fit(
 
 EXTRAS = {  # what a recipe may add, with the value when it does not
     "weight_decay": 1e-4, "layer_decay": 1.0, "ema_decay": 0.0, "frozen_epochs": 0, "balanced_epochs": 0, "min_images": 1,
-    "max_images": 0, "clutter": 0.0, "cut_to_object": False, "centre_domains": False, "learned_whitening": 0, "pooling": "own",
-    "gpus": 1,
+    "max_images": 0, "clutter": 0.0, "learned_whitening": 0, "pooling": "own", "gpus": 1,
 }  # fmt: skip
 
 
 def extras(given: list[str]) -> SimpleNamespace:
-    """EXTRAS with the values given as 'name:value', or 'name' for one that is off or on.
+    """EXTRAS with the values given as 'name:value'.
 
     Raises ValueError for an unknown name or a value of another type.
 
-    >>> extras(["clutter:0.5", "cut_to_object"]).clutter
+    >>> extras(["clutter:0.5", "pooling:gem"]).clutter
     0.5
     """
     values = dict(EXTRAS)
     for text in given:
         name, _, value = text.partition(":")
-        kind = type(EXTRAS.get(name))
         try:
-            values[name] = {bool: lambda v: {"": True, "true": True, "false": False}[v]}.get(kind, kind)(value)
-        except (KeyError, ValueError, TypeError):
+            values[name] = type(EXTRAS[name])(value)
+        except (KeyError, ValueError):
             what = f"extra {text!r} is unknown or has a wrong value: use name:value"
             raise ValueError(f"{what} with {', '.join(f'{k} ({type(v).__name__})' for k, v in EXTRAS.items())}") from None
     return SimpleNamespace(**values)
