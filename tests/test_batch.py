@@ -103,6 +103,15 @@ def test_parameter_line_that_is_not_name_type_value_is_an_error(repo, line):
         batch.parameters_of(path)
 
 
+def test_value_outside_the_choices_of_a_literal_is_an_error_that_lists_them(repo):
+    path = notebook(repo, "choosy", 'precision: "Literal[auto, float32]" = "auto"  # of the network')
+    known = batch.parameters_of(path)
+    assert known == {"precision": ("Literal[auto, float32]", "auto")} and batch.check("precision", "float32", known) == "float32"
+    for wrong in ("half", 32, True):
+        with pytest.raises(batch.BadParameters, match=f"precision: expected one of auto, float32, got {wrong!r}"):
+            batch.check("precision", wrong, known)
+
+
 def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, capsys):
     file = params_file(repo, "sed: 1\n")
     assert batch.main([str(file)]) == 2

@@ -1,5 +1,7 @@
 """Tables to catalog: what is refused, what is listed, how protocols split."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -185,23 +187,46 @@ def test_nearest_subset_takes_the_products_that_queries_look_like():
         catalog.subset(photos, "nearest", 2)
 
 
-def test_photos_of_one_visit_are_chained_by_likeness_within_a_product():
+def test_photos_of_one_visit_are_chained_by_the_colours_they_share_within_a_product():
     photos = photos_of({1: 4, 2: 2})
-    angles = np.radians([0, 30, 60, 150, 0, 90])  # 30 degrees: cosine 0.87
-    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
-    visits = catalog.visits(photos, vectors)
+    layouts = np.array([[10, 0, 0], [7, 3, 0], [4, 6, 0], [0, 0, 10], [10, 0, 0], [6, 4, 0]])
+    visits = catalog.visits(photos, layouts)  # 7 of 10 shared is alike, 6 of 10 is not
     assert visits[:3].nunique() == 1 and visits[3] != visits[0] and visits[4] != visits[5]
+
+
+def of_visits(photos, numbers):
+    """Layouts in which photos of one number share everything and others nothing."""
+    return np.eye(max(numbers) + 1, dtype=np.uint16)[list(numbers)] * 10
 
 
 def test_held_out_visits_are_whole_and_at_most_half_of_a_product():
     photos = photos_of(dict.fromkeys(range(8), 12) | {8: 6})
-    visits = pd.Series(photos.i // 3, photos.index).where(photos.product_id < 8, 0)  # product 8: one visit
-    train, queries, gallery = catalog.split(photos, "seen", holdout=0.1, visits=visits)
-    keys = [set(zip(t.product_id, visits[t.index])) for t in (queries, gallery)]
-    assert not keys[0] & keys[1] and set(queries.product_id) == set(range(8)) and 8 in set(gallery.product_id)
-    assert (queries.product_id.value_counts() == 3).all()
-    with pytest.raises(CatalogError, match="no product has photos of two visits"):
-        catalog.split(photos, "seen", visits=visits * 0)
+    numbers = (photos.i // 3).where(photos.product_id < 8, 0)  # product 8: one visit
+    held = catalog.hold_out(photos, of_visits(photos, numbers), holdout=0.1)
+    keys = [set(zip(t.product_id, numbers[t.index])) for t in (held.queries, held.gallery)]
+    assert held.how == "visits" and held.fit.equals(held.gallery) and len(held.fit) + len(held.queries) == len(photos)
+    assert not keys[0] & keys[1] and set(held.queries.product_id) == set(range(8)) and 8 in set(held.gallery.product_id)
+    assert (held.queries.product_id.value_counts() == 3).all()
+
+
+def test_without_two_visits_single_photos_are_held_out_and_without_two_photos_none_can_be():
+    photos = photos_of({1: 4, 2: 1})
+    held = catalog.hold_out(photos, of_visits(photos, [0] * 5))
+    assert held.how == "photos" and list(held.queries.product_id) == [1]
+    with pytest.raises(CatalogError, match="no product has two train photos, .* set holdout to 0"):
+        catalog.hold_out(photos_of({1: 1, 2: 1}), of_visits(photos, [0, 0]))
+
+
+def test_a_split_is_named_by_the_photos_it_holds_out_and_written_down(tmp_path):
+    photos = photos_of(dict.fromkeys(range(4), 12))
+    first = catalog.hold_out(photos, of_visits(photos, photos.i // 3))
+    again = catalog.hold_out(photos, of_visits(photos, photos.i // 3))
+    other = catalog.hold_out(photos, of_visits(photos, photos.i // 4))
+    assert first.split == again.split != other.split and re.fullmatch("[0-9a-f]{16}", first.split)
+    table = pd.read_csv(first.save(tmp_path))
+    assert list(table.image_id) == list(photos.image_id) and set(table.part) == {"fit", "query"}
+    record = first.record({"map_at_5": 0.5, "map_at_5_low": 0.4, "map_at_5_high": 0.6})
+    assert record == {"how": "visits", "split": first.split, "n_queries": 12, "map_at_5": 0.5, "low": 0.4, "high": 0.6}
 
 
 # ------------------------------------------------------------------------------------------ duplicates and leaks
@@ -269,5 +294,5 @@ def test_cleaning_by_similarity_finds_a_photo_under_the_wrong_product():
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     products[[4, 15]] = [1, 2]  # mislabelled
     rows = photographed(products)
-    kept, dropped = catalog.clean(rows, catalog.visits(rows, x, similarity=0.8))
+    kept, dropped = catalog.clean(rows, catalog.similar(rows, x, similarity=0.8))
     assert list(dropped.index) == [47, 157] and len(kept) == 28

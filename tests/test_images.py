@@ -325,3 +325,32 @@ def test_border_tells_shop_from_customer_photos_on_the_toy_set(toy_data):
     photos, store = toy_data
     shop = np.array([images.border_whiteness(store[row]) > 0.5 for row in photos.index])
     assert (shop == (photos.domain == "shop")).mean() > 0.9
+
+
+# -------------------------------------------------------------------------------------------------- colour layouts
+
+
+def test_a_colour_layout_counts_each_quarter_as_a_slow_loop_does():
+    image = np.random.default_rng(0).integers(0, 256, (101, 77, 3), np.uint8)
+    expected = np.zeros((4, 64), int)
+    for i in range(64):
+        for j in range(64):
+            r, g, b = image[(2 * i + 1) * 101 // 128, (2 * j + 1) * 77 // 128] // 64
+            expected[2 * (i >= 32) + (j >= 32), 16 * int(r) + 4 * int(g) + int(b)] += 1
+    np.testing.assert_array_equal(images.colour_layout(image), expected.ravel())
+
+
+def test_colour_layouts_are_of_the_files_and_kept_for_the_same_rows(make_root, tmp_path, monkeypatch):
+    photos, _ = catalog.read(make_root())
+    layouts = images.colour_layouts(photos, cache_dir=tmp_path)
+    root = make_root()
+    for path, layout in zip(photos.path, layouts):
+        np.testing.assert_array_equal(layout, images.colour_layout(images.read_image(root / path)))
+    monkeypatch.setattr(images, "read_image", None)
+    np.testing.assert_array_equal(images.colour_layouts(photos, cache_dir=tmp_path), layouts)
+    with pytest.raises(TypeError):
+        images.colour_layouts(photos.iloc[1:], cache_dir=tmp_path)
+
+
+def test_colour_layout_takes_photos_smaller_than_its_grid():
+    assert images.colour_layout(np.zeros((1, 3, 3), np.uint8)).reshape(4, 64)[:, 0].tolist() == [1024] * 4

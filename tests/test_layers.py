@@ -85,6 +85,14 @@ def test_module_says_what_it_is_about(module):
     assert ast.get_docstring(tree(module))
 
 
+def nodes(module: str) -> int:
+    """Statements and expressions, docstrings aside: a measure of size that packing lines does not change."""
+    code = tree(module)
+    found = sum(isinstance(node, (ast.stmt, ast.expr)) for node in ast.walk(code))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return found - 2 * sum(isinstance(n, documented) and ast.get_docstring(n) is not None for n in ast.walk(code))
+
+
 def test_package_can_be_read_in_an_evening():
-    lines = {m: len((PACKAGE / f"{m}.py").read_text(encoding="utf-8").splitlines()) for m in MODULES}
-    assert sum(lines.values()) < 6000, lines
+    found = {module: nodes(module) for module in MODULES}
+    assert sum(found.values()) < 37_700, found

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tables
 
 from vipr_utils import runs
 
@@ -41,8 +42,8 @@ def test_record_names_folders_without_their_place(tmp_path):
 def test_readme_shows_the_reference_records_as_they_are():
     root = Path(__file__).resolve().parents[1]
     reference = root / "submissions" / "reference"
-    table = runs.tables(reference)
-    assert table.count("\n") > 5 and f"{runs.START}\n{table}\n{runs.END}" in (root / "README.md").read_text()
+    table, readme = runs.tables(reference), (root / "README.md").read_text()
+    assert table.count("\n") > 5 and tables.inserted(readme, table) == readme
 
 
 def test_a_saved_run_holds_every_key_of_the_contract(tmp_path):
@@ -108,17 +109,17 @@ def test_markdown_gives_interval_data_sizes_time_and_hardware_and_skips_unscored
     assert "| one | toy, test | 20 × 30 | 0.458 [0.441, 0.476] | 1 | 0.564 | 61 s |" in lines[2]
 
 
-def test_the_command_replaces_the_table_between_the_marks_only(tmp_path, capsys):
+def test_only_what_stands_between_the_marks_is_replaced():
+    text = f"before\n{tables.START}\nold\n{tables.END}\nafter\n"
+    assert tables.inserted(text, "new") == f"before\n{tables.START}\nnew\n{tables.END}\nafter\n"
+    with pytest.raises(ValueError, match="put both marks"):
+        tables.inserted("no marks", "new")
+
+
+def test_the_command_prints_the_table(tmp_path, capsys):
     saved(tmp_path / "one")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{runs.START}\nold\n{runs.END}\nafter\n")
-    assert runs.main([str(tmp_path), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "0.458" in text
+    assert runs.main([str(tmp_path)]) == 0
     assert "0.458" in capsys.readouterr().out
-    readme.write_text("no marks")
-    with pytest.raises(runs.RunError, match="put both marks"):
-        runs.insert(readme, "x")
 
 
 def test_an_empty_folder_gives_an_empty_scoreboard(tmp_path):
@@ -183,3 +184,41 @@ def test_an_ablation_shows_each_method_with_its_difference_and_long_tables_are_f
     assert "| k | k:20 | 0.458 [0.441, 0.476] | +0.072 [+0.061, +0.084] | helps | – | 7 min | 41 MB |" in text
     saved(tmp_path / "07", metrics=SCORES | {"rows": [plain] + [other] * 12})
     assert runs.tables(tmp_path).startswith("<details><summary><b>07</b> (13 rows)</summary>\n\n")
+
+
+# ------------------------------------------------------------------------------------- validation, trainings cut short
+
+
+def validated(folder, score, split, fingerprint="f"):
+    data = {"root": "toy", "fingerprint": fingerprint}
+    saved(folder, data=data, validation={"how": "visits", "split": split, "map_at_5": score})
+    (folder / "model.pt").touch()
+
+
+def test_best_run_is_chosen_on_validation_among_those_with_a_model_of_this_data(tmp_path):
+    validated(tmp_path / "good", 0.5, "aa")
+    validated(tmp_path / "better", 0.6, "aa")
+    validated(tmp_path / "elsewhere", 0.9, "bb", fingerprint="other")
+    validated(tmp_path / "no_model", 0.9, "aa")
+    (tmp_path / "no_model" / "model.pt").unlink()
+    saved(tmp_path / "never_validated", metrics=SCORES | {"map_at_5": 0.99})
+    assert runs.best_on_validation(tmp_path, "f") == "better"
+    with pytest.raises(runs.RunError, match="no run in .* has a model validated on this data"):
+        runs.best_on_validation(tmp_path, "third")
+
+
+def test_records_of_different_splits_are_not_chosen_among(tmp_path):
+    validated(tmp_path / "one", 0.5, "aa")
+    validated(tmp_path / "two", 0.6, "bb")
+    validated(tmp_path / "three", 0.4, "aa")
+    with pytest.raises(runs.RunError, match=r"validated on different photos \(one, three: aa; two: bb\)"):
+        runs.best_on_validation(tmp_path, "f")
+
+
+def test_training_cut_short_is_marked_in_record_and_table(tmp_path):
+    saved(tmp_path / "sweep-seed0", cut_short="in epoch 3 of 8")
+    saved(tmp_path / "sweep-seed1", metrics=SCORES | {"rows": [SCORES | {"name": "whole", "cut_short": ""}]})
+    assert runs.load(tmp_path / "sweep-seed0")["cut_short"] == "in epoch 3 of 8"
+    table = runs.scoreboard(tmp_path).set_index("run")
+    assert table["cut_short"].to_dict() == {"sweep-seed0": "in epoch 3 of 8", "sweep-seed1: whole": ""}
+    assert "| sweep **cut short in epoch 3 of 8** |" in runs.markdown(runs.scoreboard(tmp_path))

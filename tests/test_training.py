@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -55,6 +56,7 @@ def test_training_lowers_the_loss_and_writes_its_history(toy_data, tmp_path):
     assert history.loss.iloc[-1] < 0.9 * history.loss.iloc[0]
     assert (tmp_path / "history.csv").is_file() and not (tmp_path / "checkpoint.pt").exists()
     assert list(history.epoch) == [1, 2, 3, 4, 5, 6] and (history.random_distance > 0.2).all()
+    assert training.cut_short(history) == ""
 
 
 def test_training_is_the_same_for_the_same_seed(toy_data, tmp_path):
@@ -74,10 +76,12 @@ def test_best_validated_epoch_is_kept(toy_data, tmp_path):
     assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
 
 
-def test_time_budget_stops_and_keeps_what_was_learned(toy_data, tmp_path):
+def test_time_budget_stops_keeps_what_was_learned_and_marks_the_history(toy_data, tmp_path, capsys):
     start = time.monotonic()
-    with pytest.warns(UserWarning, match="max_minutes used up in epoch .* of 10000"):
-        model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03)
+    model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03, progress=True)
+    assert training.cut_short(history) == f"in epoch {len(history)} of 10000"
+    assert training.cut_short(pd.read_csv(tmp_path / "history.csv")) == training.cut_short(history)
+    assert capsys.readouterr().out.endswith("CUT SHORT: max_minutes was used up before the schedule ended\n")
     assert time.monotonic() - start < 30 and 1 <= len(history) < 10_000
     assert not equal(model, setting(toy_data)[0])
 

@@ -42,6 +42,7 @@ import yaml
 from vipr_utils import host, runs
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
+LITERAL = re.compile(r"Literal\[([\w, ]+)\]")  # in quotes in the cell: so neither an import nor papermill stumbles over it
 NO_MEMORY = "out of memory: lower batch_size or image_size"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MEMORY_SIGNS = re.compile(r"out of memory|can(no|')t allocate memory|killed by signal: Killed", re.IGNORECASE)
@@ -84,11 +85,12 @@ def parameters_of(notebook_path: Path) -> dict[str, tuple[str, object]]:
     found = {}
     for line in ast.parse("".join(cells[0]["source"])).body:
         try:
-            if (kind := ast.unparse(line.annotation)).split("[")[0] not in TYPES:
+            kind = getattr(line.annotation, "value", "") if isinstance(line.annotation, ast.Constant) else ast.unparse(line.annotation)
+            if kind.split("[")[0] not in TYPES and not LITERAL.fullmatch(kind):
                 raise ValueError(kind)
             found[line.target.id] = (kind, ast.literal_eval(line.value))
         except (AttributeError, ValueError):
-            line = f"'{ast.unparse(line)}' is not 'name: type = value' with a type of {', '.join(TYPES)}"
+            line = f"'{ast.unparse(line)}' is not 'name: type = value' with a type of {', '.join(TYPES)}, \"Literal[...]\""
             raise BadParameters(f"{notebook_path.name}: parameter line {line}") from None
     return found
 
@@ -98,6 +100,10 @@ def check(name: str, value: object, known: dict[str, tuple[str, object]]) -> obj
     if name not in known:
         raise BadParameters(f"{name}: {_unknown(name, known)}")
     kind = known[name][0]
+    if choices := LITERAL.fullmatch(kind):
+        if value not in choices[1].split(", "):
+            raise BadParameters(f"{name}: expected one of {choices[1]}, got {value!r}")
+        return value
     base, _, inner = kind.rstrip("]").partition("[")
     if base == "float" and type(value) is int:
         return float(value)
@@ -124,7 +130,7 @@ def _yaml_float(text: str) -> str:
 
 def _typed(text: object, kind: str) -> object:
     """A command-line value read by the parameter's type; there 1e-4 is a number."""
-    if not isinstance(text, str) or kind == "str":
+    if not isinstance(text, str) or kind == "str" or LITERAL.fullmatch(kind):
         return text
     return float(text) if kind == "float" and NUMBER.fullmatch(text) else yaml.safe_load(text)
 
@@ -439,10 +445,13 @@ def _line(result: Result, width: int) -> str:
     start = f"{result.status:4} {result.run.name:{width}}  "
     if result.status == "FAIL":
         return f"{start}{result.seconds:5.0f} s\n" + "\n".join("     " + line for line in result.error.splitlines())
-    scored = (result.folder / "batch.json").is_file()  # else run.json is absent or an older run's
-    score = (json.loads((result.folder / "run.json").read_text()).get("metrics") or {}).get("map_at_5") if scored else None
     spent = "done before" if result.status == "skip" else f"{result.seconds:5.0f} s"
-    return f"{start}{spent}" + (f"   mAP@5 {score:.3f}" if score is not None else "")
+    if not (result.folder / "batch.json").is_file():  # run.json is absent or an older run's
+        return start + spent
+    record = json.loads((result.folder / "run.json").read_text())
+    score = (record.get("metrics") or {}).get("map_at_5")
+    cut = f"   CUT SHORT {record['cut_short']}" if record.get("cut_short") else ""
+    return start + spent + (f"   mAP@5 {score:.3f}" if score is not None else "") + cut
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """run.json in and out, and the scoreboard of all runs.
 
-`python -m vipr_utils.runs submissions` prints the table; `--readme README.md` puts it between the file's
-`<!-- results:start -->` and `<!-- results:end -->` marks.
+`python -m vipr_utils.runs submissions` prints the table.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ STUDY = {
     "study_subset-efficientnet_b1": 0.6366, "study_subset-scratch": 0.9704,
 }  # fmt: skip
 FOLD = 12  # lines of a table that are still shown open
-START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
 class RunError(ValueError):
@@ -37,10 +35,11 @@ class RunError(ValueError):
 
 def save(
     folder: Path, *, notebook: str, params: dict, data: dict, protocol: str, metrics: dict, model: dict | None,
-    seconds: float, device: str,
+    seconds: float, device: str, precision: dict | None = None, validation: dict | None = None, cut_short: str = "",
 ) -> Path:
     """Write <folder>/run.json whole and return its path. NaN becomes null; metrics may hold `rows`, one per system.
 
+    precision: `host.precision_used`; validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
     Of data_root, output_dir and cache_dir in params only the folder's name is kept: a record may be published.
 
     Raises TypeError for a value that JSON has no form for, naming where it stands.
@@ -48,8 +47,9 @@ def save(
     params = {k: Path(v).name if k in ("data_root", "output_dir", "cache_dir") else v for k, v in params.items()}
     record = {
         "run": Path(folder).name, "notebook": notebook, "params": params, "data": data, "protocol": protocol,
-        "metrics": metrics, "model": model, "seconds": round(seconds, 1), "versions": host.versions(), "device": device,
-        "hardware": host.hardware(), "git": host.git_revision(),
+        "validation": validation, "metrics": metrics, "cut_short": cut_short, "model": model, "seconds": round(seconds, 1),
+        "versions": host.versions(), "device": device, "precision": precision, "hardware": host.hardware(),
+        "git": host.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     text = json.dumps(_plain(record, "run"), indent=1, allow_nan=False, ensure_ascii=False)
@@ -90,6 +90,22 @@ def load(folder: Path) -> dict:
     return record
 
 
+def best_on_validation(output_dir: Path, fingerprint: str) -> str:
+    """Name of the run whose model has the highest validation mAP@5, of those on the data of this fingerprint.
+
+    Raises RunError where there is none, and where they held out different photos: such scores do not compare.
+    """
+    folders = [file.parent for file in sorted(Path(output_dir).glob("*/run.json")) if (file.parent / "model.pt").is_file()]
+    records = {f.name: r for f in folders if (r := load(f)).get("validation") and r["data"].get("fingerprint") == fingerprint}
+    if not records:
+        raise RunError(f"no run in {Path(output_dir).name} has a model validated on this data: run notebook 03, 04 or 05 first")
+    splits = pd.Series({name: r["validation"]["split"] for name, r in records.items()})
+    if splits.nunique() > 1:
+        found = "; ".join(f"{', '.join(names.index)}: {split}" for split, names in splits.groupby(splits, sort=False))
+        raise RunError(f"runs were validated on different photos ({found}): name one as model_run, or run them with one holdout")
+    return max(records, key=lambda name: records[name]["validation"]["map_at_5"] or 0.0)
+
+
 def scoreboard(output_dir: Path) -> pd.DataFrame:
     """One row a scored run or system, best first; attrs['problems'] lists the run.json that could not be read.
 
@@ -121,6 +137,7 @@ def _rows(record: dict) -> list[dict]:
     return [
         {
             "run": record["run"] + (f": {m['name']}" if "name" in m else ""),
+            "cut_short": m.get("cut_short", record.get("cut_short") or ""),
             "notebook": record["notebook"],
             "model": model.get("name", ""),
             "data": record["data"].get("root", ""),
@@ -151,7 +168,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     how = {c: "mean" if c in (*scores, "seconds") else "first" for c in table if c != "run"}
     table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(subset="map_at_5")
     extra = {"seeds": ("map_at_5", "size"), "least": ("map_at_5", "min"), "most": ("map_at_5", "max")}
-    named = {c: (c, kind) for c, kind in how.items()} | extra
+    named = {c: (c, kind) for c, kind in how.items()} | extra | {"cut_short": ("cut_short", "max")}
     merged = table.groupby("run", sort=False, as_index=False).agg(**named)
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
 
@@ -162,9 +179,10 @@ def markdown(table: pd.DataFrame) -> str:
     head = "| run | data, protocol | queries × gallery | mAP@5 [95 %] | seeds | P@1 | time | hardware | the study |"
     lines = [head, "|" + "---|" * 9]
     for row in over_seeds(table).itertuples():
+        mark = f" **cut short {row.cut_short}**" if row.cut_short else ""
         seeds = f"{row.seeds}: {row.least:.3f}–{row.most:.3f}" if row.seeds > 1 else "1"
         lines.append(
-            f"| {row.run} | {row.data}, {row.protocol} | {_number(row.n_queries, ',.0f')} × {_number(row.n_gallery, ',.0f')} "
+            f"| {row.run}{mark} | {row.data}, {row.protocol} | {_number(row.n_queries, ',.0f')} × {_number(row.n_gallery, ',.0f')} "
             f"| {row.map_at_5:.3f} [{_number(row.map_at_5_low)}, {_number(row.map_at_5_high)}] | {seeds} "
             f"| {_number(row.precision_at_1)} | {_duration(row.seconds)} | {row.hardware} "
             f"| {_number(STUDY.get(row.run.split(':')[0], math.nan), '.4g')} |"
@@ -263,28 +281,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.{int(seconds < 10)}f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def insert(readme: Path, text: str) -> Path:
-    """Replace what stands between the result marks of a file, written whole. Raises RunError without the marks."""
-    readme = Path(readme)
-    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise RunError(f"{readme.name} has no {START} ... {END}: put both marks where the table belongs")
-    with host.whole_file(readme) as part:
-        part.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
-    return readme
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vipr_utils.runs", description="the scoreboard of a folder of runs")
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--readme", type=Path, help="replace the table between this file's result marks")
     given = parser.parse_args(arguments)
     table = scoreboard(given.output_dir)
     print(markdown(table))
     print(*table.attrs["problems"], sep="\n", file=sys.stderr)
-    if given.readme:
-        insert(given.readme, tables(given.output_dir))
     return 0 if len(table) else 1
 
 

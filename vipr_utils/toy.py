@@ -22,7 +22,7 @@ import pandas as pd
 
 from vipr_utils import host
 
-VERSION = 1
+VERSION = 2
 SIDE = 480  # pixels of the square a product is drawn in, twice the size of most photos
 SHAPES = ("box", "can", "bottle", "jar", "pouch")
 PATTERNS = ("band", "diagonal", "dots", "waves", "rays", "frame")
@@ -221,7 +221,7 @@ def _round(d: dict) -> np.ndarray:
     """A solid of revolution: the label wrapped around it, shaded as a cylinder, a cap or lid on top."""
     half = round({"can": 105, "jar": 125, "bottle": 82}[d["shape"]] * (0.9 + 0.25 * d["slim"]))
     h = round({"can": 340, "jar": 300, "bottle": 440}[d["shape"]] * (1.05 - 0.12 * d["slim"]))
-    v, u = np.mgrid[0:h, -half : half + 1].astype(np.float32)
+    v, u = np.mgrid[0:h, -half : half + 1]  # float64 from here: a float32 sine differs between processors
     v, u = v / h, u / half
     r = _profile(d, v)
     inside = np.clip((r - np.abs(u)) * half + 0.5, 0, 1)  # anti-aliased edge
@@ -253,7 +253,7 @@ def _round(d: dict) -> np.ndarray:
 def _pouch(d: dict) -> np.ndarray:
     """A soft bag: waisted sides, sealed ends, creases."""
     w, h = round(250 + 60 * d["slim"]), 410
-    v, u = np.mgrid[0:h, -w // 2 : w // 2].astype(np.float32)
+    v, u = np.mgrid[0:h, -w // 2 : w // 2]
     v, u = v / h, u / (w / 2)
     r = 0.9 + 0.08 * np.cos(v * 2 * np.pi) + 0.012 * np.sin(v * 70)
     s = np.clip(u / r, -1, 1)
@@ -288,8 +288,8 @@ def _place(layer: np.ndarray, size, centre, *, scale: float, angle: float, tilt:
     h, w = size
     square = np.float32([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * SIDE / 2
     a = np.deg2rad(angle)
-    turn = np.float32([(np.cos(a), -np.sin(a)), (np.sin(a), np.cos(a))])
-    to = ((square + tilt * SIDE) * scale) @ turn.T + np.float32(centre)
+    x, y = ((square + tilt * SIDE) * scale).T
+    to = np.stack([x * np.cos(a) - y * np.sin(a), x * np.sin(a) + y * np.cos(a)], 1) + centre  # a BLAS rounds its own way
     matrix = cv2.getPerspectiveTransform(square + SIDE / 2, to.astype(np.float32))
     small = cv2.GaussianBlur(layer, (0, 0), max(0.01, 0.35 / scale - 0.2))  # what a lens would not resolve
     return cv2.warpPerspective(small, matrix, (w, h), flags=cv2.INTER_LINEAR)
@@ -328,15 +328,16 @@ def customer_photo(product: int, photo: int, seed: int, image_size: int) -> np.n
 
 def _scene(rng, h: int, w: int, seed: int) -> np.ndarray:
     """Wood, a shelf with other products, or a plain surface with things on it. (h, w, 3) float32"""
-    y, x = np.mgrid[0:h, 0:w].astype(np.float32)
+    y, x = np.mgrid[0:h, 0:w]
     kind = rng.choice(["wood", "shelf", "plain"], p=[0.3, 0.45, 0.25])
     if kind == "wood":
         grain = np.sin(x / w * rng.uniform(30, 60) + 2.5 * np.sin(y / h * rng.uniform(2, 5)) + rng.random() * 9)
         planks = (np.floor(x / w * rng.integers(2, 5)) % 2) * 14
         tone = np.array(rgb(rng.uniform(0.05, 0.1), rng.uniform(0.35, 0.6), rng.uniform(0.4, 0.75)), np.float32)
-        return tone + (grain * 9 - planks)[..., None]
+        return (tone + (grain * 9 - planks)[..., None]).astype(np.float32)
     tone = np.array(rgb(rng.random(), rng.uniform(0.03, 0.3), rng.uniform(0.35, 0.85)), np.float32)
     image = tone + ((y / h - 0.5) * rng.uniform(-70, 70) + (x / w - 0.5) * rng.uniform(-50, 50))[..., None]
+    image = image.astype(np.float32)
     others = rng.integers(0, 64, 6)
     spots = [((i + 0.5) * w / 4 + rng.normal(0, 6), h * rng.uniform(0.25, 0.45)) for i in range(4)]
     if kind == "plain":
@@ -412,14 +413,19 @@ def counts(product: int, seed: int) -> tuple[int, int, int]:
 def _product_files(product: int, *, folder: Path, seed: int, image_size: int) -> None:
     """Draw all photos of one product under names that say what they are; `generate` shuffles them."""
     shop, customer, test = counts(product, seed)
-    for photo in range(shop + customer + test):
-        if photo < shop:
-            image, quality = shop_photo(product, photo, seed, image_size), 92
-        else:
-            image = customer_photo(product, photo, seed, image_size)
-            quality = int(np.random.default_rng((seed, 6, product, photo)).integers(55, 88))
-        ok, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-        (folder / f"{product}-{photo}.jpg").write_bytes(data.tobytes())
+    optimized = cv2.useOptimized()
+    cv2.setUseOptimized(False)  # its vector code rounds differently on each kind of processor
+    try:
+        for photo in range(shop + customer + test):
+            if photo < shop:
+                image, quality = shop_photo(product, photo, seed, image_size), 92
+            else:
+                image = customer_photo(product, photo, seed, image_size)
+                quality = int(np.random.default_rng((seed, 6, product, photo)).integers(55, 88))
+            ok, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+            (folder / f"{product}-{photo}.jpg").write_bytes(data.tobytes())
+    finally:
+        cv2.setUseOptimized(optimized)
 
 
 def generate(folder: Path | str, *, products: int = 24, seed: int = 0, image_size: int = 256, workers: int = 0) -> Path:

@@ -65,7 +65,7 @@ def fit(
 
     criterion(embeddings, labels) -> (loss, share of active pairs or accuracy); an nn.Module's parameters are trained.
     With `validate` the epoch with the best map_at_5 is kept, else the last. max_minutes counts from the first start,
-    over restarts; when it is used up training stops, keeps what it has, and returns.
+    over restarts; when it is used up training stops, keeps what it has, and returns: see `cut_short`.
     Raises Diverged when the loss is not finite; the last checkpoint stays.
     """
     no_matter, dtype = ("max_minutes", "checkpoint_minutes", "progress"), host.precision(precision, device, training=True)
@@ -100,6 +100,7 @@ def fit(
                 state.save(folder / "checkpoint.pt", spent)
                 last_saved = now
         row = state.end_epoch(epoch, lr * scale, state.seconds + time.monotonic() - start)
+        row |= {"epochs": epochs, "cut_short": out_of_time}
         if validate and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs or out_of_time):
             scores = validate(state.evaluated())
             row |= {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
@@ -109,7 +110,6 @@ def fit(
         if progress:
             print(_line(row, epochs), flush=True)
         if out_of_time:
-            warnings.warn(f"max_minutes used up in epoch {epoch + 1} of {epochs}: this training was cut short", stacklevel=2)
             break
         state.save(folder / "checkpoint.pt", state.seconds + time.monotonic() - start)
         last_saved = time.monotonic()
@@ -124,6 +124,12 @@ def fit(
     with host.whole_file(folder / "history.csv") as part:
         history.to_csv(part, index=False)
     return history
+
+
+def cut_short(history: pd.DataFrame) -> str:
+    """'in epoch 3 of 8' when max_minutes ended this training before its schedule did, '' for a whole one."""
+    last = history.iloc[-1]
+    return f"in epoch {last.epoch:.0f} of {last.epochs:.0f}" if last.cut_short else ""
 
 
 EXTRAS = {  # what a recipe may add, with the value when it does not
@@ -454,4 +460,5 @@ def _warn_of_collapse(row: dict, of_pairs: bool) -> None:
 
 def _line(row: dict, epochs: int) -> str:
     line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  active {row['active']:.2f}  {row['seconds']:.0f} s"
-    return line + (f"  mAP@5 {row['map_at_5']:.3f}" if "map_at_5" in row else "")
+    line += f"  mAP@5 {row['map_at_5']:.3f}" if "map_at_5" in row else ""
+    return line + "\nCUT SHORT: max_minutes was used up before the schedule ended" * row["cut_short"]

@@ -1,0 +1,59 @@
+"""What must not hang on the processor: the toy set's bytes, and which photos are held out to choose by."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processors import KINDS
+
+from vipr_utils import catalog, images, toy
+
+ROOT = Path(__file__).resolve().parents[1]
+SPLITS = {"toy": "9b93ebd73250a4cb", "grocery": "f215399366fba909"}
+CHILD = """
+import sys
+sys.path[:0] = [{tests!r}]
+from test_processors import found
+print(*found({root!r}, {cache!r}))
+"""
+
+
+def found(root, cache_dir) -> tuple[str, str]:
+    """(SHA-256 over the bytes of the photos held out, the split's name) of the first split of a data root."""
+    photos, _ = catalog.read(root)
+    train = photos[photos.split == "train"]
+    split = catalog.hold_out(train, images.colour_layouts(train, cache_dir=cache_dir))
+    held_out = [(Path(root) / path).read_bytes() for path in split.queries["path"]]
+    return hashlib.sha256(b"".join(held_out)).hexdigest(), split.split
+
+
+@pytest.fixture(scope="module")
+def whole_toy(tmp_path_factory):
+    """The toy set as the notebooks draw it."""
+    return toy.generate(tmp_path_factory.mktemp("whole") / "toy-24", products=24, workers=2)
+
+
+def test_toy_set_has_one_split(whole_toy, tmp_path):
+    assert found(whole_toy, tmp_path)[1] == SPLITS["toy"]
+
+
+def test_real_photos_have_one_split(grocery, tmp_path):
+    assert found(grocery, tmp_path)[1] == SPLITS["grocery"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "native"])
+def test_another_processor_draws_the_same_photos_and_holds_the_same_out(whole_toy, tmp_path, kind):
+    """Drawn with eight products (the test is about each pixel), split with all."""
+    if os.environ.get("VIPR_PROCESSOR", "native") != "native":
+        pytest.skip("this run itself is under another kind of processor")
+    few = [toy.generate(tmp_path / "here", products=8)]
+    code = f"from vipr_utils import toy; toy.generate({str(tmp_path / 'there')!r}, products=8)"
+    code += CHILD.format(tests=str(ROOT / "tests"), root=str(whole_toy), cache=str(tmp_path))
+    environment = os.environ | KINDS[kind] | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert tuple(done.stdout.split()) == found(whole_toy, tmp_path / "again")
+    for photo in sorted(few[0].rglob("*.jpg")):
+        assert photo.read_bytes() == (tmp_path / "there" / photo.relative_to(few[0])).read_bytes(), photo.name
