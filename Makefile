@@ -5,6 +5,7 @@ PYTHON ?= python3
 PROFILE ?= smoke
 DATA ?=
 OUT ?= submissions
+THREADS ?= 1
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export MPLBACKEND := Agg
@@ -13,34 +14,38 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps test-kaggle test-colab stamp notebooks readme clean
+.PHONY: demo test lint unit smoke nbval sweeps processors test-kaggle test-colab stamp notebooks readme clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m vipr_utils.batch params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
-test: lint unit smoke nbval sweeps
+test: lint unit smoke nbval sweeps processors
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
 
 unit: .venv/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
-# The series by papermill into a folder of its own; nbval then runs what papermill wrote, and what is committed,
-# and demands the same outputs again.
+# The series by papermill into a folder of its own; its records and pages are held against what is committed.
 smoke: .venv/test.stamp
 	rm -rf .venv/smoke
 	$(BIN)/python -m vipr_utils.batch params/smoke --output-dir .venv/smoke
+	VIPR_SMOKE=$(CURDIR)/.venv/smoke $(BIN)/python -m pytest tests/test_smoke.py
 
-nbval: smoke
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope $(NOTEBOOKS) .venv/smoke/*/notebook.ipynb
+nbval: .venv/test.stamp
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope $(NOTEBOOKS)
 
-# Every sweep from its file, at a size that only shows that it runs; of three seeds the first.
+# Rows of every sweep from its file, at a size that only shows that they run; of three seeds the first.
 sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
-	OMP_NUM_THREADS=1 $(BIN)/python -m vipr_utils.batch params/sweeps/laptop --jobs 2 --output-dir .venv/sweeps \
-		--only 'best*-seed0,bai,gordo,gap_seen,gap_unseen-all,study_scratch-*-seed0,study_pretrained,study_subset' \
-		-p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m vipr_utils.batch params/sweeps/laptop --jobs 2 --output-dir .venv/sweeps \
+		--only '$(SWEEPS)' -p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
+SWEEPS ?= best*-seed0,bai-balanced,bai-guided,gordo-rmac,gap_seen-clutter,gap_unseen-whitened,study_scratch-contrastive-cosine-seed0,study_scratch-triplet-manhattan-seed0,study_pretrained-lite0,study_subset
+
+# What computes, under several instruction sets, in float32 and bfloat16, by one thread and two.
+processors: .venv/test.stamp
+	$(BIN)/python tests/processors.py
 
 # The series, nbval and the tests in the package versions of Kaggle's and of Colab's image (5 GB each, in .lanes).
 # Named Pythons: make test-kaggle PYTHON312=/path/to/python3.12

@@ -11,7 +11,7 @@ import torch
 
 from vipr_utils import catalog, images, toy
 
-torch.set_num_threads(1)  # two test processes share the machine
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # two test processes share the machine
 REAL = Path(os.environ.get("VIPR_GROCERY") or Path(__file__).resolve().parents[2] / "shared" / "data" / "grocery")
 
 

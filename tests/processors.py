@@ -2,7 +2,7 @@
 
 A processor's kind is a set of environment variables that switch the wider instructions of torch, oneDNN, numpy, OpenBLAS
 and OpenCV off. Each line of PLAN is a run of pytest under one kind, precision and number of threads. Its table is printed;
-exit code 1 when a line failed. Lines of one thread run two at a time.
+exit code 1 when a line failed. Two run at a time.
 """
 
 import os
@@ -45,18 +45,20 @@ if platform.machine() not in ("x86_64", "AMD64"):
 
 COMPUTES = ["embedding", "losses", "metrics", "models", "pooling", "processors", "rerank", "search", "training"]
 TESTS = [f"tests/test_{name}.py" for name in COMPUTES]
-HALVES = ["tests/test_embedding.py", "tests/test_pooling.py", "tests/test_training.py"]
+NETWORK = [f"tests/test_{name}.py" for name in ("embedding", "losses", "pooling", "training")]
 NBVAL = ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg"]
-NOTEBOOKS = [*NBVAL, "notebooks/04_pretrained_sweep.ipynb", "notebooks/05_subset_finetune.ipynb"]
-SLOW = "not killed and not real_photos and not by_two_processes"  # run once, by `make unit`
+NOTEBOOKS = [*NBVAL, "notebooks/03_scratch_siamese.ipynb", "notebooks/06_submission.ipynb"]
+WHAT = {id(TESTS): "tests that compute", id(NETWORK): "tests of networks", id(NOTEBOOKS): "notebooks 03, 06"}
+ONCE = "not killed and not real_photos and not by_two_processes and not precision_learns"  # left to `make unit`
 
 
 def plan() -> list[tuple[str, str, int, list[str]]]:
-    """(kind, precision, threads, arguments of pytest), those that run side by side first."""
-    float32 = [(kind, "float32", threads, TESTS) for kind in KINDS for threads in (1, 2)][1:]  # the first is `make unit`
-    bfloat16 = [(kind, "bfloat16", threads, HALVES) for kind, threads in zip(KINDS, (2, 1, 1))]
-    notebooks = [(kind, "float32", threads, NOTEBOOKS) for kind, threads in zip(KINDS, (2, 1, 1))]
-    return sorted(float32 + bfloat16 + notebooks, key=lambda line: line[2])
+    """(kind, precision, threads, arguments of pytest), the longest first; native with one thread is `make unit`."""
+    others = [kind for kind in KINDS if kind != "native"]
+    lines = [(kind, "float32", 1, arguments) for arguments in (NOTEBOOKS, TESTS) for kind in others]
+    lines += [(kind, "bfloat16", 1, NETWORK) for kind in others]
+    lines += [(kind, "float32", 2, NETWORK) for kind in KINDS]
+    return [*lines, ("native", "bfloat16", 2, NETWORK)]
 
 
 def run(line: tuple[str, str, int, list[str]]) -> tuple[int, str, float]:
@@ -65,7 +67,7 @@ def run(line: tuple[str, str, int, list[str]]) -> tuple[int, str, float]:
     environment = os.environ | KINDS[kind] | {"VIPR_PROCESSOR": kind, "VIPR_PRECISION": precision}
     environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    command += [] if "--nbval" in arguments else ["-k", SLOW]
+    command += [] if "--nbval" in arguments else ["-k", ONCE]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = [text for text in done.stdout.splitlines() if text.strip()]
@@ -76,15 +78,12 @@ def run(line: tuple[str, str, int, list[str]]) -> tuple[int, str, float]:
 
 def main() -> int:
     lines = plan()
-    print("| processor | precision | threads | what | result | time |\n|---|---|---|---|---|---|", flush=True)
-    single = [line for line in lines if line[2] == 1]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, single))
-    results += [run(line) for line in lines if line[2] > 1]
+        results = list(pool.map(run, lines))
+    print("| processor | precision | threads | what | result | time |\n|---|---|---|---|---|---|")
     for (kind, precision, threads, arguments), (code, summary, seconds) in zip(lines, results):
-        what = "notebooks 04, 05" if "--nbval" in arguments else "tests that compute" if arguments is TESTS else "small"
-        result = summary if not code else f"FAILED: {summary}"
-        print(f"| {kind} | {precision} | {threads} | {what} | {result} | {seconds:.0f} s |")
+        result = f"FAILED: {summary}" if code else summary
+        print(f"| {kind} | {precision} | {threads} | {WHAT[id(arguments)]} | {result} | {seconds:.0f} s |")
     return int(any(code for code, _, _ in results))
 
 

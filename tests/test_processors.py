@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 from processors import KINDS
 
@@ -36,6 +37,7 @@ def whole_toy(tmp_path_factory):
     return toy.generate(tmp_path_factory.mktemp("whole") / "toy-24", products=24, workers=2)
 
 
+@pytest.mark.skipif(int(cv2.__version__.split(".")[0]) < 5, reason="OpenCV 4 draws other letters: another toy set")
 def test_toy_set_has_one_split(whole_toy, tmp_path):
     assert found(whole_toy, tmp_path)[1] == SPLITS["toy"]
 
@@ -47,8 +49,8 @@ def test_real_photos_have_one_split(grocery, tmp_path):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "native"])
 def test_another_processor_draws_the_same_photos_and_holds_the_same_out(whole_toy, tmp_path, kind):
     """Drawn with eight products (the test is about each pixel), split with all."""
-    if os.environ.get("VIPR_PROCESSOR", "native") != "native":
-        pytest.skip("this run itself is under another kind of processor")
+    if os.environ.get("VIPR_PROCESSOR"):
+        pytest.skip("`make processors` runs the rest of this file under each kind")
     few = [toy.generate(tmp_path / "here", products=8)]
     code = f"from vipr_utils import toy; toy.generate({str(tmp_path / 'there')!r}, products=8)"
     code += CHILD.format(tests=str(ROOT / "tests"), root=str(whole_toy), cache=str(tmp_path))

@@ -85,7 +85,7 @@ def parameters_of(notebook_path: Path) -> dict[str, tuple[str, object]]:
     found = {}
     for line in ast.parse("".join(cells[0]["source"])).body:
         try:
-            kind = getattr(line.annotation, "value", "") if isinstance(line.annotation, ast.Constant) else ast.unparse(line.annotation)
+            kind = ast.unparse(line.annotation).strip("'")
             if kind.split("[")[0] not in TYPES and not LITERAL.fullmatch(kind):
                 raise ValueError(kind)
             found[line.target.id] = (kind, ast.literal_eval(line.value))

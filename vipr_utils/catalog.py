@@ -282,17 +282,15 @@ class Validation:
 
     def save(self, folder: Path) -> Path:
         """Write the table to <folder>/split.csv, whole, and return the path."""
-        with host.whole_file(Path(folder) / "split.csv") as part:
+        path = Path(folder) / "split.csv"
+        with host.whole_file(path) as part:
             self.table.to_csv(part, index=False)
-        return Path(folder) / "split.csv"
+        return path
 
     def record(self, metrics: dict) -> dict:
         """The `validation` entry of run.json: the split and what was scored on it."""
-        scores = {name: metrics.get(key) for name, key in VALIDATION_SCORES.items()}
+        scores = {end: metrics.get(f"map_at_5_{end}") for end in ("low", "high")} | {"map_at_5": metrics.get("map_at_5")}
         return {"how": self.how, "split": self.split, "n_queries": len(self.queries)} | scores
-
-
-VALIDATION_SCORES = {"map_at_5": "map_at_5", "low": "map_at_5_low", "high": "map_at_5_high"}
 
 
 def hold_out(train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, gallery_domain: str = "") -> Validation:

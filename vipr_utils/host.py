@@ -307,7 +307,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def precision(name: str, device: torch.device, *, training: bool = False) -> torch.dtype:
@@ -323,7 +323,7 @@ def precision(name: str, device: torch.device, *, training: bool = False) -> tor
         source = "precision" if name != "auto" else "$VIPR_PRECISION"
         raise ValueError(f"{source} {asked!r} is unknown: use 'auto', 'float32', 'bfloat16' or 'float16'")
     if asked != "auto":
-        return PRECISIONS[asked]
+        return getattr(torch, asked)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     units = ("_is_amx_tile_supported",) if training else ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -333,14 +333,13 @@ def precision(name: str, device: torch.device, *, training: bool = False) -> tor
 
 def precision_used(name: str, device: torch.device) -> dict[str, str]:
     """The `precision` entry of run.json: what `precision` gives for embedding and for training."""
-    uses = {"embedding": False, "training": True}
-    return {use: str(precision(name, device, training=t)).removeprefix("torch.") for use, t in uses.items()}
+    uses = ("embedding", "training")
+    return {use: str(precision(name, device, training=use == "training")).removeprefix("torch.") for use in uses}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Layers that gain by it compute in this half precision; with float32 none does."""
-    half = dtype != torch.float32
-    return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def seed_everything(seed: int) -> None:

@@ -390,9 +390,12 @@ def colour_layouts(photos: pd.DataFrame, *, cache_dir: Path) -> np.ndarray:
     kept = Path(cache_dir) / "layouts" / f"{photos.attrs['fingerprint']}-{files}.npy"
     if kept.is_file():
         return np.load(kept)
+
+    def layout(path: str) -> np.ndarray:
+        return colour_layout(read_image(root / path, least_px=LAYOUT_SIDE))
+
     with ThreadPoolExecutor(host.cores()) as pool:
-        read = pool.map(lambda path: colour_layout(read_image(root / path, least_px=LAYOUT_SIDE)), photos["path"])
-        layouts = np.stack(list(read))
+        layouts = np.stack(list(pool.map(layout, photos["path"])))
     with host.whole_file(kept) as part, open(part, "wb") as file:
         np.save(file, layouts)
     return layouts

@@ -99,10 +99,9 @@ def best_on_validation(output_dir: Path, fingerprint: str) -> str:
     records = {f.name: r for f in folders if (r := load(f)).get("validation") and r["data"].get("fingerprint") == fingerprint}
     if not records:
         raise RunError(f"no run in {Path(output_dir).name} has a model validated on this data: run notebook 03, 04 or 05 first")
-    splits = pd.Series({name: r["validation"]["split"] for name, r in records.items()})
-    if splits.nunique() > 1:
-        found = "; ".join(f"{', '.join(names.index)}: {split}" for split, names in splits.groupby(splits, sort=False))
-        raise RunError(f"runs were validated on different photos ({found}): name one as model_run, or run them with one holdout")
+    splits = {name: record["validation"]["split"] for name, record in records.items()}
+    if len(set(splits.values())) > 1:
+        raise RunError(f"runs held out different photos ({splits}): name one as model_run, or run them with the same holdout")
     return max(records, key=lambda name: records[name]["validation"]["map_at_5"] or 0.0)
 
 
@@ -168,7 +167,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     how = {c: "mean" if c in (*scores, "seconds") else "first" for c in table if c != "run"}
     table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(subset="map_at_5")
     extra = {"seeds": ("map_at_5", "size"), "least": ("map_at_5", "min"), "most": ("map_at_5", "max")}
-    named = {c: (c, kind) for c, kind in how.items()} | extra | {"cut_short": ("cut_short", "max")}
+    extra["cut_short"] = ("cut_short", "max")
+    named = {c: (c, kind) for c, kind in how.items()} | extra
     merged = table.groupby("run", sort=False, as_index=False).agg(**named)
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
 
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = scoreboard(given.output_dir)
     print(markdown(table))
     print(*table.attrs["problems"], sep="\n", file=sys.stderr)
-    return 0 if len(table) else 1
+    return int(table.empty)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def fit(
                 state.save(folder / "checkpoint.pt", spent)
                 last_saved = now
         row = state.end_epoch(epoch, lr * scale, state.seconds + time.monotonic() - start)
-        row |= {"epochs": epochs, "cut_short": out_of_time}
+        row |= {"epochs": epochs, "cut_short": out_of_time and done + 1 < sum(per_epoch)}
         if validate and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs or out_of_time):
             scores = validate(state.evaluated())
             row |= {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
