@@ -42,7 +42,7 @@ def test_toy_set_has_one_split(whole_toy, tmp_path):
     assert found(whole_toy, tmp_path)[1] == SPLITS["toy"]
 
 
-def test_real_photos_have_one_split(grocery, tmp_path):
+def test_grocery_has_one_split(grocery, tmp_path):
     assert found(grocery, tmp_path)[1] == SPLITS["grocery"]
 
 

@@ -261,7 +261,7 @@ def _chains(rows: pd.DataFrame, alike) -> pd.Series:
 class Validation:
     """Train photos set aside to choose by: what is left to fit, the queries, and the gallery that they search.
 
-    how: 'visits' (whole ones were held out) or 'photos' (single ones: no product was seen on two visits).
+    how: 'visits' (whole ones were held out) or 'photos' (single ones: hardly a product was seen on two visits).
     """
 
     fit: pd.DataFrame
@@ -280,12 +280,10 @@ class Validation:
         """16 hexadecimal digits that two runs share when they held out the same photos."""
         return hashlib.sha256(self.table.to_csv(index=False).encode()).hexdigest()[:16]
 
-    def save(self, folder: Path) -> Path:
-        """Write the table to <folder>/split.csv, whole, and return the path."""
-        path = Path(folder) / "split.csv"
-        with host.whole_file(path) as part:
+    def save(self, folder: Path) -> None:
+        """Write the table to <folder>/split.csv, whole."""
+        with host.whole_file(Path(folder) / "split.csv") as part:
             self.table.to_csv(part, index=False)
-        return path
 
     def record(self, metrics: dict) -> dict:
         """The `validation` entry of run.json: the split and what was scored on it."""
@@ -296,15 +294,17 @@ class Validation:
 def hold_out(train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, gallery_domain: str = "") -> Validation:
     """A share of each product's train photos as validation queries, whole visits of them; the rest is fitted and searched.
 
-    The same for every run and machine: no seed and no model has a part in it. layouts as in `visits`. Where no product has
-    photos of two visits, single photos are held out. Raises CatalogError where every product has one photo.
+    The same for every run and machine: no seed and no model has a part in it. layouts as in `visits`. Where visits leave
+    less than a quarter of the products with a query (studio photos on one ground all look like one visit), single photos
+    are held out. Raises CatalogError where every product has one photo.
     """
-    for how, groups in (("visits", visits(train, layouts)), ("photos", None)):
-        queries = _held_out(train, holdout, 0, groups)
-        if len(queries):
-            fit = train.drop(queries.index)
-            return Validation(fit, queries, narrow(fit, gallery_domain), how)
-    raise CatalogError("no product has two train photos, so none can be held out to choose by: set holdout to 0")
+    single, whole = (_held_out(train, holdout, 0, groups) for groups in (None, visits(train, layouts)))
+    if single.empty:
+        raise CatalogError("no product has two train photos, so none can be held out to choose by: where there is holdout, set it to 0")
+    few = 4 * whole["product_id"].nunique() < single["product_id"].nunique()
+    how, queries = ("photos", single) if few else ("visits", whole)
+    fit = train.drop(queries.index)
+    return Validation(fit, queries, narrow(fit, gallery_domain), how)
 
 
 def linked(rows: pd.DataFrame, pairs: np.ndarray) -> pd.Series:

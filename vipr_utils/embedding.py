@@ -27,8 +27,7 @@ def embed(
     """
     size = image_size or model.record["image_size"]
     dtype = host.precision(precision, device)
-    key = _key(model, store, rows, size, fit, features, dtype) if cache_dir else ""
-    path = Path(cache_dir) / "embeddings" / f"{key}.npy" if cache_dir else None
+    path = Path(cache_dir) / "embeddings" / f"{_key(model, store, rows, size, fit, features, dtype)}.npy" if cache_dir else None
     if path and path.exists():
         return np.load(path)
     rows = np.asarray(rows)
@@ -69,8 +68,8 @@ def fit_region_whitening(
     if not isinstance(model.pooling, models.RMAC):
         raise ValueError(f"pooling is {model.record['pooling']!r} and has no regions: create the model with pooling='rmac'")
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
-    rows, how = rows[store.readable[rows]], {"device": device, "batch_size": batch_size, "size": size, "fit": fit}
-    how["dtype"] = host.precision(precision, device)
+    rows, dtype = rows[store.readable[rows]], host.precision(precision, device)
+    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "dtype": dtype}
     regions = _forwarded(lambda x: model.pooling.regions(model.maps(x)), model, store, rows, **how)
     regions = np.concatenate([r.reshape(-1, r.shape[-1]) for r in regions])
     white, layer = rerank.fit_whitening(regions, regions.shape[1], power=power), model.pooling.whitening

@@ -367,19 +367,15 @@ def difference_hash(image: np.ndarray) -> np.uint64:
     return np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)[0]
 
 
-LAYOUT_SIDE = 64  # a colour layout looks at 64 x 64 pixels of a photo
-
-
 def colour_layout(image: np.ndarray) -> np.ndarray:
     """(256,) uint16: how many of 1,024 pixels in each quarter of the picture (H, W, 3) have each of 64 colours.
 
     64 x 64 pixels are picked evenly and their channels cut to 2 bits. All of it is in whole numbers: any processor finds the
     same. Source: Swain, Ballard 1991, "Color indexing".
     """
-    y, x = ((2 * np.arange(LAYOUT_SIDE) + 1) * side // (2 * LAYOUT_SIDE) for side in image.shape[:2])
+    y, x = ((2 * np.arange(64) + 1) * side // 128 for side in image.shape[:2])
     colours = (image[y[:, None], x] >> 6) @ np.array([16, 4, 1], np.uint8)  # (64, 64) of 0..63
-    half = LAYOUT_SIDE // 2
-    quarters = colours.reshape(2, half, 2, half).swapaxes(1, 2).reshape(4, -1)
+    quarters = colours.reshape(2, 32, 2, 32).swapaxes(1, 2).reshape(4, -1)
     return np.concatenate([np.bincount(q, minlength=64) for q in quarters]).astype(np.uint16)
 
 
@@ -392,7 +388,7 @@ def colour_layouts(photos: pd.DataFrame, *, cache_dir: Path) -> np.ndarray:
         return np.load(kept)
 
     def layout(path: str) -> np.ndarray:
-        return colour_layout(read_image(root / path, least_px=LAYOUT_SIDE))
+        return colour_layout(read_image(root / path, least_px=64))
 
     with ThreadPoolExecutor(host.cores()) as pool:
         layouts = np.stack(list(pool.map(layout, photos["path"])))

@@ -95,8 +95,8 @@ def best_on_validation(output_dir: Path, fingerprint: str) -> str:
 
     Raises RunError where there is none, and where they held out different photos: such scores do not compare.
     """
-    folders = [file.parent for file in sorted(Path(output_dir).glob("*/run.json")) if (file.parent / "model.pt").is_file()]
-    records = {f.name: r for f in folders if (r := load(f)).get("validation") and r["data"].get("fingerprint") == fingerprint}
+    models = [load(file.parent) for file in sorted(Path(output_dir).glob("*/run.json")) if file.with_name("model.pt").is_file()]
+    records = {r["run"]: r for r in models if r.get("validation") and r["data"].get("fingerprint") == fingerprint}
     if not records:
         raise RunError(f"no run in {Path(output_dir).name} has a model validated on this data: run notebook 03, 04 or 05 first")
     splits = {name: record["validation"]["split"] for name, record in records.items()}
@@ -166,8 +166,10 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     scores = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
     how = {c: "mean" if c in (*scores, "seconds") else "first" for c in table if c != "run"}
     table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(subset="map_at_5")
-    extra = {"seeds": ("map_at_5", "size"), "least": ("map_at_5", "min"), "most": ("map_at_5", "max")}
-    extra["cut_short"] = ("cut_short", "max")
+    extra = {
+        "seeds": ("map_at_5", "size"), "least": ("map_at_5", "min"), "most": ("map_at_5", "max"),
+        "cut_short": ("cut_short", "max"),
+    }  # fmt: skip
     named = {c: (c, kind) for c, kind in how.items()} | extra
     merged = table.groupby("run", sort=False, as_index=False).agg(**named)
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
