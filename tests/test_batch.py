@@ -229,7 +229,7 @@ def started(folder):
     return len((folder / "count").read_text())
 
 
-def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsys):
+def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsys, monkeypatch):
     file, folder = params_file(repo, "seed: 1\n"), repo / "out" / "tiny"
     asked = [str(file), "--output-dir", "out"]
     assert batch.main(asked) == 0
@@ -242,6 +242,8 @@ def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsy
     assert started(folder) == 1
     assert batch.main([*asked, "-p", "seed=2"]) == 0 and started(folder) == 2
     assert batch.main([*asked, "-p", "seed=2", "--force"]) == 0 and started(folder) == 3
+    monkeypatch.setenv("VIPR_PRECISION", "bfloat16")
+    assert batch.main([*asked, "-p", "seed=2"]) == 0 and started(folder) == 4
 
 
 @pytest.fixture

@@ -48,14 +48,14 @@ def test_grocery_has_one_split(grocery, tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "native"])
 def test_another_processor_draws_the_same_photos_and_holds_the_same_out(whole_toy, tmp_path, kind):
-    """Drawn with eight products (the test is about each pixel), split with all."""
+    """The photos of eight products are drawn anew, pixel for pixel; the split is of all."""
     if os.environ.get("VIPR_PROCESSOR"):
         pytest.skip("`make processors` runs the rest of this file under each kind")
-    few = [toy.generate(tmp_path / "here", products=8)]
+    here = toy.generate(tmp_path / "here", products=8)
     code = f"from vipr_utils import toy; toy.generate({str(tmp_path / 'there')!r}, products=8)"
     code += CHILD.format(tests=str(ROOT / "tests"), root=str(whole_toy), cache=str(tmp_path))
     environment = os.environ | KINDS[kind] | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert tuple(done.stdout.split()) == found(whole_toy, tmp_path / "again")
-    for photo in sorted(few[0].rglob("*.jpg")):
-        assert photo.read_bytes() == (tmp_path / "there" / photo.relative_to(few[0])).read_bytes(), photo.name
+    for photo in sorted(here.rglob("*.jpg")):
+        assert photo.read_bytes() == (tmp_path / "there" / photo.relative_to(here)).read_bytes(), photo.name

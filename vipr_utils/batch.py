@@ -304,6 +304,7 @@ def slots(jobs: int = 0) -> list[dict[str, str]]:
 
 def _run(run: Run, folder: Path, data: Path | None, force: bool, slot: dict[str, str]) -> Result:
     key, mark, written = _key(run, folder, data), folder / "batch.json", folder / "run.json"
+    force = force or run.params.get("model_run") == "best"  # that hangs on whatever runs there are by now
     if not force and written.is_file() and mark.is_file() and _marked(mark) == (key, _sha256(written)):
         return Result(run, folder, "skip")
     for old in (mark, folder / "notebook.ipynb"):
@@ -414,7 +415,7 @@ def _key(run: Run, folder: Path, data: Path | None) -> str:
     """sha256 over what a run hangs on: notebook, values, package, the data's tables, and files or runs it names."""
     values = {k: v for k, v in (run.defaults | run.params).items() if k not in ("output_dir", "run_name")}
     parts = ["".join(c["source"]).encode() for c in _cells(run.notebook)]
-    parts.append(json.dumps(values, sort_keys=True).encode())
+    parts.append(json.dumps([values, os.environ.get("VIPR_PRECISION")], sort_keys=True).encode())
     parts += [f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py"))]
     parts += [(data / t).read_bytes() for t in ("train.csv", "test.csv") if (data / t).is_file()] if data else [b"toy"]
     for value in values.values():

@@ -201,7 +201,7 @@ def narrow(gallery: pd.DataFrame, domain: str) -> pd.DataFrame:
     return narrowed
 
 
-def _held_out(rows: pd.DataFrame, share: float, seed: int, visits: pd.Series | None = None) -> pd.DataFrame:
+def _held_out(rows: pd.DataFrame, share: float, seed: int, visits=None) -> pd.DataFrame:
     """A share of each product's photos, at least one, never the last one; customer photos where domains are known.
 
     With visits whole ones are taken, up to half of the photos: a product of a single visit asks nothing.
@@ -236,7 +236,8 @@ def visits(rows: pd.DataFrame, layouts: np.ndarray, *, percent: int = 70) -> pd.
     def alike(at: np.ndarray) -> np.ndarray:
         counts = layouts[at].astype(np.int64)
         shared = np.stack([np.minimum(row, counts).sum(1) for row in counts])
-        return 100 * shared >= percent * np.minimum.outer(total := counts.sum(1), total)
+        totals = counts.sum(1)
+        return 100 * shared >= percent * np.minimum.outer(totals, totals)
 
     return _chains(rows, alike)
 
@@ -287,8 +288,14 @@ class Validation:
 
     def record(self, metrics: dict) -> dict:
         """The `validation` entry of run.json: the split and what was scored on it."""
-        scores = {end: metrics.get(f"map_at_5_{end}") for end in ("low", "high")} | {"map_at_5": metrics.get("map_at_5")}
-        return {"how": self.how, "split": self.split, "n_queries": len(self.queries)} | scores
+        return {
+            "how": self.how,
+            "split": self.split,
+            "n_queries": len(self.queries),
+            "map_at_5": metrics.get("map_at_5"),
+            "low": metrics.get("map_at_5_low"),
+            "high": metrics.get("map_at_5_high"),
+        }
 
 
 def hold_out(train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, gallery_domain: str = "") -> Validation:
@@ -298,11 +305,12 @@ def hold_out(train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, 
     less than a quarter of the products with a query (studio photos on one ground all look like one visit), single photos
     are held out. Raises CatalogError where every product has one photo.
     """
-    single, whole = (_held_out(train, holdout, 0, groups) for groups in (None, visits(train, layouts)))
-    if single.empty:
+    single_photos = _held_out(train, holdout, 0)
+    if single_photos.empty:
         raise CatalogError("no product has two train photos, so none can be held out to choose by: where there is holdout, set it to 0")
-    few = 4 * whole["product_id"].nunique() < single["product_id"].nunique()
-    how, queries = ("photos", single) if few else ("visits", whole)
+    whole_visits = _held_out(train, holdout, 0, visits(train, layouts))
+    too_few = 4 * whole_visits["product_id"].nunique() < single_photos["product_id"].nunique()
+    how, queries = ("photos", single_photos) if too_few else ("visits", whole_visits)
     fit = train.drop(queries.index)
     return Validation(fit, queries, narrow(fit, gallery_domain), how)
 

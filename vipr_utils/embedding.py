@@ -68,7 +68,8 @@ def fit_region_whitening(
     if not isinstance(model.pooling, models.RMAC):
         raise ValueError(f"pooling is {model.record['pooling']!r} and has no regions: create the model with pooling='rmac'")
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
-    rows, dtype = rows[store.readable[rows]], host.precision(precision, device)
+    rows = rows[store.readable[rows]]
+    dtype = host.precision(precision, device)
     how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "dtype": dtype}
     regions = _forwarded(lambda x: model.pooling.regions(model.maps(x)), model, store, rows, **how)
     regions = np.concatenate([r.reshape(-1, r.shape[-1]) for r in regions])

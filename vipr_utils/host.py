@@ -307,9 +307,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-
-
 def precision(name: str, device: torch.device, *, training: bool = False) -> torch.dtype:
     """The format in which networks compute: the one named; 'auto' takes $VIPR_PRECISION, else what pays on this device.
 
@@ -319,7 +316,7 @@ def precision(name: str, device: torch.device, *, training: bool = False) -> tor
     Raises ValueError for another name.
     """
     asked = os.environ.get("VIPR_PRECISION") or "auto" if name == "auto" else name
-    if asked not in ("auto", *PRECISIONS):
+    if asked not in ("auto", "float32", "bfloat16", "float16"):
         source = "precision" if name != "auto" else "$VIPR_PRECISION"
         raise ValueError(f"{source} {asked!r} is unknown: use 'auto', 'float32', 'bfloat16' or 'float16'")
     if asked != "auto":

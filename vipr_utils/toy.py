@@ -336,8 +336,8 @@ def _scene(rng, h: int, w: int, seed: int) -> np.ndarray:
         tone = np.array(rgb(rng.uniform(0.05, 0.1), rng.uniform(0.35, 0.6), rng.uniform(0.4, 0.75)), np.float32)
         return (tone + (grain * 9 - planks)[..., None]).astype(np.float32)
     tone = np.array(rgb(rng.random(), rng.uniform(0.03, 0.3), rng.uniform(0.35, 0.85)), np.float32)
-    image = tone + ((y / h - 0.5) * rng.uniform(-70, 70) + (x / w - 0.5) * rng.uniform(-50, 50))[..., None]
-    image = image.astype(np.float32)
+    slope = (y / h - 0.5) * rng.uniform(-70, 70) + (x / w - 0.5) * rng.uniform(-50, 50)
+    image = (tone + slope[..., None]).astype(np.float32)
     others = rng.integers(0, 64, 6)
     spots = [((i + 0.5) * w / 4 + rng.normal(0, 6), h * rng.uniform(0.25, 0.45)) for i in range(4)]
     if kind == "plain":
@@ -422,7 +422,7 @@ def _product_files(product: int, *, folder: Path, seed: int, image_size: int) ->
             else:
                 image = customer_photo(product, photo, seed, image_size)
                 quality = int(np.random.default_rng((seed, 6, product, photo)).integers(55, 88))
-            ok, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+            data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
             (folder / f"{product}-{photo}.jpg").write_bytes(data.tobytes())
     finally:
         cv2.setUseOptimized(optimized)

@@ -68,7 +68,8 @@ def fit(
     over restarts; when it is used up training stops, keeps what it has, and returns: see `cut_short`.
     Raises Diverged when the loss is not finite; the last checkpoint stays.
     """
-    no_matter, dtype = ("max_minutes", "checkpoint_minutes", "progress"), host.precision(precision, device, training=True)
+    dtype = host.precision(precision, device, training=True)
+    no_matter = ("max_minutes", "checkpoint_minutes", "progress")
     settings = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in no_matter}
     settings["precision"] = str(dtype)
     settings["milestones"] = list(milestones)
@@ -461,4 +462,4 @@ def _warn_of_collapse(row: dict, of_pairs: bool) -> None:
 def _line(row: dict, epochs: int) -> str:
     line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  active {row['active']:.2f}  {row['seconds']:.0f} s"
     line += f"  mAP@5 {row['map_at_5']:.3f}" if "map_at_5" in row else ""
-    return line + "\nCUT SHORT: max_minutes was used up before the schedule ended" * row["cut_short"]
+    return f"{line}\nCUT SHORT: max_minutes was used up before the schedule ended" if row["cut_short"] else line
