@@ -1,8 +1,8 @@
 """Run what computes as other processors would: `make processors`.
 
 A processor's kind is a set of environment variables that switch the wider instructions of torch, oneDNN, numpy, OpenBLAS
-and OpenCV off. Each line of PLAN is a run of pytest under one kind, precision and number of threads. Its table is printed;
-exit code 1 when a line failed. Lines of one thread run two at a time.
+and OpenCV off. Each line of `plan` is a run of pytest under one kind, precision and number of threads. Its table is
+printed; exit code 1 when a line failed. Lines of one thread run two at a time.
 """
 
 import os
@@ -43,32 +43,35 @@ KINDS = {
 if platform.machine() not in ("x86_64", "AMD64"):
     KINDS = {"native": {}}
 
-COMPUTES = ["embedding", "losses", "metrics", "models", "pooling", "processors", "rerank", "search", "training"]
-TESTS = [f"tests/test_{name}.py" for name in COMPUTES]
-NETWORK = [f"tests/test_{name}.py" for name in ("embedding", "losses", "pooling", "training")]
-NBVAL = ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg"]
-NOTEBOOKS = [*NBVAL, "notebooks/03_scratch_siamese.ipynb", "notebooks/06_submission.ipynb"]
-WHAT = {id(TESTS): "tests that compute", id(NETWORK): "tests of networks", id(NOTEBOOKS): "notebooks 03, 06"}
+NETWORK = ["embedding", "losses", "pooling", "training"]
+COMPUTES = [*NETWORK, "metrics", "models", "processors", "rerank", "search"]
+NOTEBOOKS = ["notebooks/03_scratch_siamese.ipynb", "notebooks/06_submission.ipynb"]
+SUITES = {
+    "tests of networks": [f"tests/test_{name}.py" for name in NETWORK],
+    "tests that compute": [f"tests/test_{name}.py" for name in COMPUTES],
+    "notebooks 03, 06": ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", *NOTEBOOKS],
+}
 # Left to `make unit`, which runs native with one thread: they take long and say nothing of a processor.
 ONCE = ["killed", "real_photos", "by_two_processes", "precision_learns", "budget", "verification_by_name", "checkpoint_of"]
 
 
-def plan() -> list[tuple[str, str, int, list[str]]]:
-    """(kind, precision, threads, arguments of pytest); native with one thread is `make unit`."""
+def plan() -> list[tuple[str, str, int, str]]:
+    """(kind, precision, threads, suite), lines of one thread first; native with one thread is `make unit`."""
     others = [kind for kind in KINDS if kind != "native"]
-    lines = [(kind, "float32", 1, arguments) for arguments in (NOTEBOOKS, TESTS) for kind in reversed(others)]
-    lines += [(kind, "bfloat16", 1, NETWORK) for kind in others]
-    lines += [(kind, "float32", 2, NETWORK) for kind in KINDS if kind != "avx2"]
-    return [*lines, ("native", "bfloat16", 2, NETWORK)]
+    lines = [(kind, "float32", 1, suite) for suite in ("notebooks 03, 06", "tests that compute") for kind in reversed(others)]
+    lines += [(kind, "bfloat16", 1, "tests of networks") for kind in others]
+    lines += [(kind, "float32", 2, "tests of networks") for kind in KINDS if kind != "avx2"]
+    return [*lines, ("native", "bfloat16", 2, "tests of networks")]
 
 
-def run(line: tuple[str, str, int, list[str]]) -> tuple[int, str, float]:
+def run(line: tuple[str, str, int, str]) -> tuple[int, str, float]:
     """(exit code, pytest's own summary, seconds)."""
-    kind, precision, threads, arguments = line
+    kind, precision, threads, suite = line
     environment = os.environ | KINDS[kind] | {"VIPR_PROCESSOR": kind, "VIPR_PRECISION": precision}
     environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    command += [] if "--nbval" in arguments else ["-k", "not " + " and not ".join(ONCE)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SUITES[suite]]
+    if suite != "notebooks 03, 06":
+        command += ["-k", "not " + " and not ".join(ONCE)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = [text for text in done.stdout.splitlines() if text.strip()]
@@ -79,14 +82,17 @@ def run(line: tuple[str, str, int, list[str]]) -> tuple[int, str, float]:
 
 def main() -> int:
     lines = plan()
+    single = [line for line in lines if line[2] == 1]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, [line for line in lines if line[2] == 1]))
-    results += [run(line) for line in lines if line[2] > 1]  # one at a time: threads that wait for a core spin
+        results = dict(zip(single, pool.map(run, single)))
+    for line in lines:
+        if line not in results:
+            results[line] = run(line)  # one at a time: threads that wait for a core spin
     print("| processor | precision | threads | what | result | time |\n|---|---|---|---|---|---|")
-    for (kind, precision, threads, arguments), (code, summary, seconds) in zip(lines, results):
+    for (kind, precision, threads, suite), (code, summary, seconds) in results.items():
         result = f"FAILED: {summary}" if code else summary
-        print(f"| {kind} | {precision} | {threads} | {WHAT[id(arguments)]} | {result} | {seconds:.0f} s |")
-    return int(any(code for code, _, _ in results))
+        print(f"| {kind} | {precision} | {threads} | {suite} | {result} | {seconds:.0f} s |")
+    return int(any(code for code, _, _ in results.values()))
 
 
 if __name__ == "__main__":

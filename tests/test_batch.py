@@ -282,6 +282,16 @@ def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
     assert again() and not again()  # a mark cut short
 
 
+def test_submission_of_the_best_run_is_made_anew_each_time(repo, fake_kernel):
+    notebook(repo, "tiny", parameters=PARAMETERS + 'model_run: str = ""\n')
+    for model_run, kernels in (("best", 2), ("some_run", 1)):
+        fake_kernel.clear()
+        file = params_file(repo, f"model_run: {model_run}\n")
+        for _ in range(2):
+            batch.run_all(batch.load_runs([file]), output_dir=f"out/{model_run}", report=lambda line: None)
+        assert len(fake_kernel) == kernels
+
+
 def test_failing_cell_makes_the_exit_code_1_and_its_error_is_shown_and_the_others_still_run(repo, capsys):
     notebook(repo, "zz_good")
     params_file(repo, 'fail: "no images in the store"\n')

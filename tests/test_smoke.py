@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif("VIPR_SMOKE" not in os.environ, reason="`make sm
 
 
 def sanitised(text: str) -> str:
+    """The text after nbval's own replacements, of what differs between machines for good reason."""
     rules = ConfigParser()
     rules.read(ROOT / "tests" / "nbval.cfg")
     for rule in rules.sections():
