@@ -18,12 +18,13 @@ unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 .PHONY: demo test lint unit smoke nbval sweeps processors test-kaggle test-colab stamp notebooks readme clean
 
 demo: .venv/demo.stamp
-	$(BIN)/python -m vipr_utils.batch params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
+	$(BIN)/python -m vipr_utils run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
 test: lint unit smoke nbval sweeps processors
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 unit: .venv/test.stamp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal
@@ -31,7 +32,7 @@ unit: .venv/test.stamp
 # The series by papermill into a folder of its own; its records and pages are held against what is committed.
 smoke: .venv/test.stamp
 	rm -rf .venv/smoke
-	$(BIN)/python -m vipr_utils.batch params/smoke --output-dir .venv/smoke
+	$(BIN)/python -m vipr_utils run params/smoke --output-dir .venv/smoke
 	VIPR_SMOKE=$(CURDIR)/.venv/smoke $(BIN)/python -m pytest tests/test_smoke.py
 
 nbval: .venv/test.stamp
@@ -40,7 +41,7 @@ nbval: .venv/test.stamp
 # A row of every sweep from its file, at a size that only shows that it runs; SWEEPS='' runs them all.
 sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m vipr_utils.batch params/sweeps/laptop --jobs $(JOBS) --output-dir .venv/sweeps \
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m vipr_utils run params/sweeps/laptop --jobs $(JOBS) --output-dir .venv/sweeps \
 		--only '$(SWEEPS)' -p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
 SWEEPS ?= best*-seed0,bai-guided,gordo-rmac,gap_unseen-whitened,study_scratch-triplet-manhattan-seed0,study_pretrained-lite0,study_subset-lite0
 

@@ -19,15 +19,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vipr_utils import metrics, rerank, search
+from vipr_utils.judge import metrics
+from vipr_utils.retrieve import rerank, search
 
 STACK = ["dba:4", "aqe:5:3", "k_reciprocal:20:6:0.3"]
 
 
-def planted(n: int, centres: np.ndarray, rng: np.random.Generator, *, noise: float) -> tuple[np.ndarray, np.ndarray]:
+def planted(
+    n: int, centres: np.ndarray, rng: np.random.Generator, *, noise: float
+) -> tuple[np.ndarray, np.ndarray]:
     """(vectors (n, D) of unit length, product ids (n,)): a product's direction plus noise of `noise` times its length."""
     products = rng.permutation(np.arange(n) % len(centres))
-    x = rng.standard_normal((n, centres.shape[1]), np.float32) * np.float32(noise / centres.shape[1] ** 0.5)
+    x = rng.standard_normal((n, centres.shape[1]), np.float32) * np.float32(
+        noise / centres.shape[1] ** 0.5
+    )
     return rerank.unit(x + centres[products]), products
 
 
@@ -44,14 +49,25 @@ def measured(step: str, do, rows: list[dict]):
     peak_gib(reset=True)
     wall, cpu = time.perf_counter(), time.process_time()
     out = do()
-    rows.append({"step": step, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "peak_gib": peak_gib()})
+    rows.append(
+        {
+            "step": step,
+            "wall_s": time.perf_counter() - wall,
+            "cpu_s": time.process_time() - cpu,
+            "peak_gib": peak_gib(),
+        }
+    )
     print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=1.0, help="of the rows and products of Products-10K")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the rows and products of Products-10K"
+    )
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--noise", type=float, default=2.4)
     parser.add_argument("--out", type=Path)
@@ -59,23 +75,45 @@ def main() -> None:
     rng = np.random.default_rng(0)
     n_queries, n_gallery, n_products = (round(n * given.share) for n in (55_000, 142_000, 9_691))
     centres = rerank.unit(rng.standard_normal((n_products, given.dim), np.float32))
-    (q, wanted), (g, there) = (planted(n, centres, rng, noise=given.noise) for n in (n_queries, n_gallery))
+    (q, wanted), (g, there) = (
+        planted(n, centres, rng, noise=given.noise) for n in (n_queries, n_gallery)
+    )
     n_relevant, rows = metrics.count_relevant(wanted, there), []
 
     def score(ranks) -> None:
-        rows[-1]["map_at_5"] = metrics.map_at_k(metrics.hits_from_ranks(ranks[:, :5], wanted, there), n_relevant)
+        rows[-1]["map_at_5"] = metrics.map_at_k(
+            metrics.hits_from_ranks(ranks[:, :5], wanted, there), n_relevant
+        )
         print("mAP@5", round(rows[-1]["map_at_5"], 4), flush=True)
 
     score(measured("top 5", lambda: search.top_k(q, g, 5), rows)[1])
     g = measured(STACK[0], lambda: rerank.database_augmentation(g, 4), rows)
     lists = measured("top 100", lambda: search.top_k(q, g, 100), rows)
     score(lists[1])
-    q = measured(STACK[1], lambda: rerank.alpha_query_expansion(q, g, *(x[:, :5] for x in lists), alpha=3.0), rows)
+    q = measured(
+        STACK[1],
+        lambda: rerank.alpha_query_expansion(q, g, *(x[:, :5] for x in lists), alpha=3.0),
+        rows,
+    )
     lists = measured("top 100 again", lambda: search.top_k(q, g, 100), rows)
     score(lists[1])
-    score(measured(STACK[2], lambda: rerank.k_reciprocal(q, g, lists[1], k1=20, k2=6, weight=0.3), rows)[1])
-    sizes = {"queries": n_queries, "gallery": n_gallery, "products": n_products, "dim": given.dim, "noise": given.noise}
-    setting = {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    score(
+        measured(
+            STACK[2], lambda: rerank.k_reciprocal(q, g, lists[1], k1=20, k2=6, weight=0.3), rows
+        )[1]
+    )
+    sizes = {
+        "queries": n_queries,
+        "gallery": n_gallery,
+        "products": n_products,
+        "dim": given.dim,
+        "noise": given.noise,
+    }
+    setting = {
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+    }
     if given.out:
         given.out.write_text(json.dumps({**sizes, **setting, "steps": rows}, indent=1) + "\n")
 

@@ -17,17 +17,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vipr_utils import catalog, host, images, losses, models, sampling, toy, training
+from vipr_utils.data import catalog, toy, transforms
+from vipr_utils.data.store import Photos, build_store, loader
+from vipr_utils.host import platform
+from vipr_utils.host.device import compute_dtype, hardware, tune, working_device
+from vipr_utils.host.files import whole_file
+from vipr_utils.learn import losses, models, sampling, training
 
 IMAGES = 141_931
-NETWORKS = {"siamese_90m": 32, "torchvision/resnet50": 32, "efficientnet_b4": 32}  # name: images a step
+NETWORKS = {
+    "siamese_90m": 32,
+    "torchvision/resnet50": 32,
+    "efficientnet_b4": 32,
+}  # name: images a step
 
 
 def photos_at_scale(products: int, n: int):
     """(photos, store, rows (n,)): a generated set whose train rows are repeated to n."""
-    root = toy.generate(host.cache_folder() / f"benchmark-{products}", products=products, image_size=256)
+    root = toy.generate(
+        platform.cache_folder() / f"benchmark-{products}", products=products, image_size=256
+    )
     photos, _ = catalog.read(root)
-    store = images.build_store(photos, cache_dir=host.cache_folder(), store_px=256)
+    store = build_store(photos, cache_dir=platform.cache_folder(), store_px=256)
     rows = photos.index[photos.split == "train"].to_numpy()
     return photos, store, np.resize(rows, n)
 
@@ -43,16 +54,22 @@ def used(device: torch.device) -> str:
 def measure(name: str, batch_size: int, data, *, device: torch.device, steps: int) -> dict:
     photos, store, rows = data
     labels = np.unique(photos.loc[rows, "product_id"], return_inverse=True)[1]
-    labels = labels + (labels.max() + 1) * (np.arange(len(rows)) // max(1, len(rows) // 24))  # about 24 times the products
+    labels = labels + (labels.max() + 1) * (
+        np.arange(len(rows)) // max(1, len(rows) // 24)
+    )  # about 24 times the products
     model = models.create(name, weights="none", embedding_dim=128)
-    data = images.Photos(store, rows, images.study_transform(224), labels=labels)
+    data = Photos(store, rows, transforms.study_transform(224), labels=labels)
     criterion = losses.criterion("contrastive", "euclidean", 128)
-    optimizer = training._optimizer(model, criterion, "adam", lr=1e-3, head_lr=1e-3, weight_decay=0.0)
-    dtype = host.precision("auto", device, training=True)
+    optimizer = training._optimizer(
+        model, criterion, "adam", lr=1e-3, head_lr=1e-3, weight_decay=0.0
+    )
+    dtype = compute_dtype("auto", device, training=True)
     state = training._State(model.train(), criterion, device, dtype, optimizer)
     batches = sampling.sampler("products", labels, batch_size=batch_size).batches(0)
     seen, began, use = 0, time.perf_counter(), []
-    for step, (pixels, its, _) in enumerate(images.loader(data, batch_sampler=batches[:steps], device=device)):
+    for step, (pixels, its, _) in enumerate(
+        loader(data, batch_sampler=batches[:steps], device=device)
+    ):
         state.step(pixels, its, 1.0, step, 0.0)
         if step == steps // 3:
             seen, began = 0, time.perf_counter()
@@ -62,11 +79,17 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
     of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else of_process
     return {
-        "network": name, "million_parameters": round(model.record["parameters"] / 1e6, 1), "batch_size": batch_size,
-        "precision": str(dtype), "images": len(rows),
-        "batches_an_epoch": len(batches), "images_per_second": round(seen / seconds, 1), "memory_gb": round(peak, 2),
-        "gpu_use": use, "hardware": host.hardware(),
-    }  # fmt: skip
+        "network": name,
+        "million_parameters": round(model.record["parameters"] / 1e6, 1),
+        "batch_size": batch_size,
+        "precision": str(dtype),
+        "images": len(rows),
+        "batches_an_epoch": len(batches),
+        "images_per_second": round(seen / seconds, 1),
+        "memory_gb": round(peak, 2),
+        "gpu_use": use,
+        "hardware": hardware(),
+    }
 
 
 def main() -> None:
@@ -77,12 +100,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    host.tune()
-    device, data = host.device(given.device), photos_at_scale(given.products, given.images)
+    tune()
+    device, data = working_device(given.device), photos_at_scale(given.products, given.images)
     found = [measure(n, b, data, device=device, steps=given.steps) for n, b in NETWORKS.items()]
     print(json.dumps(found, indent=1))
     if given.out:
-        with host.whole_file(given.out) as part:
+        with whole_file(given.out) as part:
             part.write_text(json.dumps(found, indent=1) + "\n")
 
 

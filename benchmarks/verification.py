@@ -15,16 +15,30 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from vipr_utils import catalog, host, toy, verification
+from vipr_utils.data import catalog, toy
+from vipr_utils.host.device import hardware
+from vipr_utils.retrieve import verification
 
 
 def draw(root: Path, split: str, products: list[int]) -> None:
     """Photos of 640 px and their table."""
     (root / split).mkdir()
     for i, product in enumerate(products):
-        photo = toy.shop_photo(product, 0, 0, 640) if split == "train" else toy.customer_photo(product, i, 0, 480)
-        grain = np.random.default_rng((i, len(split))).normal(0, 1, (*photo.shape[:2], 1)).astype(np.float32)
-        photo = (photo + 12 * cv2.GaussianBlur(grain, (0, 0), 2.0)[..., None] * 4).clip(0, 255).astype(np.uint8)
+        photo = (
+            toy.shop_photo(product, 0, 0, 640)
+            if split == "train"
+            else toy.customer_photo(product, i, 0, 480)
+        )
+        grain = (
+            np.random.default_rng((i, len(split)))
+            .normal(0, 1, (*photo.shape[:2], 1))
+            .astype(np.float32)
+        )
+        photo = (
+            (photo + 12 * cv2.GaussianBlur(grain, (0, 0), 2.0)[..., None] * 4)
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
         cv2.imwrite(str(root / split / f"{i}.jpg"), photo[..., ::-1])
     table = {"name": [f"{i}.jpg" for i in range(len(products))], "class": products, "group": 0}
     pd.DataFrame(table).to_csv(root / f"{split}.csv", index=False)
@@ -39,15 +53,27 @@ def main(n_queries: int = 400, n_gallery: int = 100) -> None:
         start = time.perf_counter()
         q, g = (verification.features(table) for table in (queries, gallery))
         seconds = {"features_s": time.perf_counter() - start}
-    scores = np.sort(np.random.default_rng(0).normal(0.5, 0.1, (n_queries, n_gallery)).astype(np.float32))[:, ::-1]
+    scores = np.sort(
+        np.random.default_rng(0).normal(0.5, 0.1, (n_queries, n_gallery)).astype(np.float32)
+    )[:, ::-1]
     ranks = np.random.default_rng(1).permuted(np.tile(np.arange(n_gallery), (n_queries, 1)), axis=1)
     start = time.perf_counter()
     found = verification.spatial_verification(scores, ranks, q, g)
     seconds["pairs_s"] = time.perf_counter() - start
-    first = (gallery["product_id"].to_numpy()[found.ranks[:, 0]] == queries["product_id"].to_numpy()).mean()
-    each = {"ms_per_photo": seconds["features_s"] / len(photos) * 1e3, "ms_per_pair": seconds["pairs_s"] / ranks.size * 1e3}
-    sizes = {"keypoints": float(np.diff(q.offsets).mean()), "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    print(json.dumps({"hardware": host.hardware(), "right_first": float(first)} | seconds | each | sizes))
+    first = (
+        gallery["product_id"].to_numpy()[found.ranks[:, 0]] == queries["product_id"].to_numpy()
+    ).mean()
+    each = {
+        "ms_per_photo": seconds["features_s"] / len(photos) * 1e3,
+        "ms_per_pair": seconds["pairs_s"] / ranks.size * 1e3,
+    }
+    sizes = {
+        "keypoints": float(np.diff(q.offsets).mean()),
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    print(
+        json.dumps({"hardware": hardware(), "right_first": float(first)} | seconds | each | sizes)
+    )
 
 
 if __name__ == "__main__":

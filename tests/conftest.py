@@ -9,10 +9,16 @@ import pandas as pd
 import pytest
 import torch
 
-from vipr_utils import catalog, images, toy
+from vipr_utils.data import catalog, toy
+from vipr_utils.data.store import build_store
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # two test processes share the machine
-REAL = Path(os.environ.get("VIPR_GROCERY") or Path(__file__).resolve().parents[2] / "shared" / "data" / "grocery")
+torch.set_num_threads(
+    int(os.environ.get("OMP_NUM_THREADS") or 1)
+)  # two test processes share the machine
+REAL = Path(
+    os.environ.get("VIPR_GROCERY")
+    or Path(__file__).resolve().parents[2] / "shared" / "data" / "grocery"
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +31,7 @@ def toy_root(tmp_path_factory):
 def toy_data(toy_root, tmp_path_factory):
     """(photos, store) of the eight products."""
     photos, _ = catalog.read(toy_root)
-    return photos, images.build_store(photos, cache_dir=tmp_path_factory.mktemp("cache"), store_px=96)
+    return photos, build_store(photos, cache_dir=tmp_path_factory.mktemp("cache"), store_px=96)
 
 
 @pytest.fixture(scope="session")
@@ -40,14 +46,21 @@ def grocery():
 def make_root(tmp_path):
     """make_root(train_csv, test_csv): a data root with a small JPEG for each name the tables hold."""
 
-    def make(train: str = "name,class,group\na.jpg,1,0\nb.jpg,1,0\nc.jpg,2,0\n", test: str | None = "name,class\nq.jpg,1\n"):
+    def make(
+        train: str = "name,class,group\na.jpg,1,0\nb.jpg,1,0\nc.jpg,2,0\n",
+        test: str | None = "name,class\nq.jpg,1\n",
+    ):
         root = tmp_path / "root"
         for split, text in (("train", train), ("test", test)):
             (root / split).mkdir(parents=True, exist_ok=True)
             if text is None:
                 continue
             (root / f"{split}.csv").write_text(text)
-            for i, name in enumerate(pd.read_csv(root / f"{split}.csv", dtype=str).get("name", pd.Series(dtype=str)).dropna()):
+            for i, name in enumerate(
+                pd.read_csv(root / f"{split}.csv", dtype=str)
+                .get("name", pd.Series(dtype=str))
+                .dropna()
+            ):
                 if ".." not in name and not name.startswith("/"):
                     (root / split / name).parent.mkdir(parents=True, exist_ok=True)
                     cv2.imwrite(str(root / split / name), picture(i))

@@ -52,13 +52,25 @@ SUITES = {
     "notebooks 03, 06": ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", *NOTEBOOKS],
 }
 # Left to `make unit`, which runs native with one thread: they take long and say nothing of a processor.
-ONCE = ["killed", "real_photos", "by_two_processes", "precision_learns", "budget", "verification_by_name", "checkpoint_of"]
+ONCE = [
+    "killed",
+    "real_photos",
+    "by_two_processes",
+    "precision_learns",
+    "budget",
+    "verification_by_name",
+    "checkpoint_of",
+]
 
 
 def plan() -> list[tuple[str, str, int, str]]:
     """(kind, precision, threads, suite), lines of one thread first; native with one thread is `make unit`."""
     others = [kind for kind in KINDS if kind != "native"]
-    lines = [(kind, "float32", 1, suite) for suite in ("notebooks 03, 06", "tests that compute") for kind in reversed(others)]
+    lines = [
+        (kind, "float32", 1, suite)
+        for suite in ("notebooks 03, 06", "tests that compute")
+        for kind in reversed(others)
+    ]
     lines += [(kind, "bfloat16", 1, "tests of networks") for kind in others]
     lines += [(kind, "float32", 2, "tests of networks") for kind in KINDS if kind != "avx2"]
     return [*lines, ("native", "bfloat16", 2, "tests of networks")]
@@ -77,7 +89,11 @@ def run(line: tuple[str, str, int, str]) -> tuple[int, str, float]:
     lines = [text for text in done.stdout.splitlines() if text.strip()]
     if done.returncode:
         print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
-    return done.returncode, lines[-1].strip("= ") if lines else "no output", time.monotonic() - start
+    return (
+        done.returncode,
+        lines[-1].strip("= ") if lines else "no output",
+        time.monotonic() - start,
+    )
 
 
 def main() -> int:

@@ -10,8 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 ADDRESS = re.search(r'^Repository = "(https://github\.com/[\w.-]+/[\w.-]+)"$', PROJECT, re.M)[1]
-RELEASE = "v" + re.search(r'^version = "(.+)"$', PROJECT, re.M)[1]  # the tag that a notebook without the package clones
-OWN = re.compile(r"(kaggle\.com/kernels/welcome\?src=https://github\.com/|colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/)")
+RELEASE = (
+    "v" + re.search(r'^version = "(.+)"$', PROJECT, re.M)[1]
+)  # the tag that a notebook without the package clones
+OWN = re.compile(
+    r"(kaggle\.com/kernels/welcome\?src=https://github\.com/|colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/)"
+)
 
 
 def bootstrap() -> str:
@@ -29,7 +33,10 @@ def stamped(notebook: dict) -> dict:
     """The notebook with the bootstrap cell and the badges as they must be; outputs stay."""
     for cell in notebook["cells"]:
         if "bootstrap" in cell["metadata"].get("tags", []):
-            cell["metadata"]["tags"] = ["bootstrap", "nbval-ignore-output"]  # its table is of this machine
+            cell["metadata"]["tags"] = [
+                "bootstrap",
+                "nbval-ignore-output",
+            ]  # its table is of this machine
             cell["source"] = bootstrap().splitlines(keepends=True)
         elif cell["cell_type"] == "markdown":
             cell["source"] = badges("".join(cell["source"])).splitlines(keepends=True)
@@ -38,7 +45,9 @@ def stamped(notebook: dict) -> dict:
 
 if __name__ == "__main__":
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        text = json.dumps(stamped(json.loads(path.read_text(encoding="utf-8"))), indent=1, ensure_ascii=False)
+        text = json.dumps(
+            stamped(json.loads(path.read_text(encoding="utf-8"))), indent=1, ensure_ascii=False
+        )
         path.write_text(text + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(badges(readme.read_text(encoding="utf-8")), encoding="utf-8")

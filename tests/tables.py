@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from vipr_utils import host, runs
+from vipr_utils.host.files import whole_file
+from vipr_utils.judge import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- results:start -->", "<!-- results:end -->"
@@ -19,5 +20,7 @@ def inserted(readme: str, tables: str) -> str:
 
 if __name__ == "__main__":
     tables = runs.tables(ROOT / "submissions" / "reference")
-    with host.whole_file(ROOT / "README.md") as part:
-        part.write_text(inserted((ROOT / "README.md").read_text(encoding="utf-8"), tables), encoding="utf-8")
+    with whole_file(ROOT / "README.md") as part:
+        part.write_text(
+            inserted((ROOT / "README.md").read_text(encoding="utf-8"), tables), encoding="utf-8"
+        )

@@ -13,7 +13,9 @@ import pytest
 import torch
 import yaml
 
-from vipr_utils import batch, host, runs
+from vipr_utils.host import platform
+from vipr_utils.judge import runs
+from vipr_utils.run import batch
 
 PARAMETERS = """\
 data_root: str = ""  # a folder
@@ -50,7 +52,7 @@ record = dict(
 def repo(tmp_path, monkeypatch):
     """A checkout of one or two notebooks."""
     monkeypatch.setattr(batch, "_root", lambda: tmp_path)
-    monkeypatch.setattr(host, "repository", lambda: tmp_path)
+    monkeypatch.setattr(platform, "repository", lambda: tmp_path)
     for name in ("VIPR_DATA", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -68,7 +70,13 @@ def no_kernel(monkeypatch):
 
 def notebook(root, stem, parameters=PARAMETERS, work=WORK):
     cells = [
-        {"cell_type": "code", "metadata": {"tags": tags}, "source": source, "outputs": [], "execution_count": None}
+        {
+            "cell_type": "code",
+            "metadata": {"tags": tags},
+            "source": source,
+            "outputs": [],
+            "execution_count": None,
+        }
         for tags, source in ((["parameters"], parameters), ([], work))
     ]
     for number, cell in enumerate(cells):
@@ -76,7 +84,11 @@ def notebook(root, stem, parameters=PARAMETERS, work=WORK):
     spec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     path = root / "notebooks" / f"{stem}.ipynb"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps(
+            {"cells": cells, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
+        )
+    )
     return path
 
 
@@ -96,19 +108,30 @@ def test_parameters_cell_is_read_with_types_and_defaults(repo):
     assert list(found) == [line.split(":")[0] for line in PARAMETERS.splitlines()]
 
 
-@pytest.mark.parametrize("line", ["seed = 0", "seed: int", "seed: int | None = 0", "seed: int = len('a')", "import os"])
+@pytest.mark.parametrize(
+    "line", ["seed = 0", "seed: int", "seed: int | None = 0", "seed: int = len('a')", "import os"]
+)
 def test_parameter_line_that_is_not_name_type_value_is_an_error(repo, line):
     path = notebook(repo, "odd", line)
-    with pytest.raises(batch.BadParameters, match=r"odd\.ipynb: parameter line .* is not 'name: type = value'"):
+    with pytest.raises(
+        batch.BadParameters, match=r"odd\.ipynb: parameter line .* is not 'name: type = value'"
+    ):
         batch.parameters_of(path)
 
 
 def test_value_outside_the_choices_of_a_literal_is_an_error_that_lists_them(repo):
-    path = notebook(repo, "choosy", 'precision: "Literal[auto, float32]" = "auto"  # of the network')
+    path = notebook(
+        repo, "choosy", 'precision: "Literal[auto, float32]" = "auto"  # of the network'
+    )
     known = batch.parameters_of(path)
-    assert known == {"precision": ("Literal[auto, float32]", "auto")} and batch.check("precision", "float32", known) == "float32"
+    assert (
+        known == {"precision": ("Literal[auto, float32]", "auto")}
+        and batch.check("precision", "float32", known) == "float32"
+    )
     for wrong in ("half", 32, True):
-        with pytest.raises(batch.BadParameters, match=f"precision: expected one of auto, float32, got {wrong!r}"):
+        with pytest.raises(
+            batch.BadParameters, match=f"precision: expected one of auto, float32, got {wrong!r}"
+        ):
             batch.check("precision", wrong, known)
 
 
@@ -118,20 +141,23 @@ def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, c
     assert f"{file}: sed: unknown parameter; did you mean seed?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, message", [
-    ("seed: 1.5", "seed: expected int, got 1.5 (float)"),
-    ("seed: true", "seed: expected int, got True (bool)"),
-    ("augment: 1", "augment: expected bool, got 1 (int)"),
-    ("lr: 1e-4", "lr: expected float, got '1e-4' (str): YAML reads it as text, write 1.0e-4"),
-    ("lr: 1e5", "write 1.0e+5"),
-    ("lr: true", "lr: expected float, got True (bool)"),
-    ("fail: no", "fail: expected str, got False (bool); put it in quotes"),
-    ("fail:", 'fail: expected str, got None (NoneType); write "" for an empty one'),
-    ("milestones: 3", "milestones: expected list[int], got 3 (int)"),
-    ("milestones: [1, two]", "milestones: expected int, got 'two' (str)"),
-    ("- seed", "expected lines 'name: value'"),
-    ("seed: [1", "not YAML"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed: 1.5", "seed: expected int, got 1.5 (float)"),
+        ("seed: true", "seed: expected int, got True (bool)"),
+        ("augment: 1", "augment: expected bool, got 1 (int)"),
+        ("lr: 1e-4", "lr: expected float, got '1e-4' (str): YAML reads it as text, write 1.0e-4"),
+        ("lr: 1e5", "write 1.0e+5"),
+        ("lr: true", "lr: expected float, got True (bool)"),
+        ("fail: no", "fail: expected str, got False (bool); put it in quotes"),
+        ("fail:", 'fail: expected str, got None (NoneType); write "" for an empty one'),
+        ("milestones: 3", "milestones: expected list[int], got 3 (int)"),
+        ("milestones: [1, two]", "milestones: expected int, got 'two' (str)"),
+        ("- seed", "expected lines 'name: value'"),
+        ("seed: [1", "not YAML"),
+    ],
+)
 def test_wrong_type_is_an_error_with_the_remedy(repo, no_kernel, text, message):
     with pytest.raises(batch.BadParameters, match=re.escape(message)):
         batch.load_runs([params_file(repo, text)])
@@ -149,8 +175,12 @@ def test_every_problem_of_every_file_is_listed_before_any_kernel_starts(repo, no
     params_file(repo, "seed: 1\n", "absent")
     assert batch.main(["params"]) == 2
     problems = capsys.readouterr().err
-    for part in ("absent.yaml: there is no notebooks/absent.ipynb", "other.yaml: augment:", "tiny.yaml: seed:",
-                 "tiny.yaml: lrr:"):  # fmt: skip
+    for part in (
+        "absent.yaml: there is no notebooks/absent.ipynb",
+        "other.yaml: augment:",
+        "tiny.yaml: seed:",
+        "tiny.yaml: lrr:",
+    ):
         assert part in problems
 
 
@@ -168,7 +198,9 @@ def test_data_root_that_is_none_is_an_error_before_any_kernel_starts(repo, no_ke
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path, message", [("absent", "no such file or folder"), ("notebooks", "no *.yaml in it")])
+@pytest.mark.parametrize(
+    "path, message", [("absent", "no such file or folder"), ("notebooks", "no *.yaml in it")]
+)
 def test_path_without_parameter_files_is_an_error(repo, path, message):
     with pytest.raises(batch.BadParameters, match=re.escape(message)):
         batch.load_runs([path])
@@ -183,29 +215,43 @@ def test_grid_is_every_combination_over_the_base_with_its_own_name(repo):
     sweep = params_file(repo, yaml.safe_dump(content, sort_keys=False), "losses")
     found = batch.load_runs([sweep])
     assert [(r.params["lr"], r.params["augment"]) for r in found] == [
-        (0.1, True), (0.1, False), (0.01, True), (0.01, False)
-    ]  # fmt: skip
+        (0.1, True),
+        (0.1, False),
+        (0.01, True),
+        (0.01, False),
+    ]
     assert all(r.params["seed"] == 3 and r.notebook.stem == "tiny" for r in found)
     assert len({r.name for r in found}) == 4 and found[0].name == "losses-0.1-augment_True-2_4"
 
 
 def test_list_of_runs_takes_the_base_and_its_own_values(repo):
     several = [{"run_name": "a", "seed": 1}, {"run_name": "b"}]
-    sweep = params_file(repo, yaml.safe_dump({"notebook": "tiny", "base": {"seed": 3}, "runs": several}), "two")
+    sweep = params_file(
+        repo, yaml.safe_dump({"notebook": "tiny", "base": {"seed": 3}, "runs": several}), "two"
+    )
     assert [(r.name, r.params["seed"]) for r in batch.load_runs([sweep])] == [("a", 1), ("b", 3)]
 
 
-@pytest.mark.parametrize("sweep, message", [
-    ({"notebook": "tiny"}, "either runs or grid"),
-    ({"notebook": "tiny", "runs": [{"run_name": "a"}], "grid": {"seed": [1]}}, "either runs or grid"),
-    ({"notebook": "tiny", "runs": [{"seed": 1}]}, "run_name: missing in run 1"),
-    ({"notebook": "tiny", "runs": ["a"]}, "expected a list of value sets, got 'a'"),
-    ({"notebook": "tiny", "grid": {"seed": 1}}, "seed: a grid wants a list"),
-    ({"notebook": "tiny", "seeds": [1]}, "seeds: a sweep has notebook, base, and runs or grid"),
-    ({"notebook": "huge", "grid": {"seed": [1]}}, "there is no notebooks/huge.ipynb"),
-    ({"notebook": "tiny", "grid": {"seed": [1, "x"]}}, "seed: expected int, got 'x'"),
-    ({"notebook": "tiny", "runs": [{"run_name": "a"}, {"run_name": "a"}]}, "2 runs are called 'a'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sweep, message",
+    [
+        ({"notebook": "tiny"}, "either runs or grid"),
+        (
+            {"notebook": "tiny", "runs": [{"run_name": "a"}], "grid": {"seed": [1]}},
+            "either runs or grid",
+        ),
+        ({"notebook": "tiny", "runs": [{"seed": 1}]}, "run_name: missing in run 1"),
+        ({"notebook": "tiny", "runs": ["a"]}, "expected a list of value sets, got 'a'"),
+        ({"notebook": "tiny", "grid": {"seed": 1}}, "seed: a grid wants a list"),
+        ({"notebook": "tiny", "seeds": [1]}, "seeds: a sweep has notebook, base, and runs or grid"),
+        ({"notebook": "huge", "grid": {"seed": [1]}}, "there is no notebooks/huge.ipynb"),
+        ({"notebook": "tiny", "grid": {"seed": [1, "x"]}}, "seed: expected int, got 'x'"),
+        (
+            {"notebook": "tiny", "runs": [{"run_name": "a"}, {"run_name": "a"}]},
+            "2 runs are called 'a'",
+        ),
+    ],
+)
 def test_malformed_sweep_is_an_error(repo, sweep, message):
     with pytest.raises(batch.BadParameters, match=re.escape(message)):
         batch.load_runs([params_file(repo, yaml.safe_dump(sweep), "sweep")])
@@ -215,7 +261,11 @@ def test_only_takes_runs_by_the_beginning_of_their_name(repo):
     for stem in ("01_a", "02_b", "03_c"):
         notebook(repo, stem)
         params_file(repo, "", stem)
-    assert [r.name for r in batch.load_runs(["params"])] == ["01_a", "02_b", "03_c"]  # in the order of the files
+    assert [r.name for r in batch.load_runs(["params"])] == [
+        "01_a",
+        "02_b",
+        "03_c",
+    ]  # in the order of the files
     assert [r.name for r in batch.load_runs(["params"], only="03,01")] == ["01_a", "03_c"]
     assert [r.name for r in batch.load_runs(["params"], only="0*_b")] == ["02_b"]
     with pytest.raises(batch.BadParameters, match="--only 04: none of 01_a, 02_b, 03_c begins so"):
@@ -235,10 +285,15 @@ def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsy
     assert batch.main(asked) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^ok +tiny +\d+ s +mAP@5 0\.100$", printed, re.MULTILINE)
-    assert f"submission: {folder / 'submission.csv'}" in printed and (repo / "out" / "runs.csv").is_file()
+    assert (
+        f"submission: {folder / 'submission.csv'}" in printed
+        and (repo / "out" / "runs.csv").is_file()
+    )
     assert (folder / "notebook.ipynb").is_file() and runs.load(folder)["params"]["seed"] == 1
     assert batch.main(asked) == 0
-    assert re.search(r"^skip tiny +done before +mAP@5 0\.100$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        r"^skip tiny +done before +mAP@5 0\.100$", capsys.readouterr().out, re.MULTILINE
+    )
     assert started(folder) == 1
     assert batch.main([*asked, "-p", "seed=2"]) == 0 and started(folder) == 2
     assert batch.main([*asked, "-p", "seed=2", "--force"]) == 0 and started(folder) == 3
@@ -264,7 +319,11 @@ def fake_kernel(monkeypatch):
 def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
     def again():
         before = len(fake_kernel)
-        batch.run_all(batch.load_runs([file], {"data_root": str(data)}), output_dir="out", report=lambda line: None)
+        batch.run_all(
+            batch.load_runs([file], {"data_root": str(data)}),
+            output_dir="out",
+            report=lambda line: None,
+        )
         return len(fake_kernel) > before
 
     file, data = params_file(repo, "seed: 1\n"), repo / "data"
@@ -288,19 +347,25 @@ def test_submission_of_the_best_run_is_made_anew_each_time(repo, fake_kernel):
         fake_kernel.clear()
         file = params_file(repo, f"model_run: {model_run}\n")
         for _ in range(2):
-            batch.run_all(batch.load_runs([file]), output_dir=f"out/{model_run}", report=lambda line: None)
+            batch.run_all(
+                batch.load_runs([file]), output_dir=f"out/{model_run}", report=lambda line: None
+            )
         assert len(fake_kernel) == kernels
 
 
-def test_failing_cell_makes_the_exit_code_1_and_its_error_is_shown_and_the_others_still_run(repo, capsys):
+def test_failing_cell_makes_the_exit_code_1_and_its_error_is_shown_and_the_others_still_run(
+    repo, capsys
+):
     notebook(repo, "zz_good")
     params_file(repo, 'fail: "no images in the store"\n')
     params_file(repo, "", "zz_good")
-    old = host.run_folder(str(repo / "out"), "tiny") / "submission.csv"
+    old = platform.run_folder(str(repo / "out"), "tiny") / "submission.csv"
     old.write_text("of an earlier run")
     assert batch.main(["params", "--output-dir", "out"]) == 1
     printed = capsys.readouterr().out
-    assert re.search(r"^FAIL tiny ", printed, re.MULTILINE) and re.search(r"^ok +zz_good ", printed, re.MULTILINE)
+    assert re.search(r"^FAIL tiny ", printed, re.MULTILINE) and re.search(
+        r"^ok +zz_good ", printed, re.MULTILINE
+    )
     assert "ValueError: no images in the store" in printed and "\x1b" not in printed
     kept = json.loads((repo / "out" / "tiny" / "notebook.ipynb").read_text())
     assert any(o.get("ename") == "ValueError" for c in kept["cells"] for o in c.get("outputs", []))
@@ -310,24 +375,39 @@ def test_failing_cell_makes_the_exit_code_1_and_its_error_is_shown_and_the_other
 def test_killed_kernel_is_named_as_out_of_memory(repo, capsys):
     assert batch.main([str(params_file(repo, "fail: killed\n")), "--output-dir", "out"]) == 1
     printed = capsys.readouterr().out
-    assert "the kernel was killed, most likely out of memory: lower batch_size or image_size" in printed
+    assert (
+        "the kernel was killed, most likely out of memory: lower batch_size or image_size"
+        in printed
+    )
 
 
 def error_notebook(path, name, value):
-    error = {"output_type": "error", "ename": name, "evalue": value, "traceback": [f"\x1b[31m{name}\x1b[0m: {value}"]}
+    error = {
+        "output_type": "error",
+        "ename": name,
+        "evalue": value,
+        "traceback": [f"\x1b[31m{name}\x1b[0m: {value}"],
+    }
     path.write_text(json.dumps({"cells": [{"outputs": [error]}]}))
     return path
 
 
-@pytest.mark.parametrize("name, value, memory", [
-    ("MemoryError", "", True),
-    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 9.00 GiB", True),
-    ("_ArrayMemoryError", "Unable to allocate 9 GiB for an array", True),
-    ("RuntimeError", "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory", True),
-    ("OSError", "[Errno 12] Cannot allocate memory", True),
-    ("RuntimeError", "DataLoader worker (pid 8) is killed by signal: Killed.", True),
-    ("RuntimeError", "shapes do not fit", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, memory",
+    [
+        ("MemoryError", "", True),
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 9.00 GiB", True),
+        ("_ArrayMemoryError", "Unable to allocate 9 GiB for an array", True),
+        (
+            "RuntimeError",
+            "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory",
+            True,
+        ),
+        ("OSError", "[Errno 12] Cannot allocate memory", True),
+        ("RuntimeError", "DataLoader worker (pid 8) is killed by signal: Killed.", True),
+        ("RuntimeError", "shapes do not fit", False),
+    ],
+)
 def test_memory_errors_are_named_with_the_remedy(tmp_path, name, value, memory):
     done = batch.subprocess.CompletedProcess([], 1, "", "")
     reason = batch._reason(done, error_notebook(tmp_path / "n.ipynb", name, value))
@@ -350,21 +430,26 @@ def test_rows_of_a_sweep_go_side_by_side_but_files_and_a_row_that_names_another_
     assert found == [["a", "b", "c"], ["d", "e"], ["tiny"], ["zz_next"]]
 
 
-@pytest.mark.parametrize("named, present, jobs, places", [
-    (None, 2, 0, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
-    ("3,5", 8, 0, [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]),
-    (None, 2, 1, [{"CUDA_VISIBLE_DEVICES": "0"}]),
-    (None, 0, 0, [{"OMP_NUM_THREADS": "4"}] * 2),  # 8 cores would do for 4, 9 GB for 2
-    (None, 0, 4, [{"OMP_NUM_THREADS": "2"}] * 4),
-])  # fmt: skip
-def test_a_process_gets_a_gpu_of_its_own_or_its_share_of_the_cores(monkeypatch, named, present, jobs, places):
+@pytest.mark.parametrize(
+    "named, present, jobs, places",
+    [
+        (None, 2, 0, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
+        ("3,5", 8, 0, [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]),
+        (None, 2, 1, [{"CUDA_VISIBLE_DEVICES": "0"}]),
+        (None, 0, 0, [{"OMP_NUM_THREADS": "4"}] * 2),  # 8 cores would do for 4, 9 GB for 2
+        (None, 0, 4, [{"OMP_NUM_THREADS": "2"}] * 4),
+    ],
+)
+def test_a_process_gets_a_gpu_of_its_own_or_its_share_of_the_cores(
+    monkeypatch, named, present, jobs, places
+):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: present)
-    monkeypatch.setattr(host, "cores", lambda: 8)
-    monkeypatch.setattr(host, "memory_gb", lambda: (16.0, 9.0))
+    monkeypatch.setattr(batch, "cores", lambda: 8)
+    monkeypatch.setattr(batch, "memory_gb", lambda: (16.0, 9.0))
     assert batch.slots(jobs) == places
 
 
@@ -387,7 +472,10 @@ def test_every_row_runs_once_on_a_free_slot_and_results_keep_their_order(repo, m
     todo = batch.load_runs([sweep(repo, [{"run_name": n} for n in "abcdef"])])
     results = batch.run_all(todo, output_dir="out", report=lines.append)
     assert [r.run.name for r in results] == list("abcdef") == [line.split()[1] for line in lines]
-    assert sorted(name for name, _ in seen) == list("abcdef") and {gpu for _, gpu in seen} == {"0", "1"}
+    assert sorted(name for name, _ in seen) == list("abcdef") and {gpu for _, gpu in seen} == {
+        "0",
+        "1",
+    }
 
 
 # A sweep of six: in `lethal` the process that waits for papermill is killed, once.
@@ -407,7 +495,9 @@ record = dict(
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is optional: pip install ray")
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is optional: pip install ray"
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker by /proc")
 def test_sweep_on_ray_survives_a_killed_worker_and_gives_the_numbers_of_the_local_runner(repo):
     notebook(repo, "ray_tiny", work=RAY_WORK)
@@ -415,18 +505,34 @@ def test_sweep_on_ray_survives_a_killed_worker_and_gives_the_numbers_of_the_loca
     rows[2]["fail"] = "lethal"
     file = params_file(repo, yaml.safe_dump({"notebook": "ray_tiny", "runs": rows}), "rows")
     local = yaml.safe_dump({"notebook": "ray_tiny", "runs": [r | {"fail": ""} for r in rows]})
-    places = os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-m", "vipr_utils.batch", "--jobs", "2", "--output-dir"]
-    for asked in (["on_ray", str(file), "--engine", "ray"], ["here", str(params_file(repo, local, "local"))]):
-        done = subprocess.run([*command, *asked], cwd=repo, env=places, capture_output=True, text=True)
+    places = os.environ | {
+        "PYTHONPATH": str(Path(batch.__file__).parents[1]),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [sys.executable, "-m", "vipr_utils", "run", "--jobs", "2", "--output-dir"]
+    for asked in (
+        ["on_ray", str(file), "--engine", "ray"],
+        ["here", str(params_file(repo, local, "local"))],
+    ):
+        done = subprocess.run(
+            [*command, *asked], cwd=repo, env=places, capture_output=True, text=True
+        )
         assert not done.returncode, done.stdout + done.stderr
     assert (repo / "on_ray" / "c" / "killed").read_text().startswith("ray::")
     assert [started(repo / "on_ray" / n) for n in "abcdef"] == [1, 1, 2, 1, 1, 1]
-    numbers = {where: [runs.load(repo / where / n)["metrics"] for n in "abcdef"] for where in ("on_ray", "here")}
-    assert numbers["on_ray"] == numbers["here"] and len({m["map_at_5"] for m in numbers["here"]}) == 6
+    numbers = {
+        where: [runs.load(repo / where / n)["metrics"] for n in "abcdef"]
+        for where in ("on_ray", "here")
+    }
+    assert (
+        numbers["on_ray"] == numbers["here"] and len({m["map_at_5"] for m in numbers["here"]}) == 6
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is here")
 def test_ray_that_is_missing_is_an_error_with_the_remedy(repo, no_kernel, capsys):
     assert batch.main([str(params_file(repo, "")), "--engine", "ray"]) == 2
-    assert "--engine ray: Ray is missing: pip install ray, or leave --engine out" in capsys.readouterr().err
+    assert (
+        "--engine ray: Ray is missing: pip install ray, or leave --engine out"
+        in capsys.readouterr().err
+    )

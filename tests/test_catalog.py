@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vipr_utils import catalog
-from vipr_utils.catalog import CatalogError
+from vipr_utils.data import audit, catalog
+from vipr_utils.data.catalog import CatalogError
 
 
 def test_catalog_has_a_row_per_photo_with_its_split_and_path(make_root):
@@ -28,22 +28,37 @@ def test_images_in_a_doubled_folder_are_found(make_root):
 
 
 def test_missing_train_csv_says_what_a_data_root_holds(tmp_path):
-    with pytest.raises(CatalogError, match=r"train.csv is missing: a data root holds train.csv \(name,class,group\)"):
+    with pytest.raises(
+        CatalogError,
+        match=r"train.csv is missing: a data root holds train.csv \(name,class,group\)",
+    ):
         catalog.read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ("name,group\na.jpg,0\n", r"train.csv: column class missing, found name, group. Expected name,class,group"),
+        (
+            "name,group\na.jpg,0\n",
+            r"train.csv: column class missing, found name, group. Expected name,class,group",
+        ),
         ("id,label\na.jpg,0\n", r"columns name, class missing, found id, label"),
-        ("name,class\na.jpg,1\na.jpg,2\n", r"train.csv row 3: 'a.jpg' stands there twice \(1 duplicate names\)"),
-        ("name,class\n../../etc/a.jpg,1\n", r"train.csv row 2: '../../etc/a.jpg' leaves the data root"),
+        (
+            "name,class\na.jpg,1\na.jpg,2\n",
+            r"train.csv row 3: 'a.jpg' stands there twice \(1 duplicate names\)",
+        ),
+        (
+            "name,class\n../../etc/a.jpg,1\n",
+            r"train.csv row 2: '../../etc/a.jpg' leaves the data root",
+        ),
         ("name,class\n/etc/a.jpg,1\n", r"leaves the data root"),
         ("name,class\na.jpg,apple\n", r"train.csv row 2: class 'apple' is no whole number"),
         ("name,class\na.jpg,1.5\n", r"class '1.5' is no whole number"),
         ("name,class\na.jpg,\n", r"train.csv row 2: class nan"),
-        ("name,class,domain\na.jpg,1,studio\n", r"row 2: domain 'studio' is unknown, expected shop or customer"),
+        (
+            "name,class,domain\na.jpg,1,studio\n",
+            r"row 2: domain 'studio' is unknown, expected shop or customer",
+        ),
         ("name,class\n,1\n", r"train.csv row 2: no name"),
         ("name,class\n", r"train.csv has no rows"),
         ("", r"train.csv is no readable CSV"),
@@ -84,7 +99,13 @@ def test_labels_of_kaggles_own_test_table_are_used(make_root):
     root = make_root(test="name\nq.jpg\nr.jpg\n")
     (root / "test_kaggletest.csv").write_text("name,class,Usage\nr.jpg,2,Public\nq.jpg,1,Private\n")
     photos, _ = catalog.read(root)
-    assert dict(zip(photos.name, photos.product_id)) == {"a.jpg": 1, "b.jpg": 1, "c.jpg": 2, "q.jpg": 1, "r.jpg": 2}
+    assert dict(zip(photos.name, photos.product_id)) == {
+        "a.jpg": 1,
+        "b.jpg": 1,
+        "c.jpg": 2,
+        "q.jpg": 1,
+        "r.jpg": 2,
+    }
 
 
 def test_fingerprint_changes_with_a_label_and_with_a_file(make_root):
@@ -103,7 +124,9 @@ def test_fingerprint_changes_with_a_label_and_with_a_file(make_root):
 def test_empty_test_set_is_refused_by_protocol_test_alone(make_root):
     photos, _ = catalog.read(make_root(test=None))
     assert "test.csv is missing" in photos.attrs["notes"][0]
-    with pytest.raises(CatalogError, match="protocol 'test' needs test photos and there are none: add test.csv"):
+    with pytest.raises(
+        CatalogError, match="protocol 'test' needs test photos and there are none: add test.csv"
+    ):
         catalog.split(photos, "test")
     assert len(catalog.split(photos, "seen")[1]) == 1
 
@@ -114,7 +137,9 @@ def test_header_only_test_table_is_refused(make_root):
 
 
 def test_unknown_protocol_lists_the_known(make_root):
-    with pytest.raises(ValueError, match=r"protocol 'random' is unknown: use one of \('test', 'seen', 'unseen'\)"):
+    with pytest.raises(
+        ValueError, match=r"protocol 'random' is unknown: use one of \('test', 'seen', 'unseen'\)"
+    ):
         catalog.split(catalog.read(make_root())[0], "random")
 
 
@@ -132,9 +157,15 @@ def photos_of(counts: dict, domains: bool = False) -> pd.DataFrame:
 def test_seen_keeps_every_product_in_the_gallery_and_no_query_in_it():
     photos = photos_of({1: 10, 2: 5, 3: 2, 4: 1})
     train, queries, gallery = catalog.split(photos, "seen", seed=1)
-    assert not set(queries.index) & set(gallery.index) and len(queries) + len(gallery) == len(photos)
+    assert not set(queries.index) & set(gallery.index) and len(queries) + len(gallery) == len(
+        photos
+    )
     assert set(gallery.product_id) == {1, 2, 3, 4}
-    assert dict(queries.product_id.value_counts()) == {1: 2, 2: 1, 3: 1}  # the class with one image asks nothing
+    assert dict(queries.product_id.value_counts()) == {
+        1: 2,
+        2: 1,
+        3: 1,
+    }  # the class with one image asks nothing
     assert train.equals(gallery)
 
 
@@ -182,8 +213,13 @@ def test_subset_strategies_choose_what_they_say():
 
 def test_nearest_subset_takes_the_products_that_queries_look_like():
     photos = photos_of({1: 8, 2: 3, 3: 20, 4: 5})
-    assert set(catalog.subset(photos, "nearest", 2, nearest=[2, 4, 4, 2, 4, 3]).product_id) == {2, 4}
-    with pytest.raises(CatalogError, match="'nearest' needs the product ids ranked first for the queries"):
+    assert set(catalog.subset(photos, "nearest", 2, nearest=[2, 4, 4, 2, 4, 3]).product_id) == {
+        2,
+        4,
+    }
+    with pytest.raises(
+        CatalogError, match="'nearest' needs the product ids ranked first for the queries"
+    ):
         catalog.subset(photos, "nearest", 2)
 
 
@@ -204,8 +240,16 @@ def test_held_out_visits_are_whole_and_at_most_half_of_a_product():
     numbers = (photos.i // 3).where(photos.product_id < 8, 0)  # product 8: one visit
     held = catalog.hold_out(photos, of_visits(photos, numbers), holdout=0.1)
     keys = [set(zip(t.product_id, numbers[t.index])) for t in (held.queries, held.gallery)]
-    assert held.how == "visits" and held.fit.equals(held.gallery) and len(held.fit) + len(held.queries) == len(photos)
-    assert not keys[0] & keys[1] and set(held.queries.product_id) == set(range(8)) and 8 in set(held.gallery.product_id)
+    assert (
+        held.how == "visits"
+        and held.fit.equals(held.gallery)
+        and len(held.fit) + len(held.queries) == len(photos)
+    )
+    assert (
+        not keys[0] & keys[1]
+        and set(held.queries.product_id) == set(range(8))
+        and 8 in set(held.gallery.product_id)
+    )
     assert (held.queries.product_id.value_counts() == 3).all()
 
 
@@ -217,7 +261,10 @@ def test_without_two_visits_single_photos_are_held_out_and_without_two_photos_no
     numbers = (photos.i // 2).where(photos.product_id < 1, 0)  # one product of five was seen twice
     held = catalog.hold_out(photos, of_visits(photos, numbers))
     assert held.how == "photos" and held.queries.product_id.nunique() == 5
-    with pytest.raises(CatalogError, match="no product has two train photos, .* where there is holdout, set it to 0"):
+    with pytest.raises(
+        CatalogError,
+        match="no product has two train photos, .* where there is holdout, set it to 0",
+    ):
         catalog.hold_out(photos_of({1: 1, 2: 1}), of_visits(photos, [0, 0]))
 
 
@@ -231,7 +278,14 @@ def test_a_split_is_named_by_the_photos_it_holds_out_and_written_down(tmp_path):
     table = pd.read_csv(tmp_path / "split.csv")
     assert list(table.image_id) == list(photos.image_id) and set(table.part) == {"fit", "query"}
     record = first.record({"map_at_5": 0.5, "map_at_5_low": 0.4, "map_at_5_high": 0.6})
-    assert record == {"how": "visits", "split": first.split, "n_queries": 12, "map_at_5": 0.5, "low": 0.4, "high": 0.6}
+    assert record == {
+        "how": "visits",
+        "split": first.split,
+        "n_queries": 12,
+        "map_at_5": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+    }
 
 
 # ------------------------------------------------------------------------------------------ duplicates and leaks
@@ -241,9 +295,9 @@ def test_exact_duplicates_are_found_by_content(make_root):
     root = make_root()
     (root / "test" / "q.jpg").write_bytes((root / "train" / "b.jpg").read_bytes())
     photos, _ = catalog.read(root)
-    pairs = catalog.exact_duplicates(photos)
+    pairs = audit.exact_duplicates(photos)
     assert pairs.to_dict("records") == [{"row": 3, "copy_of": 1}]
-    leaked = catalog.leaks(photos, pairs.to_numpy())
+    leaked = audit.leaks(photos, pairs.to_numpy())
     assert leaked.to_dict("records") == [{"train": 1, "test": 3, "same_product": True}]
 
 
@@ -259,11 +313,11 @@ def test_near_duplicates_are_those_of_a_slow_loop(bits):
         for j in range(i + 1, len(hashes))
         if bin(int(hashes[i]) ^ int(hashes[j])).count("1") <= bits
     ]
-    assert slow and [tuple(map(int, p)) for p in catalog.near_duplicates(hashes, bits)] == slow
+    assert slow and [tuple(map(int, p)) for p in audit.near_duplicates(hashes, bits)] == slow
 
 
 def test_many_equal_hashes_are_compared_within_memory():
-    pairs = catalog.near_duplicates(np.zeros(1500, np.uint64), 0)
+    pairs = audit.near_duplicates(np.zeros(1500, np.uint64), 0)
     assert len(pairs) == 1500 * 1499 // 2
 
 
@@ -276,10 +330,16 @@ def photographed(products):
 
 def test_cleaning_keeps_the_main_component_of_every_product():
     rows = photographed([1, 1, 1, 1, 2, 2, 2])
-    pairs = [(7, 17), (17, 27), (37, 47), (47, 57), (999, 7)]  # 37-47 crosses products; 999 is no row of these
-    groups = catalog.linked(rows, pairs)
+    pairs = [
+        (7, 17),
+        (17, 27),
+        (37, 47),
+        (47, 57),
+        (999, 7),
+    ]  # 37-47 crosses products; 999 is no row of these
+    groups = audit.linked(rows, pairs)
     assert groups[7] == groups[17] == groups[27] != groups[37] and groups[37] != groups[47]
-    kept, dropped = catalog.clean(rows, groups)
+    kept, dropped = audit.clean(rows, groups)
     assert list(kept.index) == [7, 17, 27, 47, 57] and list(dropped.index) == [37, 67]
     assert list(dropped["in_group"]) == [1, 1] and list(dropped["in_main"]) == [3, 2]
     assert dropped["reason"][37] == "1 linked, the product's main group has 3"
@@ -288,7 +348,7 @@ def test_cleaning_keeps_the_main_component_of_every_product():
 def test_a_product_without_a_main_component_is_left_as_it_is():
     rows = photographed([1, 1, 2, 3, 3, 3, 3])
     for pairs in ([], [(37, 47), (57, 67)]):
-        kept, dropped = catalog.clean(rows, catalog.linked(rows, np.array(pairs, int).reshape(-1, 2)))
+        kept, dropped = audit.clean(rows, audit.linked(rows, np.array(pairs, int).reshape(-1, 2)))
         assert list(kept.index) == list(rows.index) and dropped.empty
 
 
@@ -299,5 +359,5 @@ def test_cleaning_by_similarity_finds_a_photo_under_the_wrong_product():
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     products[[4, 15]] = [1, 2]  # mislabelled
     rows = photographed(products)
-    kept, dropped = catalog.clean(rows, catalog.similar(rows, x, similarity=0.8))
+    kept, dropped = audit.clean(rows, audit.similar(rows, x, similarity=0.8))
     assert list(dropped.index) == [47, 157] and len(kept) == 28

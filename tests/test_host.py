@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-import platform
+import platform as python_platform
 import random
 import re
 import subprocess
@@ -13,20 +13,46 @@ import numpy as np
 import pytest
 import torch
 
-from vipr_utils import host
+from vipr_utils.host import platform
+from vipr_utils.host.device import (
+    _has_kernels,
+    compute_dtype,
+    cores,
+    hardware,
+    precision_used,
+    seed_everything,
+    tune,
+    versions,
+    working_device,
+)
+from vipr_utils.host.files import fcntl, locked, whole_file
 
-P100_BUILD = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # what Kaggle's torch lists
+P100_BUILD = [
+    "sm_75",
+    "sm_80",
+    "sm_86",
+    "sm_90",
+    "sm_100",
+    "sm_120",
+    "compute_120",
+]  # what Kaggle's torch lists
 
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch, tmp_path):
     """No platform, no data, no cache but what the test makes."""
-    for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "VIPR_DATA", "VIPR_CACHE", "KAGGLEHUB_CACHE"):
+    for name in (
+        "KAGGLE_KERNEL_RUN_TYPE",
+        "COLAB_RELEASE_TAG",
+        "VIPR_DATA",
+        "VIPR_CACHE",
+        "KAGGLEHUB_CACHE",
+    ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(host, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
-    monkeypatch.setattr(host, "KAGGLE_WORKING", tmp_path / "kaggle" / "working")
-    monkeypatch.setattr(host, "KAGGLE_TEMP", tmp_path / "kaggle" / "temp")
-    monkeypatch.setattr(host, "COLAB_CONTENT", tmp_path / "content")
+    monkeypatch.setattr(platform, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
+    monkeypatch.setattr(platform, "KAGGLE_WORKING", tmp_path / "kaggle" / "working")
+    monkeypatch.setattr(platform, "KAGGLE_TEMP", tmp_path / "kaggle" / "temp")
+    monkeypatch.setattr(platform, "COLAB_CONTENT", tmp_path / "content")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
@@ -46,166 +72,200 @@ def on_kaggle(monkeypatch):
 
 
 def test_platform_is_told_by_environment_variables(monkeypatch):
-    assert host.where() == "local"
+    assert platform.where() == "local"
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-20261101")
-    assert host.where() == "colab"
+    assert platform.where() == "colab"
     on_kaggle(monkeypatch)
-    assert host.where() == "kaggle"
+    assert platform.where() == "kaggle"
 
 
-def test_given_folder_wins_over_the_environment_variable_and_that_over_attached_data(tmp_path, monkeypatch):
+def test_given_folder_wins_over_the_environment_variable_and_that_over_attached_data(
+    tmp_path, monkeypatch
+):
     given, named = data_root(tmp_path / "given"), data_root(tmp_path / "named")
-    attached = data_root(host.KAGGLE_INPUT / "products-10k")
+    attached = data_root(platform.KAGGLE_INPUT / "products-10k")
     on_kaggle(monkeypatch)
-    assert host.find_data_root() == (attached, "attached: products-10k")
+    assert platform.find_data_root() == (attached, "attached: products-10k")
     monkeypatch.setenv("VIPR_DATA", str(named))
-    assert host.find_data_root() == (named, "$VIPR_DATA")
-    assert host.find_data_root(str(given)) == (given, "parameter data_root")
+    assert platform.find_data_root() == (named, "$VIPR_DATA")
+    assert platform.find_data_root(str(given)) == (given, "parameter data_root")
 
 
 @pytest.mark.parametrize("exists, message", [(False, "does not exist"), (True, "has no train.csv")])
-def test_a_named_folder_that_is_no_data_root_is_an_error_and_not_the_toy_set(tmp_path, monkeypatch, exists, message):
+def test_a_named_folder_that_is_no_data_root_is_an_error_and_not_the_toy_set(
+    tmp_path, monkeypatch, exists, message
+):
     folder = tmp_path / "photos"
     if exists:
         folder.mkdir()
-    with pytest.raises(FileNotFoundError, match=f"parameter data_root: .*photos {message}.*train.csv"):
-        host.find_data_root(str(folder))
+    with pytest.raises(
+        FileNotFoundError, match=f"parameter data_root: .*photos {message}.*train.csv"
+    ):
+        platform.find_data_root(str(folder))
     monkeypatch.setenv("VIPR_DATA", str(folder))
     with pytest.raises(FileNotFoundError, match=r"\$VIPR_DATA: "):
-        host.find_data_root()
+        platform.find_data_root()
 
 
 def test_nothing_attached_means_the_toy_set(monkeypatch):
-    assert host.find_data_root() == (None, "toy")
+    assert platform.find_data_root() == (None, "toy")
     on_kaggle(monkeypatch)
-    assert host.find_data_root() == (None, "toy")
+    assert platform.find_data_root() == (None, "toy")
 
 
 def test_attached_data_is_not_looked_for_on_a_local_machine():
-    data_root(host.KAGGLE_INPUT / "products-10k")
-    assert host.find_data_root() == (None, "toy")
+    data_root(platform.KAGGLE_INPUT / "products-10k")
+    assert platform.find_data_root() == (None, "toy")
 
 
-@pytest.mark.parametrize("mount", [
-    "competitions/products-10k",
-    "datasets/warcoder/visual-product-recognition",
-    "datasets/warcoder/visual-product-recognition/products",
-    "products-10k",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mount",
+    [
+        "competitions/products-10k",
+        "datasets/warcoder/visual-product-recognition",
+        "datasets/warcoder/visual-product-recognition/products",
+        "products-10k",
+    ],
+)
 def test_both_ways_in_which_kaggle_mounts_data_are_found(monkeypatch, mount):
     on_kaggle(monkeypatch)
-    data_root(host.KAGGLE_INPUT / "datasets" / "someone" / "houses", header="id,price")  # another competition's
-    folder = data_root(host.KAGGLE_INPUT / mount)
-    assert host.find_data_root() == (folder, f"attached: {mount}")
+    data_root(
+        platform.KAGGLE_INPUT / "datasets" / "someone" / "houses", header="id,price"
+    )  # another competition's
+    folder = data_root(platform.KAGGLE_INPUT / mount)
+    assert platform.find_data_root() == (folder, f"attached: {mount}")
 
 
 def test_header_may_have_a_byte_order_mark_quotes_and_blanks(monkeypatch):
     on_kaggle(monkeypatch)
-    folder = data_root(host.KAGGLE_INPUT / "windows", header='\ufeff"name", "class"')
-    assert host.find_data_root()[0] == folder
+    folder = data_root(platform.KAGGLE_INPUT / "windows", header='\ufeff"name", "class"')
+    assert platform.find_data_root()[0] == folder
 
 
 def test_image_folders_are_never_listed(monkeypatch):
     on_kaggle(monkeypatch)
-    hidden = data_root(host.KAGGLE_INPUT / "other" / "train" / "products", images=False)
+    hidden = data_root(platform.KAGGLE_INPUT / "other" / "train" / "products", images=False)
     listed, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
-    assert host.find_data_root() == (None, "toy")
-    assert host.KAGGLE_INPUT / "other" in listed and hidden.parent not in listed
+    assert platform.find_data_root() == (None, "toy")
+    assert platform.KAGGLE_INPUT / "other" in listed and hidden.parent not in listed
 
 
 def test_search_ends_at_its_depth(monkeypatch):
     on_kaggle(monkeypatch)
-    data_root(host.KAGGLE_INPUT / "a" / "b" / "c" / "d" / "e")
-    assert host.find_data_root() == (None, "toy")
+    data_root(platform.KAGGLE_INPUT / "a" / "b" / "c" / "d" / "e")
+    assert platform.find_data_root() == (None, "toy")
 
 
 def test_tables_with_images_go_before_tables_alone(monkeypatch):
     on_kaggle(monkeypatch)
-    tables = data_root(host.KAGGLE_INPUT / "a-tables", images=False)
-    assert host.find_data_root()[0] == tables
-    whole = data_root(host.KAGGLE_INPUT / "datasets" / "owner" / "whole")
-    assert host.find_data_root()[0] == whole
+    tables = data_root(platform.KAGGLE_INPUT / "a-tables", images=False)
+    assert platform.find_data_root()[0] == tables
+    whole = data_root(platform.KAGGLE_INPUT / "datasets" / "owner" / "whole")
+    assert platform.find_data_root()[0] == whole
 
 
-@pytest.mark.parametrize("place", [
-    "content/products-10k", "content/drive/MyDrive/vipr/products-10k", "kaggle/input/products-10k",
-    "home/.cache/kagglehub/datasets/warcoder/visual-product-recognition/versions/1",
-])  # fmt: skip
-def test_data_on_colab_is_found_in_content_drive_and_the_kagglehub_cache(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize(
+    "place",
+    [
+        "content/products-10k",
+        "content/drive/MyDrive/vipr/products-10k",
+        "kaggle/input/products-10k",
+        "home/.cache/kagglehub/datasets/warcoder/visual-product-recognition/versions/1",
+    ],
+)
+def test_data_on_colab_is_found_in_content_drive_and_the_kagglehub_cache(
+    tmp_path, monkeypatch, place
+):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     folder = data_root(tmp_path / place)
-    assert host.find_data_root()[0] == folder
+    assert platform.find_data_root()[0] == folder
 
 
-@pytest.mark.parametrize("mount", ["kit", "kit/vipr", "datasets/me/kit", "datasets/me/kit/vipr", "notebooks/me/run/deep",
-                                   "models/me/net/pytorch/default/1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "mount",
+    [
+        "kit",
+        "kit/vipr",
+        "datasets/me/kit",
+        "datasets/me/kit/vipr",
+        "notebooks/me/run/deep",
+        "models/me/net/pytorch/default/1",
+    ],
+)
 def test_attached_file_is_found_at_the_root_of_an_input_or_one_folder_below(monkeypatch, mount):
-    file = host.KAGGLE_INPUT / mount / "submissions" / "04[a]" / "model.pt"
+    file = platform.KAGGLE_INPUT / mount / "submissions" / "04[a]" / "model.pt"
     file.parent.mkdir(parents=True)
     file.touch()
-    assert host.attached("submissions/04[a]") == []  # nothing is attached to a laptop
+    assert platform.attached("submissions/04[a]") == []  # nothing is attached to a laptop
     on_kaggle(monkeypatch)
-    assert host.attached("submissions/04[a]") == [file.parent] and host.attached("submissions/04") == []
-    assert host.find_run("04[a]") == file.parent  # the output of an earlier notebook
-    own = host.run_folder("submissions", "04[a]")
+    assert (
+        platform.attached("submissions/04[a]") == [file.parent]
+        and platform.attached("submissions/04") == []
+    )
+    assert platform.find_run("04[a]") == file.parent  # the output of an earlier notebook
+    own = platform.run_folder("submissions", "04[a]")
     (own / "model.pt").touch()
-    assert host.find_run("04[a]") == own and host.find_run(str(file.parent)) == file.parent
+    assert platform.find_run("04[a]") == own and platform.find_run(str(file.parent)) == file.parent
 
 
 def test_run_that_is_nowhere_is_looked_for_in_the_output_folder(tmp_path):
-    assert host.find_run("05", output_dir=str(tmp_path)) == tmp_path / "05"
+    assert platform.find_run("05", output_dir=str(tmp_path)) == tmp_path / "05"
 
 
 # -------------------------------------------------------------------------------------------- folders and files
 
 
 def test_relative_output_is_kept_in_kaggle_working_or_in_the_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "repository", lambda: tmp_path / "checkout")
-    assert host.output_folder("out") == tmp_path / "checkout" / "out"
+    monkeypatch.setattr(platform, "repository", lambda: tmp_path / "checkout")
+    assert platform.output_folder("out") == tmp_path / "checkout" / "out"
     on_kaggle(monkeypatch)
-    assert host.output_folder("out") == tmp_path / "kaggle" / "working" / "out"
-    assert host.output_folder(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+    assert platform.output_folder("out") == tmp_path / "kaggle" / "working" / "out"
+    assert platform.output_folder(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
     assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_relative_output_on_colab_is_kept_on_the_mounted_drive(tmp_path, monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
-    assert host.output_folder("out") == tmp_path / "content" / "out"
+    assert platform.output_folder("out") == tmp_path / "content" / "out"
     (tmp_path / "content" / "drive" / "MyDrive").mkdir(parents=True)
-    assert host.output_folder("out") == tmp_path / "content" / "drive" / "MyDrive" / "vipr" / "out"
+    assert (
+        platform.output_folder("out") == tmp_path / "content" / "drive" / "MyDrive" / "vipr" / "out"
+    )
 
 
 def test_cache_is_the_parameter_then_the_variable_then_the_platforms_scratch(tmp_path, monkeypatch):
-    assert host.cache_folder() == tmp_path / "home" / ".cache" / "vipr"
+    assert platform.cache_folder() == tmp_path / "home" / ".cache" / "vipr"
     on_kaggle(monkeypatch)
-    assert host.cache_folder() == tmp_path / "kaggle" / "temp" / "vipr"
+    assert platform.cache_folder() == tmp_path / "kaggle" / "temp" / "vipr"
     monkeypatch.setenv("VIPR_CACHE", str(tmp_path / "variable"))
-    assert host.cache_folder() == tmp_path / "variable"
-    assert host.cache_folder(str(tmp_path / "given")) == tmp_path / "given"
+    assert platform.cache_folder() == tmp_path / "variable"
+    assert platform.cache_folder(str(tmp_path / "given")) == tmp_path / "given"
 
 
 def test_run_folder_is_made_below_the_output_folder(tmp_path):
-    folder = host.run_folder(str(tmp_path / "out"), "03_scratch_siamese")
+    folder = platform.run_folder(str(tmp_path / "out"), "03_scratch_siamese")
     assert folder == tmp_path / "out" / "03_scratch_siamese" and folder.is_dir()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../up", "a\\b", "what?", "two\nlines"])
 def test_run_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="no plain folder name"):
-        host.run_folder(str(tmp_path), name)
+        platform.run_folder(str(tmp_path), name)
     assert not list(tmp_path.glob("*/run.json"))
 
 
 def test_whole_file_takes_its_place_only_when_complete(tmp_path):
     path = tmp_path / "new" / "table.csv"
-    with host.whole_file(path) as part:
+    with whole_file(path) as part:
         part.write_text("complete")
         assert part.parent == path.parent and not path.exists()
     assert path.read_text() == "complete" and list(path.parent.iterdir()) == [path]
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # not mkstemp's private mode: others must read results
+    assert (
+        path.stat().st_mode == plain.stat().st_mode
+    )  # not mkstemp's private mode: others must read results
 
 
 @pytest.mark.parametrize("error", [ValueError("bad row"), KeyboardInterrupt()])
@@ -213,22 +273,27 @@ def test_whole_file_keeps_the_old_file_on_any_error(tmp_path, error):
     path = tmp_path / "model.pt"
     path.write_text("old")
     with pytest.raises(type(error)):
-        with host.whole_file(path) as part:
+        with whole_file(path) as part:
             part.write_text("half of")
             raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"
+        ),
+    ],
+)
 def test_full_disk_is_named_with_file_room_and_remedy_and_the_old_file_stays(tmp_path, error):
     path = tmp_path / "model.pt"
     path.write_text("old")
     message = r"disk full while writing model\.pt .*GB free.*output_dir or cache_dir"
     with pytest.raises(OSError, match=message) as caught:
-        with host.whole_file(path) as part:
+        with whole_file(path) as part:
             part.write_text("half of")
             raise error
     assert caught.value.errno == errno.ENOSPC
@@ -241,7 +306,7 @@ def test_disk_that_fills_up_when_the_file_is_flushed_is_named_too(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full while writing images.bin"):
-        with host.whole_file(tmp_path / "images.bin") as part:
+        with whole_file(tmp_path / "images.bin") as part:
             part.write_bytes(b"1")
     assert not list(tmp_path.iterdir())
 
@@ -250,30 +315,35 @@ def test_disk_that_fills_up_when_the_file_is_flushed_is_named_too(tmp_path, monk
 def keeps_little(monkeypatch):
     """Kaggle, but 3,000 bytes of /kaggle/working are kept."""
     on_kaggle(monkeypatch)
-    monkeypatch.setattr(host, "KEPT_GB", 3000 / 1e9)
-    return host.output_folder("out")
+    monkeypatch.setattr(platform, "KEPT_GB", 3000 / 1e9)
+    return platform.output_folder("out")
 
 
-def test_file_that_would_pass_what_kaggle_keeps_is_refused_and_the_old_one_stays(tmp_path, keeps_little):
+def test_file_that_would_pass_what_kaggle_keeps_is_refused_and_the_old_one_stays(
+    tmp_path, keeps_little
+):
     path = keeps_little / "model.pt"
     path.write_bytes(b"x" * 1000)
-    assert host.room_gb(keeps_little) * 1e9 == pytest.approx(2000)
-    with host.whole_file(path) as part:
+    assert platform.room_gb(keeps_little) * 1e9 == pytest.approx(2000)
+    with whole_file(path) as part:
         part.write_bytes(b"y" * 1900)
-    with pytest.raises(OSError, match=r"disk full while writing model\.pt .*working keeps 3e-06 GB.*output_dir or cache_dir"):
-        with host.whole_file(path) as part:
+    with pytest.raises(
+        OSError,
+        match=r"disk full while writing model\.pt .*working keeps 3e-06 GB.*output_dir or cache_dir",
+    ):
+        with whole_file(path) as part:
             part.write_bytes(b"z" * 1200)
     assert path.read_bytes() == b"y" * 1900 and list(keeps_little.iterdir()) == [path]
-    with host.whole_file(host.cache_folder() / "images.bin") as part:  # scratch has no such limit
+    with whole_file(platform.cache_folder() / "images.bin") as part:  # scratch has no such limit
         part.write_bytes(b"z" * 9000)
 
 
-@pytest.mark.skipif(host.fcntl is None, reason="no lock on Windows")
+@pytest.mark.skipif(fcntl is None, reason="no lock on Windows")
 def test_lock_lets_one_in_at_a_time(tmp_path):
-    with host.locked(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         with open(tmp_path / "run" / ".lock") as file, pytest.raises(BlockingIOError):
-            host.fcntl.flock(file, host.fcntl.LOCK_EX | host.fcntl.LOCK_NB)
-    with host.locked(tmp_path / "run"):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(tmp_path / "run"):
         pass
 
 
@@ -281,9 +351,20 @@ def test_lock_lets_one_in_at_a_time(tmp_path):
 
 
 def test_preflight_says_what_is_here_and_warns_of_nothing_on_a_laptop_with_the_toy_set(recwarn):
-    table = host.preflight({"epochs": 3})
-    assert list(table.index) == ["data", "machine", "device", "memory", "outputs", "cache", "weights", "time"]
-    assert table.found["data"] == "toy set (generated)" and table.found["machine"].startswith("local, Python 3.")
+    table = platform.preflight({"epochs": 3})
+    assert list(table.index) == [
+        "data",
+        "machine",
+        "device",
+        "memory",
+        "outputs",
+        "cache",
+        "weights",
+        "time",
+    ]
+    assert table.found["data"] == "toy set (generated)" and table.found["machine"].startswith(
+        "local, Python 3."
+    )
     assert table.found["time"] == "not run here before"
     assert re.fullmatch(r"\d+ of \d+ GB available", table.found["memory"])
     assert not [w for w in recwarn if "session" in str(w.message) or "GPU" in str(w.message)]
@@ -293,45 +374,63 @@ def test_preflight_of_real_photos_on_kaggle_without_gpu_and_time_limit_warns_of_
     on_kaggle(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    data_root(host.KAGGLE_INPUT / "products-10k")
+    data_root(platform.KAGGLE_INPUT / "products-10k")
     with pytest.warns(UserWarning) as warned:
-        table = host.preflight({"epochs": 3, "max_minutes": 0.0})
+        table = platform.preflight({"epochs": 3, "max_minutes": 0.0})
     assert "choose Settings > Accelerator > GPU T4 x2" in table["to do"]["device"]
     assert "the session ends after 12 h, done or not: set max_minutes" in table["to do"]["time"]
     assert {str(w.message).split(":")[0] for w in warned} >= {"device", "time"}
-    assert host.preflight({"epochs": 3, "max_minutes": 90.0}).found["time"] == "training ends after 90 min, then evaluation"
+    assert (
+        platform.preflight({"epochs": 3, "max_minutes": 90.0}).found["time"]
+        == "training ends after 90 min, then evaluation"
+    )
 
 
 def test_preflight_names_the_p100s_way_out(p100):
-    with pytest.warns(UserWarning, match=r"device: cpu: .*Tesla P100.*Settings > Accelerator > GPU T4 x2"):
-        assert "GPU T4 x2" in host.preflight({})["to do"]["device"]
+    with pytest.warns(
+        UserWarning, match=r"device: cpu: .*Tesla P100.*Settings > Accelerator > GPU T4 x2"
+    ):
+        assert "GPU T4 x2" in platform.preflight({})["to do"]["device"]
 
 
 def test_preflight_warns_of_a_cache_among_the_outputs_and_of_a_full_disk(keeps_little):
     with pytest.warns(UserWarning) as warned:
-        table = host.preflight({"cache_dir": str(keeps_little / "cache")})
+        table = platform.preflight({"cache_dir": str(keeps_little / "cache")})
     assert table["to do"]["cache"].startswith("counts against the")
     assert re.fullmatch(r"0 GB of \S+ GB kept free", table.found["outputs"])
-    assert any("outputs: " in str(w.message) and "runs may not fit" in str(w.message) for w in warned)
+    assert any(
+        "outputs: " in str(w.message) and "runs may not fit" in str(w.message) for w in warned
+    )
 
 
 def test_preflight_shows_a_wrong_data_root_instead_of_raising(tmp_path):
     with pytest.warns(UserWarning, match="data: .*nowhere does not exist"):
-        assert "does not exist" in host.preflight({"data_root": str(tmp_path / "nowhere")})["to do"]["data"]
+        assert (
+            "does not exist"
+            in platform.preflight({"data_root": str(tmp_path / "nowhere")})["to do"]["data"]
+        )
 
 
 def test_preflight_says_how_long_the_same_parameters_took_here(tmp_path, monkeypatch):
     params = {"output_dir": str(tmp_path), "epochs": 3, "lr": 0.1}
-    record = {"run": "mine", "seconds": 83.4, "hardware": host.hardware(), "data": {"root": "toy-24"}}
-    folder = host.run_folder(str(tmp_path), "mine")
+    record = {"run": "mine", "seconds": 83.4, "hardware": hardware(), "data": {"root": "toy-24"}}
+    folder = platform.run_folder(str(tmp_path), "mine")
     unknown = "not run here before"
-    for changed, said in (({}, "83 s, as run mine took here"), ({"lr": 0.2}, unknown), ({"k": 1}, unknown)):
-        (folder / "run.json").write_text(json.dumps(record | {"params": params | {"output_dir": "elsewhere"} | changed}))
-        assert host.preflight(params).found["time"] == said
-    (folder / "run.json").write_text(json.dumps(record | {"params": params, "hardware": "Tesla T4"}))
-    assert host.preflight(params).found["time"] == "not run here before"
+    for changed, said in (
+        ({}, "83 s, as run mine took here"),
+        ({"lr": 0.2}, unknown),
+        ({"k": 1}, unknown),
+    ):
+        (folder / "run.json").write_text(
+            json.dumps(record | {"params": params | {"output_dir": "elsewhere"} | changed})
+        )
+        assert platform.preflight(params).found["time"] == said
+    (folder / "run.json").write_text(
+        json.dumps(record | {"params": params, "hardware": "Tesla T4"})
+    )
+    assert platform.preflight(params).found["time"] == "not run here before"
     (folder / "run.json").write_text("[")
-    assert host.preflight(params).found["time"] == "not run here before"
+    assert platform.preflight(params).found["time"] == "not run here before"
 
 
 # ---------------------------------------------------------------------------------------------- device and memory
@@ -349,27 +448,30 @@ def p100(monkeypatch):
 
 def test_card_without_kernels_is_passed_over_with_the_menu_entry_that_helps(p100):
     with pytest.warns(UserWarning, match=r"Tesla P100.*sm_60.*Settings > Accelerator > GPU T4 x2"):
-        assert host.device() == torch.device("cpu")
+        assert working_device() == torch.device("cpu")
 
 
 def test_card_without_kernels_is_an_error_when_it_was_asked_for(p100):
     with pytest.raises(RuntimeError, match=r"device 'cuda' does not work: Tesla P100.*GPU T4 x2"):
-        host.device("cuda")
+        working_device("cuda")
 
 
-@pytest.mark.parametrize("capability, built, runs", [
-    ((6, 0), P100_BUILD, False),
-    ((7, 5), P100_BUILD, True),
-    ((8, 9), P100_BUILD, True),  # sm_86 binaries run on 8.9
-    ((8, 0), ["sm_86"], False),
-    ((12, 1), P100_BUILD, True),
-    ((13, 0), P100_BUILD, True),  # by PTX
-    ((13, 0), ["sm_90a", "sm_120"], False),
-    ((9, 0), ["sm_90a"], True),
-    ((9, 4), ["gfx942"], True),  # ROCm lists other names: the operation decides
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, built, runs",
+    [
+        ((6, 0), P100_BUILD, False),
+        ((7, 5), P100_BUILD, True),
+        ((8, 9), P100_BUILD, True),  # sm_86 binaries run on 8.9
+        ((8, 0), ["sm_86"], False),
+        ((12, 1), P100_BUILD, True),
+        ((13, 0), P100_BUILD, True),  # by PTX
+        ((13, 0), ["sm_90a", "sm_120"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 4), ["gfx942"], True),  # ROCm lists other names: the operation decides
+    ],
+)
 def test_capability_is_held_against_torchs_list(capability, built, runs):
-    assert host._has_kernels(capability, built) == runs
+    assert _has_kernels(capability, built) == runs
 
 
 @pytest.mark.parametrize("name", ["cuda", "abacus"])
@@ -377,39 +479,44 @@ def test_named_device_that_does_not_exist_is_an_error(name):
     if name == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(RuntimeError, match=f"device '{name}' does not work"):
-        host.device(name)
+        working_device(name)
 
 
 def test_cpu_can_be_asked_for():
-    assert host.device("cpu") == torch.device("cpu")
+    assert working_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_working_card_is_taken():
-    assert host.device().type == "cuda"
-    assert host.hardware() == torch.cuda.get_device_name()
+    assert working_device().type == "cuda"
+    assert hardware() == torch.cuda.get_device_name()
 
 
 def test_tune_sets_threads_from_argument_variable_or_cores_and_may_be_called_twice(monkeypatch):
     before = torch.get_num_threads()
     try:
-        for variable, argument, threads in (("2", 1, 1), ("2", 0, 2), ("1,4", 0, 1), ("", 0, host.cores())):
+        for variable, argument, threads in (
+            ("2", 1, 1),
+            ("2", 0, 2),
+            ("1,4", 0, 1),
+            ("", 0, cores()),
+        ):
             monkeypatch.setenv("OMP_NUM_THREADS", variable)
             for _ in range(2):
-                host.tune(argument)
+                tune(argument)
                 assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.skipif(python_platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_tuned_process_does_not_fault_the_same_memory_in_again():
     code = """
 import resource, sys, torch
-from vipr_utils import host
+from vipr_utils.host.device import tune
 if sys.argv[1] == "tuned":
-    host.tune(1)
+    tune(1)
 for step in range(18):
     if step == 8:  # the heap has grown to what the steps need
         start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -418,7 +525,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
 """
     faults = {}
     for kind in ("naive", "tuned"):
-        done = subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, kind], capture_output=True, text=True, check=True
+        )
         faults[kind] = int(done.stdout)
     assert faults["tuned"] < 0.1 * faults["naive"] + 100, faults
 
@@ -431,32 +540,34 @@ def test_older_glibc_that_refuses_a_large_threshold_gets_a_smaller_one(monkeypat
             calls.append((option, value))
             return int(not (option == -3 and value > 1 << 25))
 
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
-    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: OldLibc())
-    host.tune(torch.get_num_threads())
+    monkeypatch.setattr(python_platform, "libc_ver", lambda: ("glibc", "2.31"))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: OldLibc())
+    tune(torch.get_num_threads())
     assert (-3, 1 << 25) in calls and calls[-1][0] == -2
 
 
 def test_seed_repeats_python_numpy_and_torch():
     def draw():
-        host.seed_everything(7)
+        seed_everything(7)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
 
 
 def test_run_record_names_versions_and_hardware():
-    assert host.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert list(host.versions())[0] == "python"
-    assert torch.cuda.is_available() or host.hardware().split(",")[0] == ("1 core" if host.cores() == 1 else f"{host.cores()} cores")
+    assert versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert list(versions())[0] == "python"
+    assert torch.cuda.is_available() or hardware().split(",")[0] == (
+        "1 core" if cores() == 1 else f"{cores()} cores"
+    )
 
 
 def test_revision_is_empty_without_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(host, "repository", lambda: None)
-    assert host.git_revision() == ""
-    monkeypatch.setattr(host, "repository", lambda: tmp_path)
+    monkeypatch.setattr(platform, "repository", lambda: None)
+    assert platform.git_revision() == ""
+    monkeypatch.setattr(platform, "repository", lambda: tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert host.git_revision() == ""
+    assert platform.git_revision() == ""
 
 
 # ------------------------------------------------------------------------------------------------------ precision
@@ -465,28 +576,40 @@ def test_revision_is_empty_without_a_checkout(monkeypatch, tmp_path):
 def test_precision_is_what_was_asked_for_then_the_environments_then_what_pays(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setenv("VIPR_PRECISION", "bfloat16")
-    assert host.precision("float32", cpu) is torch.float32
-    assert host.precision("auto", cpu) is host.precision("auto", cpu, training=True) is torch.bfloat16
+    assert compute_dtype("float32", cpu) is torch.float32
+    assert compute_dtype("auto", cpu) is compute_dtype("auto", cpu, training=True) is torch.bfloat16
     monkeypatch.delenv("VIPR_PRECISION")
     for capability, half in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
-        assert host.precision("auto", cuda) is host.precision("auto", cuda, training=True) is half
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device=None, c=capability: c
+        )
+        assert compute_dtype("auto", cuda) is compute_dtype("auto", cuda, training=True) is half
 
 
 @pytest.mark.parametrize(
     ("amx", "avx512", "embedding", "training"),
-    [(True, True, "bfloat16", "bfloat16"), (False, True, "bfloat16", "float32"), (False, False, "float32", "float32")],
+    [
+        (True, True, "bfloat16", "bfloat16"),
+        (False, True, "bfloat16", "float32"),
+        (False, False, "float32", "float32"),
+    ],
 )
 def test_precision_on_a_cpu_goes_by_its_units(monkeypatch, amx, avx512, embedding, training):
     monkeypatch.delenv("VIPR_PRECISION", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
-    assert host.precision_used("auto", torch.device("cpu")) == {"embedding": embedding, "training": training}
+    assert precision_used("auto", torch.device("cpu")) == {
+        "embedding": embedding,
+        "training": training,
+    }
 
 
 def test_unknown_precision_names_where_it_was_set_and_the_known(monkeypatch):
-    with pytest.raises(ValueError, match="precision 'half' is unknown: use 'auto', 'float32', 'bfloat16' or 'float16'"):
-        host.precision("half", torch.device("cpu"))
+    with pytest.raises(
+        ValueError,
+        match="precision 'half' is unknown: use 'auto', 'float32', 'bfloat16' or 'float16'",
+    ):
+        compute_dtype("half", torch.device("cpu"))
     monkeypatch.setenv("VIPR_PRECISION", "fp8")
     with pytest.raises(ValueError, match=r"\$VIPR_PRECISION 'fp8' is unknown"):
-        host.precision("auto", torch.device("cpu"))
+        compute_dtype("auto", torch.device("cpu"))

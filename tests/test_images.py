@@ -12,8 +12,9 @@ from conftest import picture
 from PIL import Image
 from torchvision.transforms import v2 as T
 
-from vipr_utils import catalog, host, images
-from vipr_utils.images import BrokenImage
+from vipr_utils.data import audit, catalog, transforms
+from vipr_utils.data.store import BrokenImage, Photos, build_store, loader, open_data, read_image
+from vipr_utils.host import platform
 
 SMOOTH = cv2.GaussianBlur(picture(3, 64, 96), (0, 0), 6)  # survives JPEG nearly unchanged
 
@@ -33,33 +34,39 @@ def close(a, b, *, within: float):
 
 def test_jpeg_png_and_a_png_named_jpg_read_alike(tmp_path):
     image = Image.fromarray(SMOOTH)
-    close(images.read_image(saved(tmp_path / "a.jpg", image, quality=95)), SMOOTH, within=2)
-    np.testing.assert_array_equal(images.read_image(saved(tmp_path / "b.png", image)), SMOOTH)
-    np.testing.assert_array_equal(images.read_image(saved(tmp_path / "c.jpg", image, format="PNG")), SMOOTH)
+    close(read_image(saved(tmp_path / "a.jpg", image, quality=95)), SMOOTH, within=2)
+    np.testing.assert_array_equal(read_image(saved(tmp_path / "b.png", image)), SMOOTH)
+    np.testing.assert_array_equal(
+        read_image(saved(tmp_path / "c.jpg", image, format="PNG")), SMOOTH
+    )
 
 
 def test_cmyk_grey_and_palette_become_rgb(tmp_path):
     image = Image.fromarray(SMOOTH)
-    close(images.read_image(saved(tmp_path / "a.jpg", image.convert("CMYK"), quality=95)), SMOOTH, within=4)
-    grey = images.read_image(saved(tmp_path / "b.jpg", image.convert("L"), quality=95))
+    close(
+        read_image(saved(tmp_path / "a.jpg", image.convert("CMYK"), quality=95)), SMOOTH, within=4
+    )
+    grey = read_image(saved(tmp_path / "b.jpg", image.convert("L"), quality=95))
     assert (grey[..., 0] == grey[..., 2]).all() and grey.shape == SMOOTH.shape
-    close(images.read_image(saved(tmp_path / "c.png", image.quantize(256))), SMOOTH, within=7)
+    close(read_image(saved(tmp_path / "c.png", image.quantize(256))), SMOOTH, within=7)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     ramp = np.linspace(0, 65535, 64 * 96).reshape(64, 96).astype(np.uint16)
-    grey = images.read_image(saved(tmp_path / "a.png", Image.fromarray(ramp)))[..., 0]
+    grey = read_image(saved(tmp_path / "a.png", Image.fromarray(ramp)))[..., 0]
     close(grey, ramp / 257, within=1)
 
 
 def test_sixteen_bit_colour_is_read(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.png"), cv2.cvtColor(SMOOTH, cv2.COLOR_RGB2BGR).astype(np.uint16) * 257)
-    close(images.read_image(tmp_path / "a.png"), SMOOTH, within=1)
+    cv2.imwrite(
+        str(tmp_path / "a.png"), cv2.cvtColor(SMOOTH, cv2.COLOR_RGB2BGR).astype(np.uint16) * 257
+    )
+    close(read_image(tmp_path / "a.png"), SMOOTH, within=1)
 
 
 def test_transparency_lies_on_white(tmp_path):
     layer = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert (images.read_image(saved(tmp_path / "a.png", layer)) == 255).all()
+    assert (read_image(saved(tmp_path / "a.png", layer)) == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -67,27 +74,42 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
     upright = np.zeros((40, 60, 3), np.uint8)
     upright[:20, :30] = 255  # a white quarter at the upper left
     turned = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
-    turned |= {5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: upright.transpose(1, 0, 2)[::-1, ::-1]}
+    turned |= {
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+    }
     turned |= {8: np.rot90(upright, -1)}
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(tmp_path / "a.jpg", Image.fromarray(np.ascontiguousarray(turned[orientation])), exif=exif, quality=95)
-    close(images.read_image(path), upright, within=4)
+    path = saved(
+        tmp_path / "a.jpg",
+        Image.fromarray(np.ascontiguousarray(turned[orientation])),
+        exif=exif,
+        quality=95,
+    )
+    close(read_image(path), upright, within=4)
 
 
 def test_wide_image_is_read_and_a_larger_one_refused(tmp_path, monkeypatch):
     wide = saved(tmp_path / "wide.jpg", Image.fromarray(picture(1, 100, 20_000)))
-    assert images.read_image(wide).shape == (100, 20_000, 3)
-    assert min(images.read_image(wide, least_px=20).shape[:2]) >= 20
-    monkeypatch.setattr(images, "MAX_PIXELS", 10**6)
-    with pytest.raises(BrokenImage, match=r"wide.jpg: 20000 x 100 is over 1 megapixels; make it smaller"):
-        images.read_image(wide)
+    assert read_image(wide).shape == (100, 20_000, 3)
+    assert min(read_image(wide, least_px=20).shape[:2]) >= 20
+    monkeypatch.setattr("vipr_utils.data.store.MAX_PIXELS", 10**6)
+    with pytest.raises(
+        BrokenImage, match=r"wide.jpg: 20000 x 100 is over 1 megapixels; make it smaller"
+    ):
+        read_image(wide)
 
 
 def broken_files(folder) -> dict:
     whole = io.BytesIO()
     Image.fromarray(picture(2, 200, 200)).save(whole, "JPEG")
-    content = {"empty.jpg": b"", "cut.jpg": whole.getvalue()[:2000], "text.jpg": b"<html>404</html>"}
+    content = {
+        "empty.jpg": b"",
+        "cut.jpg": whole.getvalue()[:2000],
+        "text.jpg": b"<html>404</html>",
+    }
     for name, data in content.items():
         (folder / name).write_bytes(data)
     return content
@@ -105,7 +127,7 @@ def broken_files(folder) -> dict:
 def test_broken_file_is_named_with_its_reason(tmp_path, name, message):
     broken_files(tmp_path)
     with pytest.raises(BrokenImage, match=message):
-        images.read_image(tmp_path / name)
+        read_image(tmp_path / name)
 
 
 # -------------------------------------------------------------------------------------------------------- store
@@ -126,24 +148,28 @@ def odd_root(folder):
     image.save(folder / "train" / "turned.jpg", exif=exif)
     bad = broken_files(folder / "train")
     names = sorted(p.name for p in (folder / "train").iterdir())
-    pd.DataFrame({"name": [*names, "absent.jpg"], "class": 1}).to_csv(folder / "train.csv", index=False)
+    pd.DataFrame({"name": [*names, "absent.jpg"], "class": 1}).to_csv(
+        folder / "train.csv", index=False
+    )
     return folder, set(bad)
 
 
 def test_store_keeps_every_readable_photo_and_lists_the_others(tmp_path):
     root, bad = odd_root(tmp_path / "root")
     photos, absent = catalog.read(root)
-    store = images.build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
+    store = build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
     assert set(absent.file) == {"train/absent.jpg", "train/empty.jpg"}
     assert set(store.problems.file) == {"train/cut.jpg", "train/text.jpg"}
     assert "truncated" in store.problems.set_index("file").problem["train/cut.jpg"]
     for row, name in enumerate(photos.name):
         if name in bad:
             assert not store.readable[row]
-            with pytest.raises(BrokenImage, match=f"row {row} could not be read when the store was built"):
+            with pytest.raises(
+                BrokenImage, match=f"row {row} could not be read when the store was built"
+            ):
                 store[row]
         else:
-            shown = images.read_image(root / photos.path[row])
+            shown = read_image(root / photos.path[row])
             ratio = lambda x: x.shape[1] / x.shape[0]  # noqa: E731
             assert name == "wide.jpg" or ratio(store[row]) == pytest.approx(ratio(shown), rel=0.02)
             assert max(store[row].shape) <= 6 * 64 and min(store[row].shape[:2]) >= 1
@@ -151,7 +177,7 @@ def test_store_keeps_every_readable_photo_and_lists_the_others(tmp_path):
 
 def test_open_data_leaves_out_and_counts_what_cannot_be_read(tmp_path):
     root, _ = odd_root(tmp_path / "root")
-    photos, store, lost = images.open_data(str(root), str(tmp_path / "cache"), px=64)
+    photos, store, lost = open_data(str(root), str(tmp_path / "cache"), px=64)
     assert len(photos) == 7 and len(lost) == 4
     assert "4 files left out" in photos.attrs["said"]
     assert all(store[row].ndim == 3 for row in photos.index)
@@ -160,23 +186,25 @@ def test_open_data_leaves_out_and_counts_what_cannot_be_read(tmp_path):
 def test_small_jpeg_is_stored_byte_for_byte_and_a_large_one_reduced(tmp_path):
     root, _ = odd_root(tmp_path / "root")
     photos, _ = catalog.read(root)
-    store = images.build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
+    store = build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
     row = {name: i for i, name in enumerate(photos.name)}
     small, large = row["plain.jpg"], row["large.jpg"]
-    packed = (store.folder / "images.bin").read_bytes()[store.offsets[small] : store.offsets[small + 1]]
+    packed = (store.folder / "images.bin").read_bytes()[
+        store.offsets[small] : store.offsets[small + 1]
+    ]
     assert packed == (root / "train" / "plain.jpg").read_bytes()
     assert min(store[large].shape[:2]) == 64
 
 
 def test_store_is_found_again_and_a_damaged_one_is_built_anew(tmp_path, make_root):
     photos, _ = catalog.read(make_root())
-    first = images.build_store(photos, cache_dir=tmp_path, store_px=64)
+    first = build_store(photos, cache_dir=tmp_path, store_px=64)
     stamp = (first.folder / "images.bin").stat().st_mtime_ns
-    assert images.build_store(photos, cache_dir=tmp_path, store_px=64).key == first.key
+    assert build_store(photos, cache_dir=tmp_path, store_px=64).key == first.key
     assert (first.folder / "images.bin").stat().st_mtime_ns == stamp
     with open(first.folder / "images.bin", "r+b") as file:
         file.truncate(10)
-    again = images.build_store(photos, cache_dir=tmp_path, store_px=64)
+    again = build_store(photos, cache_dir=tmp_path, store_px=64)
     np.testing.assert_array_equal(again[0], first[0])
 
 
@@ -190,11 +218,11 @@ def test_full_disk_while_the_store_is_written_leaves_none_behind(tmp_path, make_
         raise OSError(28, "No space left on device")
 
     photos, _ = catalog.read(make_root())
-    monkeypatch.setattr(host.os, "fsync", full)
+    monkeypatch.setattr(platform.os, "fsync", full)
     with pytest.raises(OSError, match="disk full while writing images.bin"):
-        images.build_store(photos, cache_dir=tmp_path, store_px=64)
+        build_store(photos, cache_dir=tmp_path, store_px=64)
     monkeypatch.undo()
-    assert images.build_store(photos, cache_dir=tmp_path, store_px=64).readable.all()
+    assert build_store(photos, cache_dir=tmp_path, store_px=64).readable.all()
 
 
 # --------------------------------------------------------------------------------------------------- transforms
@@ -202,43 +230,62 @@ def test_full_disk_while_the_store_is_written_leaves_none_behind(tmp_path, make_
 
 def test_squashed_eval_transform_is_torchvisions_resize_and_normalise():
     image = picture(1, 50, 80)
-    mean, std = images.IMAGENET_MEAN, images.IMAGENET_STD
-    reference = T.Compose([T.ToImage(), T.Resize((32, 32)), T.ToDtype(torch.float32, scale=True), T.Normalize(mean, std)])
-    torch.testing.assert_close(images.eval_transform(32)(image), torch.as_tensor(reference(image)))
+    mean, std = transforms.IMAGENET_MEAN, transforms.IMAGENET_STD
+    reference = T.Compose(
+        [
+            T.ToImage(),
+            T.Resize((32, 32)),
+            T.ToDtype(torch.float32, scale=True),
+            T.Normalize(mean, std),
+        ]
+    )
+    torch.testing.assert_close(
+        transforms.eval_transform(32)(image), torch.as_tensor(reference(image))
+    )
 
 
-@pytest.mark.parametrize("fit", images.FITS)
+@pytest.mark.parametrize("fit", transforms.FITS)
 def test_every_fit_gives_the_square_asked_for(fit):
-    assert images.eval_transform(48, fit=fit)(picture(1, 30, 90)).shape == (3, 48, 48)
+    assert transforms.eval_transform(48, fit=fit)(picture(1, 30, 90)).shape == (3, 48, 48)
 
 
 def test_padding_keeps_the_shape_on_white():
     unit = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    x = images.eval_transform(60, fit="pad", **unit)(np.zeros((30, 60, 3), np.uint8))
+    x = transforms.eval_transform(60, fit="pad", **unit)(np.zeros((30, 60, 3), np.uint8))
     assert x[:, 0].min() > 0.99 and x[:, 30].max() < 0.01
 
 
 def test_unknown_fit_and_augmentation_list_the_known():
-    with pytest.raises(ValueError, match=r"fit 'stretch' is unknown: use one of \('squash', 'crop', 'pad'\)"):
-        images.eval_transform(32, fit="stretch")
-    with pytest.raises(ValueError, match=r"augmentation 'mild' is unknown: use one of \('kit', 'strong', 'study', 'none'\)"):
-        images.augmentation("mild", 32)
+    with pytest.raises(
+        ValueError, match=r"fit 'stretch' is unknown: use one of \('squash', 'crop', 'pad'\)"
+    ):
+        transforms.eval_transform(32, fit="stretch")
+    with pytest.raises(
+        ValueError,
+        match=r"augmentation 'mild' is unknown: use one of \('kit', 'strong', 'study', 'none'\)",
+    ):
+        transforms.augmentation("mild", 32)
 
 
 def test_study_transform_has_its_six_steps_in_order_and_resizes_256_for_224():
-    steps = images.study_steps(224)
+    steps = transforms.study_steps(224)
     assert list(steps) == [
-        "Resize", "RandomResizedCrop", "RandomRotation", "RandomHorizontalFlip", "ColorJitter", "ToTensor"
-    ]  # fmt: skip
+        "Resize",
+        "RandomResizedCrop",
+        "RandomRotation",
+        "RandomHorizontalFlip",
+        "ColorJitter",
+        "ToTensor",
+    ]
     assert list(steps["Resize"].size) == [256, 256] and steps["RandomRotation"].degrees == [-50, 50]
     assert steps["ColorJitter"].hue == (-0.1, 0.1)
-    assert images.study_transform(64)(picture()).shape == (3, 64, 64)
+    assert transforms.study_transform(64)(picture()).shape == (3, 64, 64)
 
 
 def test_product_is_cut_out_of_its_even_ground():
     photo = np.full((80, 80, 3), 250, np.uint8)
     photo[20:60, 30:50] = (200, 30, 30)
-    alpha = images.foreground(photo)
+    alpha = transforms.foreground(photo)
     assert alpha[30:50, 35:45].min() > 0.99 and alpha[:10].max() < 0.01
     assert alpha.sum() == pytest.approx(38 * 18, rel=0.1)
 
@@ -247,19 +294,21 @@ def test_customer_like_photo_keeps_the_product_and_changes_the_ground():
     photo = np.full((80, 80, 3), 250, np.uint8)
     photo[20:60, 25:55] = (220, 20, 20)
     green = np.full((90, 120, 3), (0, 160, 0), np.uint8)
-    made = images.customer_like(photo, green, np.random.default_rng(0))
+    made = transforms.customer_like(photo, green, np.random.default_rng(0))
     assert made.shape == photo.shape and made.dtype == np.uint8
     assert made[38:42, 38:42, 0].mean() > 2 * made[38:42, 38:42, 1].mean()
     assert made[:6, :6, 1].mean() > 2 * made[:6, :6, 0].mean()
-    np.testing.assert_array_equal(images.customer_like(photo, green, np.random.default_rng(0)), made)
+    np.testing.assert_array_equal(
+        transforms.customer_like(photo, green, np.random.default_rng(0)), made
+    )
 
 
 def test_only_shop_photos_are_made_customer_like_and_the_same_in_every_order(toy_data):
     photos, store = toy_data
     rows, shop = photos.index[:12], (photos.domain[:12] == "shop").to_numpy()
     assert 0 < shop.sum() < 12
-    plain = images.Photos(store, rows, images.eval_transform(32))
-    made = images.Photos(store, rows, images.eval_transform(32), shop=shop, clutter=1.0)
+    plain = Photos(store, rows, transforms.eval_transform(32))
+    made = Photos(store, rows, transforms.eval_transform(32), shop=shop, clutter=1.0)
     changed = [not torch.equal(plain[i][0], made[i][0]) for i in range(12)]
     assert changed == shop.tolist()
     assert torch.equal(made[int(shop.argmax())][0], made[int(shop.argmax())][0])
@@ -271,17 +320,22 @@ def test_only_shop_photos_are_made_customer_like_and_the_same_in_every_order(toy
 def test_augmentation_depends_on_seed_epoch_and_row_alone(toy_data):
     _, store = toy_data
     rows = np.arange(12)
-    make = lambda order, seed=0: images.Photos(store, rows[order], images.train_transform(32), seed=seed)  # noqa: E731
+
+    def make(order, seed=0):
+        return Photos(store, rows[order], transforms.train_transform(32), seed=seed)
+
     forward, backward = make(slice(None)), make(slice(None, None, -1))
     torch.rand(7)  # the global state must not matter
     torch.testing.assert_close(forward[2][0], backward[9][0], rtol=0, atol=0)
     before = forward[2][0]
     forward.set_epoch(1)
-    assert not torch.equal(forward[2][0], before) and not torch.equal(make(slice(None), seed=1)[2][0], before)
+    assert not torch.equal(forward[2][0], before) and not torch.equal(
+        make(slice(None), seed=1)[2][0], before
+    )
 
 
 def test_reading_a_photo_leaves_the_global_random_state_alone(toy_data):
-    photos = images.Photos(toy_data[1], [0, 1], images.train_transform(32))
+    photos = Photos(toy_data[1], [0, 1], transforms.train_transform(32))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -293,21 +347,25 @@ def test_loading_leaves_the_global_random_state_alone(toy_data):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    list(images.loader(images.Photos(toy_data[1], [0, 1], images.train_transform(32)), device="cpu"))
+    list(loader(Photos(toy_data[1], [0, 1], transforms.train_transform(32)), device="cpu"))
     torch.testing.assert_close(torch.rand(3), expected)
 
 
 def test_loader_with_workers_gives_the_same_batches(toy_data):
-    photos = images.Photos(toy_data[1], np.arange(10), images.train_transform(32), labels=np.arange(10))
+    photos = Photos(
+        toy_data[1], np.arange(10), transforms.train_transform(32), labels=np.arange(10)
+    )
     how = {"device": "cpu", "batch_size": 4}
-    for a, b in zip(images.loader(photos, workers=0, **how), images.loader(photos, workers=2, **how), strict=True):
+    for a, b in zip(
+        loader(photos, workers=0, **how), loader(photos, workers=2, **how), strict=True
+    ):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 def test_labels_and_rows_must_match(toy_data):
     with pytest.raises(ValueError, match="2 labels for 3 rows: give one each"):
-        images.Photos(toy_data[1], [0, 1, 2], None, labels=[0, 1])
+        Photos(toy_data[1], [0, 1, 2], None, labels=[0, 1])
 
 
 # ------------------------------------------------------------------------------------------- what a picture says
@@ -316,14 +374,14 @@ def test_labels_and_rows_must_match(toy_data):
 def test_hash_survives_resizing_and_differs_between_pictures():
     image = picture(1, 100, 140)
     smaller = cv2.resize(image, (70, 50), interpolation=cv2.INTER_AREA)
-    bits = lambda a, b: int(np.bitwise_count(images.difference_hash(a) ^ images.difference_hash(b)))  # noqa: E731
+    bits = lambda a, b: int(np.bitwise_count(audit.difference_hash(a) ^ audit.difference_hash(b)))  # noqa: E731
     assert bits(image, smaller) <= 4
     assert bits(image, picture(2, 100, 140)) > 10
 
 
 def test_border_tells_shop_from_customer_photos_on_the_toy_set(toy_data):
     photos, store = toy_data
-    shop = np.array([images.border_whiteness(store[row]) > 0.5 for row in photos.index])
+    shop = np.array([audit.border_whiteness(store[row]) > 0.5 for row in photos.index])
     assert (shop == (photos.domain == "shop")).mean() > 0.9
 
 
@@ -337,20 +395,25 @@ def test_a_colour_layout_counts_each_quarter_as_a_slow_loop_does():
         for j in range(64):
             r, g, b = image[(2 * i + 1) * 101 // 128, (2 * j + 1) * 77 // 128] // 64
             expected[2 * (i >= 32) + (j >= 32), 16 * int(r) + 4 * int(g) + int(b)] += 1
-    np.testing.assert_array_equal(images.colour_layout(image), expected.ravel())
+    np.testing.assert_array_equal(audit.colour_layout(image), expected.ravel())
 
 
-def test_colour_layouts_are_of_the_files_and_kept_for_the_same_rows(make_root, tmp_path, monkeypatch):
+def test_colour_layouts_are_of_the_files_and_kept_for_the_same_rows(
+    make_root, tmp_path, monkeypatch
+):
     photos, _ = catalog.read(make_root())
-    layouts = images.colour_layouts(photos, cache_dir=tmp_path)
+    layouts = audit.colour_layouts(photos, cache_dir=tmp_path)
     root = make_root()
     for path, layout in zip(photos.path, layouts):
-        np.testing.assert_array_equal(layout, images.colour_layout(images.read_image(root / path)))
-    monkeypatch.setattr(images, "read_image", None)
-    np.testing.assert_array_equal(images.colour_layouts(photos, cache_dir=tmp_path), layouts)
+        np.testing.assert_array_equal(layout, audit.colour_layout(read_image(root / path)))
+    monkeypatch.setattr(audit, "read_image", None)
+    np.testing.assert_array_equal(audit.colour_layouts(photos, cache_dir=tmp_path), layouts)
     with pytest.raises(TypeError):
-        images.colour_layouts(photos.iloc[1:], cache_dir=tmp_path)
+        audit.colour_layouts(photos.iloc[1:], cache_dir=tmp_path)
 
 
 def test_colour_layout_takes_photos_smaller_than_its_grid():
-    assert images.colour_layout(np.zeros((1, 3, 3), np.uint8)).reshape(4, 64)[:, 0].tolist() == [1024] * 4
+    assert (
+        audit.colour_layout(np.zeros((1, 3, 3), np.uint8)).reshape(4, 64)[:, 0].tolist()
+        == [1024] * 4
+    )

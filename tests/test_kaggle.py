@@ -15,7 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from vipr_utils import batch, host, kaggle, models
+from vipr_utils.host import platform
+from vipr_utils.learn import models
+from vipr_utils.run import batch, kaggle
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE, T4 = ROOT / "params" / "smoke", ROOT / "params" / "kaggle_t4"
@@ -23,9 +25,15 @@ SMOKE, T4 = ROOT / "params" / "smoke", ROOT / "params" / "kaggle_t4"
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch, tmp_path):
-    for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "VIPR_DATA", "VIPR_WEIGHTS", "KAGGLE_USERNAME"):
+    for name in (
+        "KAGGLE_KERNEL_RUN_TYPE",
+        "COLAB_RELEASE_TAG",
+        "VIPR_DATA",
+        "VIPR_WEIGHTS",
+        "KAGGLE_USERNAME",
+    ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(host, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
+    monkeypatch.setattr(platform, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
 
 
 def run_of(stem, folder=T4, **values):
@@ -44,26 +52,38 @@ def test_bundle_holds_package_notebooks_and_parameters_and_repeats_byte_by_byte(
     assert (first / "vipr.zip").read_bytes() == (second / "vipr.zip").read_bytes()
     assert sorted(f.name for f in first.iterdir()) == ["dataset-metadata.json", "vipr.zip"]
     names = zipfile.ZipFile(first / "vipr.zip").namelist()
-    wanted = {f"vipr/{f.relative_to(ROOT)}" for p in ("vipr_utils/*.py", "notebooks/*.ipynb", "params/**/*.yaml") for f in ROOT.glob(p)}
+    wanted = {
+        f"vipr/{f.relative_to(ROOT)}"
+        for p in ("vipr_utils/**/*.py", "notebooks/*.ipynb", "params/**/*.yaml")
+        for f in ROOT.glob(p)
+    }
     assert wanted < set(names) and "vipr/pyproject.toml" in names and len(names) == len(wanted) + 3
 
 
 def test_dataset_metadata_keeps_the_clients_rules_and_names_the_projects_address(tmp_path):
-    found = json.loads((kaggle.bundle(tmp_path, owner="some-one") / "dataset-metadata.json").read_text())
+    found = json.loads(
+        (kaggle.bundle(tmp_path, owner="some-one") / "dataset-metadata.json").read_text()
+    )
     owner, slug = found["id"].split("/")
     assert owner == "some-one" and 6 <= len(slug) <= 50 and 6 <= len(found["title"]) <= 50
     assert found["licenses"] == [{"name": "MIT"}]
-    assert re.search(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1] in found["description"]
+    assert (
+        re.search(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+        in found["description"]
+    )
 
 
 @pytest.mark.parametrize("owner", ["", "some one", "a/b"])
 def test_owner_that_is_no_user_name_is_an_error_with_the_remedy(tmp_path, capsys, owner):
     assert kaggle.main(["bundle", "--owner", owner, "--output", str(tmp_path)]) == 2
-    assert "is no Kaggle user name: give --owner NAME or set $KAGGLE_USERNAME" in capsys.readouterr().err
+    assert (
+        "is no Kaggle user name: give --owner NAME or set $KAGGLE_USERNAME"
+        in capsys.readouterr().err
+    )
 
 
 def test_bundle_without_a_checkout_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "repository", lambda: None)
+    monkeypatch.setattr(platform, "repository", lambda: None)
     with pytest.raises(kaggle.KaggleError, match="bundle needs the repository"):
         kaggle.bundle(tmp_path, owner="some-one")
 
@@ -73,14 +93,23 @@ def test_bundle_without_a_checkout_is_an_error(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def carried(tmp_path_factory):
-    return kaggle.weights(["tf_efficientnet_lite0"], tmp_path_factory.mktemp("weights"), owner="some-one")
+    return kaggle.weights(
+        ["tf_efficientnet_lite0"], tmp_path_factory.mktemp("weights"), owner="some-one"
+    )
 
 
-@pytest.mark.parametrize("mount", ["vipr-weights", "datasets/some-one/vipr-weights", "models/some-one/lite/pytorch/default/1"])
-def test_carried_weights_are_found_where_they_are_attached_and_are_the_same_network(tmp_path, monkeypatch, carried, mount):
+@pytest.mark.parametrize(
+    "mount",
+    ["vipr-weights", "datasets/some-one/vipr-weights", "models/some-one/lite/pytorch/default/1"],
+)
+def test_carried_weights_are_found_where_they_are_attached_and_are_the_same_network(
+    tmp_path, monkeypatch, carried, mount
+):
     original = models.create("tf_efficientnet_lite0")
-    shutil.copytree(carried, host.KAGGLE_INPUT / mount)
-    assert models.find_weights("tf_efficientnet_lite0")[0].startswith("package")  # nothing is attached to a laptop
+    shutil.copytree(carried, platform.KAGGLE_INPUT / mount)
+    assert models.find_weights("tf_efficientnet_lite0")[0].startswith(
+        "package"
+    )  # nothing is attached to a laptop
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     attached = models.create("tf_efficientnet_lite0")
     assert attached.record["weights"]["source"] == "folder tf_efficientnet_lite0.safetensors"
@@ -98,7 +127,10 @@ def test_checksums_are_those_of_the_files_and_the_source_is_kept(carried):
 
 
 def test_weights_of_a_network_that_has_none_are_an_error(tmp_path, capsys):
-    assert kaggle.main(["weights", "siamese_small", "--owner", "some-one", "--output", str(tmp_path)]) == 2
+    assert (
+        kaggle.main(["weights", "siamese_small", "--owner", "some-one", "--output", str(tmp_path)])
+        == 2
+    )
     assert "siamese_small starts at random" in capsys.readouterr().err
 
 
@@ -111,34 +143,66 @@ def test_prepared_notebook_has_the_values_in_its_own_parameters_cell_and_no_outp
     notebook = folder / "06_submission.ipynb"
     values = {name: value for name, (_, value) in batch.parameters_of(notebook).items()}
     assert values == run.defaults | run.params and values["model_run"] == "04_pretrained_sweep"
-    cell = next(c for c in json.loads(notebook.read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
-    assert 'image_size: int = 96  # pixels, squashed to a square; 0 takes the model\'s own' in cell["source"]
+    cell = next(
+        c
+        for c in json.loads(notebook.read_text())["cells"]
+        if "parameters" in c["metadata"].get("tags", [])
+    )
+    assert (
+        "image_size: int = 96  # pixels, squashed to a square; 0 takes the model's own"
+        in cell["source"]
+    )
     assert not any(c.get("outputs") for c in json.loads(notebook.read_text())["cells"])
 
 
 def test_kernel_asks_for_two_t4_no_internet_and_names_every_source(tmp_path):
     found = metadata(kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one"))
     assert found == {
-        "id": "some-one/vipr-06-submission", "title": "vipr 06 submission", "code_file": "06_submission.ipynb",
-        "language": "python", "kernel_type": "notebook", "is_private": True, "enable_gpu": True, "enable_tpu": False,
-        "enable_internet": False, "machine_shape": "NvidiaTeslaT4",
-        "dataset_sources": ["some-one/vipr-kit", "some-one/vipr-weights"], "competition_sources": ["products-10k"],
-        "kernel_sources": ["some-one/vipr-04-pretrained-sweep"], "model_sources": [], "keywords": [],
-    }  # fmt: skip
+        "id": "some-one/vipr-06-submission",
+        "title": "vipr 06 submission",
+        "code_file": "06_submission.ipynb",
+        "language": "python",
+        "kernel_type": "notebook",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_tpu": False,
+        "enable_internet": False,
+        "machine_shape": "NvidiaTeslaT4",
+        "dataset_sources": ["some-one/vipr-kit", "some-one/vipr-weights"],
+        "competition_sources": ["products-10k"],
+        "kernel_sources": ["some-one/vipr-04-pretrained-sweep"],
+        "model_sources": [],
+        "keywords": [],
+    }
 
 
 def test_notebook_that_computes_nothing_takes_no_gpu_and_data_may_be_a_dataset():
-    found = kaggle.kernel_metadata(run_of("01_eda"), owner="some-one", data="warcoder/visual-product-recognition")
-    assert not found["enable_gpu"] and not found["machine_shape"] and not found["competition_sources"]
+    found = kaggle.kernel_metadata(
+        run_of("01_eda"), owner="some-one", data="warcoder/visual-product-recognition"
+    )
+    assert (
+        not found["enable_gpu"] and not found["machine_shape"] and not found["competition_sources"]
+    )
     assert found["dataset_sources"] == ["some-one/vipr-kit", "warcoder/visual-product-recognition"]
 
 
 def test_scoreboard_of_a_series_takes_the_kernels_of_all_its_runs(tmp_path, capsys):
-    assert kaggle.main(["prepare", str(T4), "--owner", "some-one", "--output", str(tmp_path), "--internet"]) == 0
+    assert (
+        kaggle.main(
+            ["prepare", str(T4), "--owner", "some-one", "--output", str(tmp_path), "--internet"]
+        )
+        == 0
+    )
     folders = [Path(line) for line in capsys.readouterr().out.splitlines()]
     ids = [metadata(folder)["id"] for folder in folders]
-    assert metadata(folders[-1])["kernel_sources"] == ids[:-1] and ids[-1] == "some-one/vipr-09-scoreboard"
-    assert all(metadata(f)["enable_internet"] and metadata(f)["dataset_sources"] == ["some-one/vipr-kit"] for f in folders)
+    assert (
+        metadata(folders[-1])["kernel_sources"] == ids[:-1]
+        and ids[-1] == "some-one/vipr-09-scoreboard"
+    )
+    assert all(
+        metadata(f)["enable_internet"] and metadata(f)["dataset_sources"] == ["some-one/vipr-kit"]
+        for f in folders
+    )
 
 
 def test_run_name_too_long_for_a_kernel_is_an_error():
@@ -150,7 +214,9 @@ def test_official_client_accepts_the_metadata_of_every_kernel(tmp_path, monkeypa
     """The client's own checks, up to the request it would send."""
     monkeypatch.setenv("KAGGLE_USERNAME", "some-one")
     monkeypatch.setenv("KAGGLE_KEY", "none")
-    extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="the client is in Kaggle's and Colab's image")
+    extended = pytest.importorskip(
+        "kaggle.api.kaggle_api_extended", reason="the client is in Kaggle's and Colab's image"
+    )
     sent = []
 
     class Stop(Exception):
@@ -176,8 +242,12 @@ def test_official_client_accepts_the_metadata_of_every_kernel(tmp_path, monkeypa
     monkeypatch.setattr(api, "build_kaggle_client", Client)
     for run in batch.load_runs([T4]):
         api.kernels_push(str(kaggle.prepare(run, tmp_path, owner="some-one")))
-    assert [r.slug for r in sent] == [f"some-one/{kaggle.kernel_slug(r.name)}" for r in batch.load_runs([T4])]
-    assert {r.machine_shape for r in sent if r.enable_gpu} == {"NvidiaTeslaT4"} and not any(r.enable_internet for r in sent)
+    assert [r.slug for r in sent] == [
+        f"some-one/{kaggle.kernel_slug(r.name)}" for r in batch.load_runs([T4])
+    ]
+    assert {r.machine_shape for r in sent if r.enable_gpu} == {"NvidiaTeslaT4"} and not any(
+        r.enable_internet for r in sent
+    )
     assert "does not resolve to the specified" not in capsys.readouterr().out
 
     def status(ref):
@@ -213,7 +283,9 @@ def fake(tmp_path, monkeypatch):
 
     def make(said, fails=()):
         log, code = str(tmp_path / "log"), int(bool(fails))
-        program.write_text(FAKE.format(python=sys.executable, log=log, said=said, code=code, fails=list(fails)))
+        program.write_text(
+            FAKE.format(python=sys.executable, log=log, said=said, code=code, fails=list(fails))
+        )
         program.chmod(0o755)
         return lambda: (tmp_path / "log").read_text().splitlines()
 
@@ -221,12 +293,19 @@ def fake(tmp_path, monkeypatch):
     return make
 
 
-def test_push_of_a_kernel_goes_through_the_client_and_a_refusal_with_exit_code_0_is_an_error(tmp_path, fake):
+def test_push_of_a_kernel_goes_through_the_client_and_a_refusal_with_exit_code_0_is_an_error(
+    tmp_path, fake
+):
     folder = kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one")
     calls = fake("Kernel version 1 successfully pushed.")
-    assert kaggle.push(folder) == "Kernel version 1 successfully pushed." and calls() == [f"kernels push -p {folder}"]
+    assert kaggle.push(folder) == "Kernel version 1 successfully pushed." and calls() == [
+        f"kernels push -p {folder}"
+    ]
     fake("Kernel push error: Notebook not found")
-    with pytest.raises(kaggle.KaggleError, match="vipr-06-submission was not pushed: Kernel push error: Notebook not found"):
+    with pytest.raises(
+        kaggle.KaggleError,
+        match="vipr-06-submission was not pushed: Kernel push error: Notebook not found",
+    ):
         kaggle.push(folder)
 
 
@@ -240,7 +319,10 @@ def test_push_of_a_dataset_makes_it_or_adds_a_version(tmp_path, fake):
     assert calls()[-1] == f"datasets version -p {folder} -m new version of the kit"
 
 
-@pytest.mark.parametrize("status, collected", [("KernelWorkerStatus.COMPLETE", ["06_submission"]), ("KernelWorkerStatus.RUNNING", [])])
+@pytest.mark.parametrize(
+    "status, collected",
+    [("KernelWorkerStatus.COMPLETE", ["06_submission"]), ("KernelWorkerStatus.RUNNING", [])],
+)
 def test_collect_copies_finished_runs_and_waits_for_the_others(tmp_path, fake, status, collected):
     folder = kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one")
     fake(f'some-one/vipr-06-submission has status "{status}"')
@@ -251,11 +333,15 @@ def test_collect_copies_finished_runs_and_waits_for_the_others(tmp_path, fake, s
 def test_collect_of_a_failed_kernel_is_an_error(tmp_path, fake):
     folder = kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one")
     fake('has status "KernelWorkerStatus.ERROR"')
-    with pytest.raises(kaggle.KaggleError, match=r"some-one/vipr-06-submission did not finish: .*ERROR"):
+    with pytest.raises(
+        kaggle.KaggleError, match=r"some-one/vipr-06-submission did not finish: .*ERROR"
+    ):
         kaggle.collect(folder, tmp_path)
 
 
-def test_absent_and_unconfigured_clients_are_errors_with_the_remedy(tmp_path, monkeypatch, capsys, fake):
+def test_absent_and_unconfigured_clients_are_errors_with_the_remedy(
+    tmp_path, monkeypatch, capsys, fake
+):
     folder = kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one")
     fake("You must authenticate before you can call the Kaggle API.", fails=["kernels", "push"])
     assert kaggle.main(["push", str(folder)]) == 2
@@ -269,10 +355,16 @@ def test_absent_and_unconfigured_clients_are_errors_with_the_remedy(tmp_path, mo
 
 
 def files(folder):
-    return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.stat().st_size) for f in folder.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.stat().st_size)
+        for f in folder.rglob("*")
+        if f.is_file()
+    }
 
 
-def test_prepared_submission_runs_from_attached_folders_without_a_network_and_writes_only_what_is_kept(tmp_path, toy_root, carried):
+def test_prepared_submission_runs_from_attached_folders_without_a_network_and_writes_only_what_is_kept(
+    tmp_path, toy_root, carried
+):
     inputs, working = tmp_path / "kaggle" / "input", tmp_path / "kaggle" / "working"
     kit = kaggle.bundle(tmp_path / "made", owner="some-one")
     with zipfile.ZipFile(kit / "vipr.zip") as archive:
@@ -288,21 +380,43 @@ def test_prepared_submission_runs_from_attached_folders_without_a_network_and_wr
     before = files(tmp_path)
     scratch = tmp_path / "kaggle" / "temp"
     places = {
-        "VIPR_PLATFORM_ROOT": str(tmp_path), "KAGGLE_KERNEL_RUN_TYPE": "Batch", "HOME": str(tmp_path / "home"),
-        "PYTHONPATH": str(ROOT / "tests" / "lanes" / "offline"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-        "IPYTHONDIR": str(scratch / "ipython"), "JUPYTER_RUNTIME_DIR": str(scratch / "jupyter"),
-        "MPLCONFIGDIR": matplotlib.get_cachedir(), "MPLBACKEND": "Agg",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "papermill", str(prepared), str(working / "out.ipynb"), "-k", "python3"]
-    done = subprocess.run(command, cwd=working, env=os.environ | places, capture_output=True, text=True)
+        "VIPR_PLATFORM_ROOT": str(tmp_path),
+        "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+        "HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT / "tests" / "lanes" / "offline"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "IPYTHONDIR": str(scratch / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(scratch / "jupyter"),
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),
+        "MPLBACKEND": "Agg",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(prepared),
+        str(working / "out.ipynb"),
+        "-k",
+        "python3",
+    ]
+    done = subprocess.run(
+        command, cwd=working, env=os.environ | places, capture_output=True, text=True
+    )
     assert not done.returncode, done.stderr[-3000:]
     record = json.loads((working / "submissions" / "rehearsal" / "run.json").read_text())
     assert record["data"]["root"] == "products-10k" and 0 < record["metrics"]["map_at_5"] <= 1
     assert record["model"]["weights"]["source"] == "folder tf_efficientnet_lite0.safetensors"
     after = files(tmp_path)
     written = {name for name in after if after[name] != before.get(name)}
-    assert before.keys() <= after.keys() and {"/".join(Path(name).parts[:2]) for name in written} <= {"kaggle/working", "kaggle/temp"}
-    kept = {str(Path(name).relative_to("kaggle/working")) for name in written if name.startswith("kaggle/working")}
+    assert before.keys() <= after.keys() and {
+        "/".join(Path(name).parts[:2]) for name in written
+    } <= {"kaggle/working", "kaggle/temp"}
+    kept = {
+        str(Path(name).relative_to("kaggle/working"))
+        for name in written
+        if name.startswith("kaggle/working")
+    }
     assert "submissions/rehearsal/submission.csv" in kept
     assert {name for name in kept if not name.startswith("submissions/rehearsal/")} == {"out.ipynb"}
     for path in [tmp_path, *tmp_path.rglob("*")]:

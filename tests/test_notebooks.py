@@ -13,20 +13,44 @@ import pytest
 import stamp
 import yaml
 
-from vipr_utils import batch, models, rerank, training
+from vipr_utils.learn import training
+from vipr_utils.learn.pooling import POOLINGS
+from vipr_utils.retrieve import rerank
+from vipr_utils.run import batch
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STEMS = [n.stem for n in NOTEBOOKS]
 PARAMETER_FILES = sorted((ROOT / "params").rglob("*.yaml"))
 COMMON = {
-    "data_root": "str", "output_dir": "str", "cache_dir": "str", "run_name": "str", "seed": "int", "device": "str",
-    "protocol": "str", "image_size": "int", "batch_size": "int", "epochs": "int", "max_minutes": "float",
+    "data_root": "str",
+    "output_dir": "str",
+    "cache_dir": "str",
+    "run_name": "str",
+    "seed": "int",
+    "device": "str",
+    "protocol": "str",
+    "image_size": "int",
+    "batch_size": "int",
+    "epochs": "int",
+    "max_minutes": "float",
     "weights": "str",
-}  # fmt: skip
-DEFAULTS = {"data_root": "", "output_dir": "submissions", "cache_dir": "", "run_name": "", "seed": 0, "device": "auto"}
+}
+DEFAULTS = {
+    "data_root": "",
+    "output_dir": "submissions",
+    "cache_dir": "",
+    "run_name": "",
+    "seed": 0,
+    "device": "auto",
+}
 OF_THIS_MACHINE = {"data_root", "output_dir", "cache_dir"}  # a parameter file need not repeat these
-SILENT = {"tune", "seed_everything", "to_csv", "save_table"}  # calls at the end of a cell that give nothing to look at
+SILENT = {
+    "tune",
+    "seed_everything",
+    "to_csv",
+    "save_table",
+}  # calls at the end of a cell that give nothing to look at
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|tmp|root|work|Users)/\S*")
 REPOSITORY = stamp.ADDRESS.removeprefix("https://github.com/")
 
@@ -66,7 +90,9 @@ def length(cell: dict) -> int:
 
 def test_the_series_is_there():
     assert len(NOTEBOOKS) >= 8
-    assert [s[:2] for s in STEMS[:7]] == [f"{i:02d}" for i in range(1, 8)] and STEMS[-1] == "09_scoreboard"
+    assert [s[:2] for s in STEMS[:7]] == [f"{i:02d}" for i in range(1, 8)] and STEMS[
+        -1
+    ] == "09_scoreboard"
 
 
 # ------------------------------------------------------------------------------------------ parameters, bootstrap
@@ -83,24 +109,32 @@ def test_parameters_cell_has_the_common_names_with_one_meaning(stem):
 
 @every_notebook
 def test_notebook_that_computes_with_a_network_has_the_precision_as_a_parameter(stem):
-    computes = any("embedding." in source(cell) for cell in code(stem))
+    computes = any(re.search(r"embedding\.|task\.", source(cell)) for cell in code(stem))
     found = batch.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
-    assert found.get("precision") == (("Literal[auto, float32, bfloat16, float16]", "auto") if computes else None)
+    assert found.get("precision") == (
+        ("Literal[auto, float32, bfloat16, float16]", "auto") if computes else None
+    )
 
 
 @every_notebook
 def test_papermill_finds_every_parameter_with_its_type_and_default(stem):
     found = batch.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
     shown = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{stem}.ipynb"))
-    assert {name: s["inferred_type_name"] for name, s in shown.items()} == {name: kind for name, (kind, _) in found.items()}
-    assert {name: ast.literal_eval(s["default"]) for name, s in shown.items()} == {n: d for n, (_, d) in found.items()}
+    assert {name: s["inferred_type_name"] for name, s in shown.items()} == {
+        name: kind for name, (kind, _) in found.items()
+    }
+    assert {name: ast.literal_eval(s["default"]) for name, s in shown.items()} == {
+        n: d for n, (_, d) in found.items()
+    }
 
 
 @every_notebook
 def test_parameter_line_says_its_unit_or_rule_and_papermill_can_read_it(stem):
     (parameters,) = tagged(stem, "parameters")
     for line in parameters.splitlines():
-        assert re.fullmatch(r'\w+: (\w+|"Literal\[[\w, ]+\]") = [^=]+  # [^=]+', line), f"{line!r}: a second '=' hides it from papermill"
+        assert re.fullmatch(r'\w+: (\w+|"Literal\[[\w, ]+\]") = [^=]+  # [^=]+', line), (
+            f"{line!r}: a second '=' hides it from papermill"
+        )
 
 
 def test_one_bootstrap_cell_opens_every_notebook_with_the_same_bytes():
@@ -123,7 +157,10 @@ def test_readme_has_both_badges_of_every_notebook_at_the_projects_address():
     assert stamp.badges(readme) == readme, "make stamp"
     for stem in STEMS:
         file = f"{REPOSITORY}/blob/main/notebooks/{stem}.ipynb"
-        assert readme.count(f"](https://kaggle.com/kernels/welcome?src=https://github.com/{file})") == 1
+        assert (
+            readme.count(f"](https://kaggle.com/kernels/welcome?src=https://github.com/{file})")
+            == 1
+        )
         assert readme.count(f"](https://colab.research.google.com/github/{file})") == 1
 
 
@@ -140,7 +177,11 @@ def test_smoke_parameters_are_the_notebooks_defaults(stem):
     values = yaml.safe_load((ROOT / "params" / "smoke" / f"{stem}.yaml").read_text()) or {}
     found = batch.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
     assert values == {name: found[name][1] for name in values}
-    used = {name for name, line in zip(found, tagged(stem, "parameters")[0].splitlines()) if "not used" not in line}
+    used = {
+        name
+        for name, line in zip(found, tagged(stem, "parameters")[0].splitlines())
+        if "not used" not in line
+    }
     assert used - OF_THIS_MACHINE <= set(values), "a default that the file does not write out"
 
 
@@ -149,7 +190,7 @@ def test_parameter_file_fits_its_notebook(file):
     found = batch.load_runs([ROOT / file])
     assert found
     for run in found:
-        assert training.extras(run.params.get("extras", [])).pooling in models.POOLINGS
+        assert training.extras(run.params.get("extras", [])).pooling in POOLINGS
         assert rerank.parse(run.params.get("rerank", [])) is not None
 
 
@@ -159,13 +200,17 @@ def test_parameter_file_fits_its_notebook(file):
 @every_notebook
 def test_header_has_title_badges_and_what_to_expect(stem):
     header = source(cells(stem)[0])
-    assert re.match(rf"# {stem[:2]} · \S.*\n\n\*\*.+\?\*\*\n\S", header), "title, then the question and its answer"
+    assert re.match(rf"# {stem[:2]} · \S.*\n\n\*\*.+\?\*\*\n\S", header), (
+        "title, then the question and its answer"
+    )
     for badge in (
         f"https://kaggle.com/kernels/welcome?src=https://github.com/{REPOSITORY}/blob/main/notebooks/{stem}.ipynb",
         f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{stem}.ipynb",
     ):
         assert f"]({badge})" in header
-    assert re.search(r"^\| Reads \| Writes \| Time \| Expect \|\n\|[-|]+\|\n\|( [^|]{3,} \|){4}", header, re.M)
+    assert re.search(
+        r"^\| Reads \| Writes \| Time \| Expect \|\n\|[-|]+\|\n\|( [^|]{3,} \|){4}", header, re.M
+    )
 
 
 @every_notebook
@@ -203,7 +248,9 @@ def test_code_cells_are_short(stem):
     lengths = [length(c) for c in code(stem)]
     told = lengths[2:]  # parameters and bootstrap are read once
     assert statistics.median(told) <= 6, sorted(told)
-    assert max(lengths[1:]) <= 25, sorted(lengths)  # the parameters are a list: a line each, as many as are used
+    assert max(lengths[1:]) <= 25, sorted(
+        lengths
+    )  # the parameters are a list: a line each, as many as are used
 
 
 @every_notebook
@@ -223,7 +270,9 @@ def test_notebook_file_is_valid_small_and_carries_nothing_that_changes(stem):
     notebook = nbformat.read(file, as_version=4)
     nbformat.validate(notebook)
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
-    assert set(notebook.metadata.language_info) == {"name"}, "a Python version here changes with the machine"
+    assert set(notebook.metadata.language_info) == {"name"}, (
+        "a Python version here changes with the machine"
+    )
     assert all(set(c.metadata) <= {"tags"} for c in notebook.cells)
 
 
@@ -236,7 +285,11 @@ def test_every_cell_was_run_from_top_to_bottom(stem):
 def test_cell_that_ends_in_something_to_look_at_shows_it(stem):
     for cell in code(stem):
         last = ast.parse(source(cell)).body[-1]
-        called = last.value.func if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) else None
+        called = (
+            last.value.func
+            if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call)
+            else None
+        )
         name = getattr(called, "attr", getattr(called, "id", ""))
         if isinstance(last, ast.Expr) and name not in SILENT:
             assert cell["outputs"], f"nbval compares nothing here:\n{source(cell)}"

@@ -5,32 +5,66 @@ import pandas as pd
 import pytest
 from conftest import picture
 
-from vipr_utils import embedding, plots
+from vipr_utils.judge import plots, task
 
 COUNTS = pd.Series([9, 4, 1], index=["a", "b", "c"])
-HISTORY = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "active": [0.9, 0.5], "map_at_5": [np.nan, 0.25]})
-SCORES = pd.DataFrame({"map_at_5": [0.5], "map_at_5_low": [0.4], "map_at_5_high": [0.6]}, index=["frozen"])
+HISTORY = pd.DataFrame(
+    {"epoch": [1, 2], "loss": [2.0, 1.0], "active": [0.9, 0.5], "map_at_5": [np.nan, 0.25]}
+)
+SCORES = pd.DataFrame(
+    {"map_at_5": [0.5], "map_at_5_low": [0.4], "map_at_5_high": [0.6]}, index=["frozen"]
+)
 WORDS = {"title": "Title", "caption": "Caption"}
 FIGURES = {
-    "bars": (lambda: plots.bars(COUNTS, xlabel="kind", ylabel="images", **WORDS), "images by kind: a 9, b 4, c 1"),
-    "long_tail": (lambda: plots.long_tail(COUNTS, **WORDS), "3 products, 9 images for the first, median 4, 1 for the last; 1"),
-    "histogram": (lambda: plots.histogram({"x": np.arange(5)}, xlabel="size", **WORDS), "size: x median 2 of 5"),
-    "sizes": (lambda: plots.sizes(np.array([10, 30]), np.array([5, 7]), np.array(["", "shop"]), **WORDS), "10 to 30 px"),
-    "training_curves": (lambda: plots.training_curves(HISTORY, title="T"), "loss 2.00 to 1.00, best validation mAP@5 0.25 in epoch 2"),
+    "bars": (
+        lambda: plots.bars(COUNTS, xlabel="kind", ylabel="images", **WORDS),
+        "images by kind: a 9, b 4, c 1",
+    ),
+    "long_tail": (
+        lambda: plots.long_tail(COUNTS, **WORDS),
+        "3 products, 9 images for the first, median 4, 1 for the last; 1",
+    ),
+    "histogram": (
+        lambda: plots.histogram({"x": np.arange(5)}, xlabel="size", **WORDS),
+        "size: x median 2 of 5",
+    ),
+    "sizes": (
+        lambda: plots.sizes(np.array([10, 30]), np.array([5, 7]), np.array(["", "shop"]), **WORDS),
+        "10 to 30 px",
+    ),
+    "training_curves": (
+        lambda: plots.training_curves(HISTORY, title="T"),
+        "loss 2.00 to 1.00, best validation mAP@5 0.25 in epoch 2",
+    ),
     "similarity_histogram": (
         lambda: plots.similarity_histogram(np.array([[0.9, 0.1], [0.2, 0.8]]), [1, 2], [1, 2]),
         "median 0.85 for the same product, 0.15 for different ones, AUC 1.00",
     ),
-    "scatter": (lambda: plots.scatter(np.random.default_rng(0).normal(size=(9, 2)), [0, 1, 2] * 3, title="T"), "9 embeddings in 3"),
+    "scatter": (
+        lambda: plots.scatter(
+            np.random.default_rng(0).normal(size=(9, 2)), [0, 1, 2] * 3, title="T"
+        ),
+        "9 embeddings in 3",
+    ),
     "intervals": (lambda: plots.intervals(SCORES, **WORDS), "95 % intervals: frozen 0.500"),
-    "lines": (lambda: plots.lines({"x": ([1, 2], [0.5, 0.25])}, xlabel="n", ylabel="m", **WORDS), "x from 0.50 at 1 to 0.25 at 2"),
-    "image_grid": (lambda: plots.image_grid([picture()], columns=2, labels=["one"], **WORDS), "Title, 1 photos in 1 rows of 2: one"),
+    "lines": (
+        lambda: plots.lines({"x": ([1, 2], [0.5, 0.25])}, xlabel="n", ylabel="m", **WORDS),
+        "x from 0.50 at 1 to 0.25 at 2",
+    ),
+    "image_grid": (
+        lambda: plots.image_grid([picture()], columns=2, labels=["one"], **WORDS),
+        "Title, 1 photos in 1 rows of 2: one",
+    ),
     "matches": (
-        lambda: plots.matches(picture(0), picture(1, 90, 50), (np.eye(100, 2), np.eye(100, 2) / 2), **WORDS),
+        lambda: plots.matches(
+            picture(0), picture(1, 90, 50), (np.eye(100, 2), np.eye(100, 2) / 2), **WORDS
+        ),
         "Title: 100 matches between a query and a gallery photo, 50 of them drawn",
     ),
     "no matches": (
-        lambda: plots.matches(picture(0), picture(1), (np.zeros((0, 2)), np.zeros((0, 2))), **WORDS),
+        lambda: plots.matches(
+            picture(0), picture(1), (np.zeros((0, 2)), np.zeros((0, 2))), **WORDS
+        ),
         "Title: 0 matches between a query and a gallery photo",
     ),
 }
@@ -40,7 +74,11 @@ FIGURES = {
 def test_figure_repeats_byte_for_byte_and_its_alternative_text_has_the_numbers(name):
     make, words = FIGURES[name]
     first, again = make(), make()
-    assert first.png == again.png and first.png.startswith(b"\x89PNG") and b"matplotlib" not in first.png.lower()
+    assert (
+        first.png == again.png
+        and first.png.startswith(b"\x89PNG")
+        and b"matplotlib" not in first.png.lower()
+    )
     assert words in first.alt
     data, metadata = first._repr_mimebundle_()
     assert data["text/plain"] == first.alt == metadata["image/png"]["alt"]
@@ -54,15 +92,25 @@ def test_picture_is_written_whole_and_stays_the_value_of_the_cell(tmp_path):
 
 def test_ranked_list_marks_same_different_and_unknown(monkeypatch):
     marks = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda ax, text, **how: marks.append((text, how.get("color"))))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.set_title",
+        lambda ax, text, **how: marks.append((text, how.get("color"))),
+    )
     table = pd.DataFrame({"product_id": [1, 2, -1], "name": list("abc"), "group": 0})
     ranks = np.array([[0, 1], [1, -1], [0, 1]])
-    found = embedding.Retrieval(np.full((3, 2), 0.5), ranks, np.array([[1, 0], [1, 0], [0, 0]], bool), np.ones(3), {})
-    figure = plots.ranked_lists({i: picture(i) for i in range(3)}, table, table, found, [0, 1, 2], title="T")
+    found = task.Retrieval(
+        np.full((3, 2), 0.5), ranks, np.array([[1, 0], [1, 0], [0, 0]], bool), np.ones(3), {}
+    )
+    figure = plots.ranked_lists(
+        {i: picture(i) for i in range(3)}, table, table, found, [0, 1, 2], title="T"
+    )
     assert [(t.split("  ")[0], c) for t, c in marks if "0.500" in t] == [
-        ("✓ same", plots.GREEN), ("✗ different", plots.RED), ("✓ same", plots.GREEN),
-        ("label unknown", plots.GREY), ("label unknown", plots.GREY),
-    ]  # fmt: skip
+        ("✓ same", plots.GREEN),
+        ("✗ different", plots.RED),
+        ("✓ same", plots.GREEN),
+        ("label unknown", plots.GREY),
+        ("label unknown", plots.GREY),
+    ]
     assert "2 of 6 images show the query's product" in figure.alt
 
 

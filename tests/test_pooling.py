@@ -5,7 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vipr_utils import catalog, embedding, images, models
+from vipr_utils.data import catalog, transforms
+from vipr_utils.data.store import Photos
+from vipr_utils.judge import task
+from vipr_utils.learn import models
+from vipr_utils.learn.pooling import RMAC, GeM, Max, region_grid
+from vipr_utils.retrieve import embedding
 
 NAMES = ["gem", "gem_fixed", "rmac", "max"]
 
@@ -45,7 +50,7 @@ def slow_grid(height, width, scales=3):
 
 @pytest.mark.parametrize("height, width", [(7, 7), (14, 14), (7, 10), (12, 8), (24, 32), (30, 9)])
 def test_region_grid_is_the_published_one(height, width):
-    grid = models.region_grid(height, width)
+    grid = region_grid(height, width)
     assert grid == slow_grid(height, width)
     covered = np.zeros((height, width), bool)
     for top, left, side in grid:
@@ -55,18 +60,24 @@ def test_region_grid_is_the_published_one(height, width):
 
 
 def test_square_maps_have_fourteen_regions_and_tiny_maps_some():
-    assert len(models.region_grid(7, 7)) == 1 + 4 + 9
-    assert models.region_grid(7, 7, scales=1) == [(0, 0, 7)]
-    assert all(side >= 1 for _, _, side in models.region_grid(1, 1))
+    assert len(region_grid(7, 7)) == 1 + 4 + 9
+    assert region_grid(7, 7, scales=1) == [(0, 0, 7)]
+    assert all(side >= 1 for _, _, side in region_grid(1, 1))
 
 
 def test_rmac_is_the_sum_of_whitened_region_maxima():
-    x, layer = maps(9, 12), models.RMAC(6)
+    x, layer = maps(9, 12), RMAC(6)
     torch.nn.init.normal_(layer.whitening.weight)
     torch.nn.init.normal_(layer.whitening.bias)
     want = torch.zeros(2, 6)
     for top, left, side in slow_grid(9, 12):
-        v = torch.stack([x[:, c, top : top + side, left : left + side].flatten(1).max(1).values for c in range(6)], 1)
+        v = torch.stack(
+            [
+                x[:, c, top : top + side, left : left + side].flatten(1).max(1).values
+                for c in range(6)
+            ],
+            1,
+        )
         v = v / v.norm(dim=1, keepdim=True)
         v = v @ layer.whitening.weight.T + layer.whitening.bias
         want = want + v / v.norm(dim=1, keepdim=True)
@@ -75,23 +86,27 @@ def test_rmac_is_the_sum_of_whitened_region_maxima():
 
 def test_rmac_of_one_region_is_max_pooling():
     x = maps()
-    torch.testing.assert_close(models.RMAC(6, scales=1)(x), F.normalize(models.Max()(x), dim=1))
-    torch.testing.assert_close(models.Max()(x), x.flatten(2).max(2).values)
+    torch.testing.assert_close(RMAC(6, scales=1)(x), F.normalize(Max()(x), dim=1))
+    torch.testing.assert_close(Max()(x), x.flatten(2).max(2).values)
 
 
 def test_fixed_gem_equals_the_learned_one_and_has_nothing_to_learn():
-    fixed, learned = models.GeM(2.5, learned=False), models.GeM(2.5)
+    fixed, learned = GeM(2.5, learned=False), GeM(2.5)
     torch.testing.assert_close(fixed(maps()), learned(maps()))
     assert list(fixed.parameters()) == [] and len(list(learned.parameters())) == 1
     x = maps().double()
-    torch.testing.assert_close(fixed(maps()).double(), (x**2.5).mean((2, 3)) ** (1 / 2.5), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        fixed(maps()).double(), (x**2.5).mean((2, 3)) ** (1 / 2.5), rtol=1e-5, atol=1e-6
+    )
 
 
 # -------------------------------------------------------------------------------------------------- with backbones
 
 
 @pytest.mark.parametrize("pooling", NAMES)
-@pytest.mark.parametrize("name", ["siamese_small", "torchvision/mobilenet_v2", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["siamese_small", "torchvision/mobilenet_v2", "mobilenetv3_small_050", "convnext_atto"]
+)
 def test_every_pooling_works_on_every_kind_of_cnn(name, pooling, tmp_path):
     model = models.create(name, weights="none", pooling=pooling, embedding_dim=8)
     x = pixels().to(memory_format=torch.channels_last)
@@ -101,7 +116,11 @@ def test_every_pooling_works_on_every_kind_of_cnn(name, pooling, tmp_path):
             half = model(x)
         again = models.load(models.save(model, tmp_path / "model.pt"))
         torch.testing.assert_close(again(x), out)
-    assert again.record["pooling"] == pooling and out.shape == (2, 8) and half.dtype == out.dtype == torch.float32
+    assert (
+        again.record["pooling"] == pooling
+        and out.shape == (2, 8)
+        and half.dtype == out.dtype == torch.float32
+    )
     torch.testing.assert_close(out.norm(dim=1), torch.ones(2))
     assert torch.isfinite(half).all() and F.cosine_similarity(half, out).min() > 0.9
 
@@ -116,7 +135,9 @@ def test_gradients_reach_the_backbone_and_the_poolings_own_weights(pooling):
 def test_backbones_with_channels_last_maps_are_pooled_over_positions(monkeypatch):
     model, x = models.create("siamese_small", weights="none", pooling="max"), pixels()
     want, plain = model.features(x), model.backbone.forward_features
-    monkeypatch.setattr(model.backbone, "forward_features", lambda x: plain(x).permute(0, 2, 3, 1))  # as Swin's in timm
+    monkeypatch.setattr(
+        model.backbone, "forward_features", lambda x: plain(x).permute(0, 2, 3, 1)
+    )  # as Swin's in timm
     monkeypatch.setattr(model.backbone, "output_fmt", "NHWC", raising=False)
     torch.testing.assert_close(model.features(x), want)
 
@@ -125,18 +146,28 @@ def test_a_head_that_widens_is_recorded_with_its_own_width():
     model = models.create("mobilenetv3_small_050", weights="none", embedding_dim=8)
     assert model(pixels()).shape == (2, 8)
     assert models.create("mobilenetv3_small_050", weights="none").record["embedding_dim"] == 1024
-    assert models.create("mobilenetv3_small_050", weights="none", pooling="max").record["embedding_dim"] == 288
+    assert (
+        models.create("mobilenetv3_small_050", weights="none", pooling="max").record[
+            "embedding_dim"
+        ]
+        == 288
+    )
 
 
 def test_unknown_poolings_are_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"pooling 'mean' is unknown: use 'own' .* one of \['gem', 'gem_fixed', 'rmac', 'max'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"pooling 'mean' is unknown: use 'own' .* one of \['gem', 'gem_fixed', 'rmac', 'max'\]",
+    ):
         models.Embedder("siamese_small", pooling="mean")
 
 
 def test_a_clip_vit_by_timm_name_brings_its_own_transform():
     model = models.create("vit_xsmall_patch16_clip_224", weights="none")
     assert model.record["image_size"] == 224
-    assert model.record["mean"] == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-3)  # OpenAI's statistics
+    assert model.record["mean"] == pytest.approx(
+        (0.4815, 0.4578, 0.4082), abs=1e-3
+    )  # OpenAI's statistics
     assert model.record["std"] == pytest.approx((0.2686, 0.2613, 0.2758), abs=1e-3)
     assert model.record["interpolation"] == "bicubic"
     with torch.inference_mode():
@@ -158,8 +189,8 @@ def test_fitted_region_whitening_gives_round_regions(toy_data, rmac):
     photos, store = toy_data
     rows = photos.index[:40]
     assert embedding.fit_region_whitening(rmac, store, rows, image_size=96) is rmac
-    transform = images.eval_transform(96, mean=rmac.record["mean"], std=rmac.record["std"])
-    batch = torch.stack([images.Photos(store, rows, transform)[i][0] for i in range(40)])
+    transform = transforms.eval_transform(96, mean=rmac.record["mean"], std=rmac.record["std"])
+    batch = torch.stack([Photos(store, rows, transform)[i][0] for i in range(40)])
     with torch.inference_mode():
         regions = rmac.pooling.whitening(rmac.pooling.regions(rmac.maps(batch))).flatten(0, 1)
     covariance = np.cov(regions.numpy(), rowvar=False)
@@ -170,7 +201,10 @@ def test_fitted_region_whitening_gives_round_regions(toy_data, rmac):
 
 
 def test_only_rmac_has_regions_to_whiten(toy_data):
-    with pytest.raises(ValueError, match="pooling is 'own' and has no regions: create the model with pooling='rmac'"):
+    with pytest.raises(
+        ValueError,
+        match="pooling is 'own' and has no regions: create the model with pooling='rmac'",
+    ):
         embedding.fit_region_whitening(models.create("siamese_small"), toy_data[1], [0])
 
 
@@ -188,8 +222,16 @@ def test_a_query_is_scored_after_the_named_steps(toy_data, rmac):
     photos, store = toy_data
     _, queries, gallery = catalog.split(photos, "test")
     q, g = (embedding.embed(rmac, store, t.index, image_size=64) for t in (queries, gallery))
-    plain, stacked = (embedding.retrieve(q, g, queries, gallery, steps=s) for s in ([], ["whiten:16", "aqe:2"]))
-    assert "steps" not in plain.metrics and [s["step"] for s in stacked.metrics["steps"]][0] == "whiten:16"
-    assert stacked.metrics["n_queries"] == plain.metrics["n_queries"] and (stacked.ranks != plain.ranks).any()
+    plain, stacked = (
+        task.retrieve(q, g, queries, gallery, steps=s) for s in ([], ["whiten:16", "aqe:2"])
+    )
+    assert (
+        "steps" not in plain.metrics
+        and [s["step"] for s in stacked.metrics["steps"]][0] == "whiten:16"
+    )
+    assert (
+        stacked.metrics["n_queries"] == plain.metrics["n_queries"]
+        and (stacked.ranks != plain.ranks).any()
+    )
     with pytest.raises(ValueError, match="work by cosine, got distance 'manhattan'"):
-        embedding.retrieve(q, g, queries, gallery, distance="manhattan", steps=["centre"])
+        task.retrieve(q, g, queries, gallery, distance="manhattan", steps=["centre"])

@@ -10,7 +10,7 @@ import cv2
 import pytest
 from processors import KINDS
 
-from vipr_utils import catalog, images, toy
+from vipr_utils.data import audit, catalog, toy
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"toy": "9b93ebd73250a4cb", "grocery": "f215399366fba909"}
@@ -26,7 +26,7 @@ def found(root, cache_dir) -> tuple[str, str]:
     """(SHA-256 over the bytes of the photos held out, the split's name) of the first split of a data root."""
     photos, _ = catalog.read(root)
     train = photos[photos.split == "train"]
-    split = catalog.hold_out(train, images.colour_layouts(train, cache_dir=cache_dir))
+    split = catalog.hold_out(train, audit.colour_layouts(train, cache_dir=cache_dir))
     held_out = [(Path(root) / path).read_bytes() for path in split.queries["path"]]
     return hashlib.sha256(b"".join(held_out)).hexdigest(), split.split
 
@@ -37,7 +37,9 @@ def whole_toy(tmp_path_factory):
     return toy.generate(tmp_path_factory.mktemp("whole") / "toy-24", products=24, workers=2)
 
 
-@pytest.mark.skipif(int(cv2.__version__.split(".")[0]) < 5, reason="OpenCV 4 draws other letters: another toy set")
+@pytest.mark.skipif(
+    int(cv2.__version__.split(".")[0]) < 5, reason="OpenCV 4 draws other letters: another toy set"
+)
 def test_toy_set_has_one_split(whole_toy, tmp_path):
     assert found(whole_toy, tmp_path)[1] == SPLITS["toy"]
 
@@ -52,10 +54,14 @@ def test_another_processor_draws_the_same_photos_and_holds_the_same_out(whole_to
     if os.environ.get("VIPR_PROCESSOR"):
         pytest.skip("`make processors` runs the rest of this file under each kind")
     here = toy.generate(tmp_path / "here", products=8)
-    code = f"from vipr_utils import toy; toy.generate({str(tmp_path / 'there')!r}, products=8)"
+    code = f"from vipr_utils.data import toy; toy.generate({str(tmp_path / 'there')!r}, products=8)"
     code += CHILD.format(tests=str(ROOT / "tests"), root=str(whole_toy), cache=str(tmp_path))
     environment = os.environ | KINDS[kind] | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert tuple(done.stdout.split()) == found(whole_toy, tmp_path / "again")
     for photo in sorted(here.rglob("*.jpg")):
-        assert photo.read_bytes() == (tmp_path / "there" / photo.relative_to(here)).read_bytes(), photo.name
+        assert photo.read_bytes() == (tmp_path / "there" / photo.relative_to(here)).read_bytes(), (
+            photo.name
+        )

@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 import pytest
 
-from vipr_utils import rerank, search
+from vipr_utils.retrieve import rerank, search
 
 
 def planted(n_queries=30, n_gallery=90, dim=12, seed=0):
@@ -21,7 +21,11 @@ def planted(n_queries=30, n_gallery=90, dim=12, seed=0):
 
 
 def test_whitened_data_has_identity_covariance_before_normalisation():
-    x = np.random.default_rng(0).normal(size=(500, 10)) @ np.random.default_rng(1).normal(size=(10, 10)) + 5
+    x = (
+        np.random.default_rng(0).normal(size=(500, 10))
+        @ np.random.default_rng(1).normal(size=(10, 10))
+        + 5
+    )
     for dim in (10, 4):
         white = rerank.fit_whitening(x, dim).raw(x)
         np.testing.assert_allclose(np.cov(white, rowvar=False, bias=True), np.eye(dim), atol=1e-3)
@@ -40,7 +44,10 @@ def test_pca_is_scikit_learns():
 
 def test_whitening_refuses_more_directions_than_the_photos_span_and_survives_constant_ones():
     x = np.random.default_rng(0).normal(size=(6, 10))
-    with pytest.raises(ValueError, match=r"6 embeddings of 10 dimensions span 5 directions, got dim=8: use at most 5"):
+    with pytest.raises(
+        ValueError,
+        match=r"6 embeddings of 10 dimensions span 5 directions, got dim=8: use at most 5",
+    ):
         rerank.fit_whitening(x, 8)
     flat = np.zeros((50, 4))
     flat[:, 0] = np.arange(50)
@@ -51,7 +58,9 @@ def test_centring_takes_the_gallerys_mean_from_both_sides():
     queries, gallery, _, _ = planted()
     centre = rerank.fit_centring(gallery)
     want = queries - gallery.mean(0)
-    np.testing.assert_allclose(centre(queries), want / np.linalg.norm(want, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        centre(queries), want / np.linalg.norm(want, axis=1, keepdims=True), atol=1e-5
+    )
     np.testing.assert_allclose(centre.raw(gallery).mean(0), 0, atol=1e-6)
 
 
@@ -84,7 +93,9 @@ def test_alpha_query_expansion_is_the_papers_sum(alpha):
     queries, gallery, _, _ = planted()
     lists = search.top_k(queries, gallery, 7)
     out = rerank.alpha_query_expansion(queries, gallery, *lists, alpha=alpha)
-    np.testing.assert_allclose(out, [slow_expansion(q, gallery, 7, alpha) for q in queries], atol=1e-5)
+    np.testing.assert_allclose(
+        out, [slow_expansion(q, gallery, 7, alpha) for q in queries], atol=1e-5
+    )
 
 
 def test_alpha_zero_is_plain_average_expansion():
@@ -98,7 +109,9 @@ def test_alpha_zero_is_plain_average_expansion():
 def test_places_without_a_photo_expand_nothing():
     queries, gallery, _, _ = planted()
     none = np.full((len(queries), 3), -1)
-    out = rerank.alpha_query_expansion(queries, gallery, np.full(none.shape, -np.inf), none, alpha=0.0)
+    out = rerank.alpha_query_expansion(
+        queries, gallery, np.full(none.shape, -np.inf), none, alpha=0.0
+    )
     np.testing.assert_allclose(out, queries, atol=1e-6)
 
 
@@ -116,8 +129,12 @@ def test_database_augmentation_weighs_by_rank_or_by_similarity():
         for r, j in enumerate(np.argsort(-row)[:4]):
             by_rank[i] += (4 - r) / 4 * gallery[j]
             by_score[i] += (1.0 if r == 0 else max(row[j], 0) ** 2) * gallery[j]
-    np.testing.assert_allclose(rerank.database_augmentation(gallery, 4), rerank.unit(by_rank), atol=1e-5)
-    np.testing.assert_allclose(rerank.database_augmentation(gallery, 4, alpha=2.0), rerank.unit(by_score), atol=1e-5)
+    np.testing.assert_allclose(
+        rerank.database_augmentation(gallery, 4), rerank.unit(by_rank), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        rerank.database_augmentation(gallery, 4, alpha=2.0), rerank.unit(by_score), atol=1e-5
+    )
 
 
 def test_augmentation_of_a_gallery_smaller_than_k_uses_what_is_there():
@@ -169,7 +186,9 @@ def test_transductive_k_reciprocal_is_the_papers(k1, k2, weight):
     _, vectors = slow_neighbourhoods(everything, k1, k2)
     want = slow_scores(queries, gallery, vectors[len(gallery) :], vectors[: len(gallery)], weight)
     lists = search.top_k(queries, gallery, 40)[1]
-    scores, ranks = rerank.transductive_k_reciprocal(queries, gallery, lists, k1=k1, k2=k2, weight=weight)
+    scores, ranks = rerank.transductive_k_reciprocal(
+        queries, gallery, lists, k1=k1, k2=k2, weight=weight
+    )
     assert (np.sort(ranks, 1) == np.sort(lists, 1)).all() and (ranks != lists).any()
     np.testing.assert_allclose(scores, np.take_along_axis(want, ranks, 1), atol=1e-5)
     assert (np.diff(scores, axis=1) <= 1e-9).all()
@@ -205,7 +224,10 @@ def test_only_the_transductive_variant_looks_at_other_queries():
     queries, gallery, _, _ = planted()
     lists = search.top_k(queries, gallery, 30)[1]
     for function, blind in ((rerank.k_reciprocal, True), (rerank.transductive_k_reciprocal, False)):
-        together, alone = function(queries, gallery, lists), function(queries[:1], gallery, lists[:1])
+        together, alone = (
+            function(queries, gallery, lists),
+            function(queries[:1], gallery, lists[:1]),
+        )
         assert np.allclose(together[0][:1], alone[0], atol=1e-6) is blind
 
 
@@ -221,7 +243,9 @@ def test_k_reciprocal_lifts_a_hard_ranking_and_pays_for_chunks_with_nothing(monk
     queries, gallery, wanted, there = planted(60, 400)
     lists = search.top_k(queries, gallery, 100)[1]
     _, ranks = rerank.k_reciprocal(queries, gallery, lists)
-    assert (there[ranks[:, :5]] == wanted[:, None]).mean() > (there[lists[:, :5]] == wanted[:, None]).mean()
+    assert (there[ranks[:, :5]] == wanted[:, None]).mean() > (
+        there[lists[:, :5]] == wanted[:, None]
+    ).mean()
     monkeypatch.setattr(rerank, "CHUNK", 7)
     np.testing.assert_array_equal(rerank.k_reciprocal(queries, gallery, lists)[1], ranks)
 
@@ -230,11 +254,24 @@ def test_k_reciprocal_of_small_galleries_and_short_lists():
     queries, gallery, _, _ = planted(5, 8)
     lists = search.top_k(queries, gallery, 12)[1]  # four places are empty
     scores, ranks = rerank.k_reciprocal(queries, gallery, lists)
-    assert (ranks[:, 8:] == -1).all() and np.isneginf(scores[:, 8:]).all() and np.isfinite(scores[:, :8]).all()
-    with pytest.raises(ValueError, match="needs lists of k1=6 photos, got 5: search deeper or lower k1"):
+    assert (
+        (ranks[:, 8:] == -1).all()
+        and np.isneginf(scores[:, 8:]).all()
+        and np.isfinite(scores[:, :8]).all()
+    )
+    with pytest.raises(
+        ValueError, match="needs lists of k1=6 photos, got 5: search deeper or lower k1"
+    ):
         rerank.k_reciprocal(queries, gallery, lists[:, :5], k1=6)
-    for step in ("k_reciprocal:0:6:0.3", "k_reciprocal:8:0:0.3", "transductive_k_reciprocal:8:3:1.5"):
-        with pytest.raises(ValueError, match=r"k1 and k2 of at least 1 and a weight in 0..1, got .*: try 20, 6, 0.3"):
+    for step in (
+        "k_reciprocal:0:6:0.3",
+        "k_reciprocal:8:0:0.3",
+        "transductive_k_reciprocal:8:3:1.5",
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"k1 and k2 of at least 1 and a weight in 0..1, got .*: try 20, 6, 0.3",
+        ):
             rerank.apply([step], queries, gallery)
 
 
@@ -271,7 +308,9 @@ STACKS += ["k_reciprocal:8:3:0.3", "transductive_k_reciprocal:8:3:0.3"]
 def test_no_query_meets_itself_whatever_the_step_and_k_may_pass_the_gallery(step):
     _, gallery, _, products = planted()
     ids = np.array([f"train/{i}.jpg" for i in range(len(gallery))])
-    out = rerank.apply([step], gallery, gallery, k=95, query_ids=ids, gallery_ids=ids, labels=products)
+    out = rerank.apply(
+        [step], gallery, gallery, k=95, query_ids=ids, gallery_ids=ids, labels=products
+    )
     assert out.ranks.shape == (90, 95) and (out.ranks[:, 89:] == -1).all()
     assert not (out.ranks == np.arange(90)[:, None]).any()
     assert all(len(set(row[:89])) == 89 for row in out.ranks.tolist())
@@ -295,19 +334,29 @@ def test_verification_sorts_the_list_and_its_expansion_searches_again():
     assert (out.ranks[:, 0] == search.top_k(queries, gallery, 30)[1][:, -4]).all()
 
 
-@pytest.mark.parametrize("step", ["whitening:64", "aqe", "aqe:", "aqe:x", "aqe:5.5", "dba:3:1:2", "pca:-4", "aqe:3:nan", 7])
+@pytest.mark.parametrize(
+    "step",
+    ["whitening:64", "aqe", "aqe:", "aqe:x", "aqe:5.5", "dba:3:1:2", "pca:-4", "aqe:3:nan", 7],
+)
 def test_ill_formed_steps_are_answered_with_the_known_ones(step):
-    with pytest.raises(ValueError, match=r"is unknown or lacks its numbers. Steps: centre, pca:DIM, .*aqe:K\[:ALPHA\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"is unknown or lacks its numbers. Steps: centre, pca:DIM, .*aqe:K\[:ALPHA\]",
+    ):
         rerank.parse([step])
 
 
 def test_steps_that_cannot_be_are_refused_with_the_remedy():
     queries, gallery, _, _ = planted()
-    with pytest.raises(ValueError, match="'pca:4' changes the embeddings but stands behind 'aqe:5'.*put it first"):
+    with pytest.raises(
+        ValueError, match="'pca:4' changes the embeddings but stands behind 'aqe:5'.*put it first"
+    ):
         rerank.parse(["centre", "aqe:5", "pca:4"])
     with pytest.raises(ValueError, match="step 'verify' needs something of yours: pass verify="):
         rerank.apply(["verify:50"], queries, gallery)
-    with pytest.raises(ValueError, match="step 'learned_whiten' needs something of yours: pass labels="):
+    with pytest.raises(
+        ValueError, match="step 'learned_whiten' needs something of yours: pass labels="
+    ):
         rerank.apply(["learned_whiten:4"], queries, gallery)
     with pytest.raises(ValueError, match="gallery embeddings hold NaN"):
         rerank.apply(["whiten:4"], queries, np.full_like(gallery, np.nan))

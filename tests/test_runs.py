@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import tables
 
-from vipr_utils import runs
+from vipr_utils.judge import runs
 
 SCORES = {
     "map_at_5": 0.458,
@@ -34,9 +34,19 @@ def saved(folder, **changes):
 
 
 def test_record_names_folders_without_their_place(tmp_path):
-    params = {"data_root": str(tmp_path / "photos"), "output_dir": "submissions", "cache_dir": "", "seed": 0}
+    params = {
+        "data_root": str(tmp_path / "photos"),
+        "output_dir": "submissions",
+        "cache_dir": "",
+        "seed": 0,
+    }
     record = runs.load(saved(tmp_path / "first", params=params).parent)
-    assert record["params"] == {"data_root": "photos", "output_dir": "submissions", "cache_dir": "", "seed": 0}
+    assert record["params"] == {
+        "data_root": "photos",
+        "output_dir": "submissions",
+        "cache_dir": "",
+        "seed": 0,
+    }
 
 
 def test_readme_shows_the_reference_records_as_they_are():
@@ -62,7 +72,13 @@ def test_numpy_values_become_numbers_and_nan_becomes_null(tmp_path):
         "path": Path("a") / "b",
     }
     text = saved(tmp_path / "r", metrics=metrics).read_text()
-    assert json.loads(text)["metrics"] == {"map_at_5": 0.5, "n": 3, "bad": None, "list": [0, 1], "path": "a/b"}
+    assert json.loads(text)["metrics"] == {
+        "map_at_5": 0.5,
+        "n": 3,
+        "bad": None,
+        "list": [0, 1],
+        "path": "a/b",
+    }
     assert "NaN" not in text
 
 
@@ -73,7 +89,8 @@ def test_a_value_without_json_form_is_named_by_its_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("{", "no readable JSON"), ("[]", "is no object"), ("{}", "lacks run, notebook")]
+    "text, message",
+    [("{", "no readable JSON"), ("[]", "is no object"), ("{}", "lacks run, notebook")],
 )
 def test_a_damaged_record_is_named_with_the_remedy(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
@@ -91,7 +108,8 @@ def test_the_scoreboard_sorts_best_first_expands_systems_and_survives_damage(tmp
     saved(tmp_path / "eda", metrics={"found": 3}, model=None)
     saved(
         tmp_path / "sweep",
-        metrics=SCORES | {"rows": [{"name": "a"} | SCORES, {"name": "b"} | SCORES | {"map_at_5": 0.9}]},
+        metrics=SCORES
+        | {"rows": [{"name": "a"} | SCORES, {"name": "b"} | SCORES | {"map_at_5": 0.9}]},
     )
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
@@ -136,7 +154,11 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_range(tmp_path
     row = merged.loc["study_scratch-triplet-cosine"]
     assert row.map_at_5 == pytest.approx(0.4) and (row.seeds, row.least, row.most) == (3, 0.3, 0.5)
     text = runs.tables(tmp_path)
-    assert "**study_scratch**" in text and "| 0.400 [0.441, 0.476] | 3: 0.300–0.500 |" in text and "| 0.023 |" in text
+    assert (
+        "**study_scratch**" in text
+        and "| 0.400 [0.441, 0.476] | 3: 0.300–0.500 |" in text
+        and "| 0.023 |" in text
+    )
     assert text.index("**study_scratch**") < text.index("**single runs**")
 
 
@@ -151,7 +173,11 @@ def test_levers_are_compared_with_the_baseline_of_their_sweep_query_by_query(tmp
     answered(tmp_path / "gap-clutter", [0.1, 0.3, 0.6, 0.8])
     table = runs.against_baselines(tmp_path).set_index(["run", "view"])
     row = table.loc["gap-clutter", "shop"]
-    assert row.difference == pytest.approx(0.15) and row.baseline == pytest.approx(0.3) and row.low == pytest.approx(0.1)
+    assert (
+        row.difference == pytest.approx(0.15)
+        and row.baseline == pytest.approx(0.3)
+        and row.low == pytest.approx(0.1)
+    )
     assert row.high == pytest.approx(0.2)
     assert table.loc["gap-clutter", "customer"].difference == 0
     line = "| gap-clutter | shop | 0.300 | 0.450 | +0.150 [+0.100, +0.200] |"
@@ -159,29 +185,62 @@ def test_levers_are_compared_with_the_baseline_of_their_sweep_query_by_query(tmp
     saved(tmp_path / "toy" / "gap-baseline")
     for name in ("gap-baseline", "gap-clutter"):
         (tmp_path / "toy" / name).mkdir(exist_ok=True)
-        (tmp_path / "toy" / name / "average_precision.csv").write_bytes((tmp_path / name / "average_precision.csv").read_bytes())
-    assert "**toy: paired differences to the baseline**" in runs.tables(tmp_path) and runs.tables(tmp_path).count(line) == 2
+        (tmp_path / "toy" / name / "average_precision.csv").write_bytes(
+            (tmp_path / name / "average_precision.csv").read_bytes()
+        )
+    assert (
+        "**toy: paired differences to the baseline**" in runs.tables(tmp_path)
+        and runs.tables(tmp_path).count(line) == 2
+    )
 
 
 def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp_path):
     answered(tmp_path / "gap-baseline", [0.0, 0.2, 0.4, 0.6])
-    answered(tmp_path / "gap-other", [0.0, 0.2, 0.4, 0.6], names=("a.jpg", "b.jpg", "c.jpg", "e.jpg"))
-    with pytest.raises(runs.RunError, match="gap-other and gap-baseline answered different queries"):
+    answered(
+        tmp_path / "gap-other", [0.0, 0.2, 0.4, 0.6], names=("a.jpg", "b.jpg", "c.jpg", "e.jpg")
+    )
+    with pytest.raises(
+        runs.RunError, match="gap-other and gap-baseline answered different queries"
+    ):
         runs.against_baselines(tmp_path)
     with pytest.raises(runs.RunError, match="average_precision.csv does not exist"):
         runs.compare(tmp_path, "gap-baseline", ["nothing"])
 
 
 def test_an_ablation_shows_each_method_with_its_difference_and_long_tables_are_folded(tmp_path):
-    extra = {"setting": "", "difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "verdict": "does not help"}
-    plain = {"name": "plain search"} | SCORES | extra | {"seconds": 0.26, "peak_mb": 40.6, "ms_per_image": 8.04}
-    other = plain | {"name": "k", "setting": "k:20", "difference": 0.072, "difference_low": 0.061, "difference_high": 0.084}
+    extra = {
+        "setting": "",
+        "difference": 0.0,
+        "difference_low": 0.0,
+        "difference_high": 0.0,
+        "verdict": "does not help",
+    }
+    plain = (
+        {"name": "plain search"}
+        | SCORES
+        | extra
+        | {"seconds": 0.26, "peak_mb": 40.6, "ms_per_image": 8.04}
+    )
+    other = plain | {
+        "name": "k",
+        "setting": "k:20",
+        "difference": 0.072,
+        "difference_low": 0.061,
+        "difference_high": 0.084,
+    }
     other |= {"verdict": "helps", "ms_per_image": float("nan"), "seconds": 400.0}
     saved(tmp_path / "07", metrics=SCORES | {"rows": [plain, other]})
     text = runs.tables(tmp_path)
-    assert text.startswith("**07**") and "single runs" not in text and "20 queries × 30 gallery photos of toy, lite0" in text
+    assert (
+        text.startswith("**07**")
+        and "single runs" not in text
+        and "20 queries × 30 gallery photos of toy, lite0" in text
+    )
     assert "| plain search |  | 0.458 [0.441, 0.476] |  |  | 8.0 | 0.3 s | 41 MB |" in text
-    assert "| k | k:20 | 0.458 [0.441, 0.476] | +0.072 [+0.061, +0.084] | helps | – | 7 min | 41 MB |" in text
+    assert (
+        "| k | k:20 | 0.458 [0.441, 0.476] | +0.072 [+0.061, +0.084] | helps | – | 7 min | 41 MB |"
+        in text
+    )
     saved(tmp_path / "07", metrics=SCORES | {"rows": [plain] + [other] * 12})
     assert runs.tables(tmp_path).startswith("<details><summary><b>07</b> (13 rows)</summary>\n\n")
 
@@ -211,14 +270,22 @@ def test_records_of_different_splits_are_not_chosen_among(tmp_path):
     validated(tmp_path / "one", 0.5, "aa")
     validated(tmp_path / "two", 0.6, "bb")
     validated(tmp_path / "three", 0.4, "aa")
-    with pytest.raises(runs.RunError, match="held out different photos .*'one': 'aa', 'three': 'aa', 'two': 'bb'"):
+    with pytest.raises(
+        runs.RunError, match="held out different photos .*'one': 'aa', 'three': 'aa', 'two': 'bb'"
+    ):
         runs.best_on_validation(tmp_path, "f")
 
 
 def test_training_cut_short_is_marked_in_record_and_table(tmp_path):
     saved(tmp_path / "sweep-seed0", cut_short="in epoch 3 of 8")
-    saved(tmp_path / "sweep-seed1", metrics=SCORES | {"rows": [SCORES | {"name": "whole", "cut_short": ""}]})
+    saved(
+        tmp_path / "sweep-seed1",
+        metrics=SCORES | {"rows": [SCORES | {"name": "whole", "cut_short": ""}]},
+    )
     assert runs.load(tmp_path / "sweep-seed0")["cut_short"] == "in epoch 3 of 8"
     table = runs.scoreboard(tmp_path).set_index("run")
-    assert table["cut_short"].to_dict() == {"sweep-seed0": "in epoch 3 of 8", "sweep-seed1: whole": ""}
+    assert table["cut_short"].to_dict() == {
+        "sweep-seed0": "in epoch 3 of 8",
+        "sweep-seed1: whole": "",
+    }
     assert "| sweep **cut short in epoch 3 of 8** |" in runs.markdown(runs.scoreboard(tmp_path))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vipr_utils.sampling import PKSampler, ShuffledSampler, Stages, sampler
+from vipr_utils.learn.sampling import PKSampler, ShuffledSampler, Stages, sampler
 
 LONG_TAIL = np.repeat(np.arange(20), [1, 1, 2, 3, 5, 8, 13, 21, 34, 55] * 2)
 
@@ -20,7 +20,9 @@ def test_an_epoch_shows_nearly_every_image_once():
 
 def test_batches_depend_on_seed_and_epoch_alone():
     def flat(seed, epoch):
-        return np.concatenate(PKSampler(LONG_TAIL, products=4, images=2, seed=seed).batches(epoch)).tolist()
+        return np.concatenate(
+            PKSampler(LONG_TAIL, products=4, images=2, seed=seed).batches(epoch)
+        ).tolist()
 
     assert flat(0, 1) == flat(0, 1)
     assert flat(0, 1) != flat(0, 2)
@@ -32,13 +34,17 @@ def test_images_of_one_run_are_different_while_the_product_has_enough():
     for batch in PKSampler(labels, products=3, images=4).batches(0):
         for product in np.unique(labels[batch]):
             run = batch[labels[batch] == product]
-            assert len(np.unique(run)) >= 4 - 3  # a filled-up run may repeat, never more than its fill
+            assert (
+                len(np.unique(run)) >= 4 - 3
+            )  # a filled-up run may repeat, never more than its fill
     full = PKSampler(np.repeat(np.arange(6), 8), products=3, images=4).batches(0)
     assert all(len(np.unique(b)) == 12 for b in full)
 
 
 def test_too_few_images_without_replacement_names_the_smallest_product():
-    with pytest.raises(ValueError, match=r"needs 4 images per product, 8 of 20 .*smallest: 0 with 1.*replace=True"):
+    with pytest.raises(
+        ValueError, match=r"needs 4 images per product, 8 of 20 .*smallest: 0 with 1.*replace=True"
+    ):
         PKSampler(LONG_TAIL, products=4, images=4, replace=False)
 
 
@@ -66,7 +72,9 @@ def test_balanced_epoch_shows_products_or_groups_alike_and_is_as_long(balance):
 def test_products_with_too_few_images_are_left_out():
     shown = np.concatenate(PKSampler(LONG_TAIL, products=4, images=4, min_images=4).batches(0))
     assert np.bincount(LONG_TAIL)[LONG_TAIL[shown]].min() >= 4
-    with pytest.raises(ValueError, match="needs 8 products in a batch, the data has 6 with 20 images or more"):
+    with pytest.raises(
+        ValueError, match="needs 8 products in a batch, the data has 6 with 20 images or more"
+    ):
         PKSampler(LONG_TAIL, products=8, images=4, min_images=20)
 
 
@@ -91,9 +99,16 @@ def test_sampler_by_name_fills_the_batch_or_says_why_not():
         found = sampler(kind, LONG_TAIL, batch_size=16, groups=LONG_TAIL // 5)
         assert {len(b) for b in found.batches(0)} == {16}
     shop = np.arange(len(LONG_TAIL)) % 40 == 0
-    shown = np.concatenate(sampler("shuffled_domains", LONG_TAIL, batch_size=16, shop=shop).batches(0))
-    assert shop[shown].mean() == pytest.approx(1 / 8, abs=0.02) and len(set(shown)) >= len(LONG_TAIL) - 1
-    with pytest.raises(ValueError, match="batch_size 15 is no multiple of the 4 images that each product brings"):
+    shown = np.concatenate(
+        sampler("shuffled_domains", LONG_TAIL, batch_size=16, shop=shop).batches(0)
+    )
+    assert (
+        shop[shown].mean() == pytest.approx(1 / 8, abs=0.02)
+        and len(set(shown)) >= len(LONG_TAIL) - 1
+    )
+    with pytest.raises(
+        ValueError, match="batch_size 15 is no multiple of the 4 images that each product brings"
+    ):
         sampler("products", LONG_TAIL, batch_size=15)
     with pytest.raises(ValueError, match="batches 'random' are unknown: use one of"):
         sampler("random", LONG_TAIL, batch_size=16)
@@ -112,5 +127,7 @@ def test_limits_of_a_product_reach_the_batches_or_are_refused():
     batches = sampler("products", labels, batch_size=8, min_images=4, max_images=12).batches(0)
     shown = labels[np.concatenate(batches)]
     assert 4 not in shown and (shown == 0).sum() <= 12
-    with pytest.raises(ValueError, match="'shuffled' take all images: min_images and max_images need one of"):
+    with pytest.raises(
+        ValueError, match="'shuffled' take all images: min_images and max_images need one of"
+    ):
         sampler("shuffled", labels, batch_size=8, max_images=4)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vipr_utils import search
+from vipr_utils.retrieve import search
 
 faiss = pytest.importorskip("faiss")
 
@@ -18,7 +18,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(search, "GALLERY_CHUNK", 64)
 
 
-@pytest.mark.parametrize("distance, metric", [("cosine", "INNER_PRODUCT"), ("euclidean", "L2"), ("manhattan", "L1")])
+@pytest.mark.parametrize(
+    "distance, metric", [("cosine", "INNER_PRODUCT"), ("euclidean", "L2"), ("manhattan", "L1")]
+)
 def test_chunked_search_equals_faiss(distance, metric, small_chunks):
     queries, gallery = vectors(50), vectors(333, seed=1)
     index = faiss.IndexFlat(16, getattr(faiss, f"METRIC_{metric}"))
@@ -56,7 +58,9 @@ def test_a_gallery_smaller_than_k_is_padded_with_minus_one():
 def test_nan_embeddings_are_refused_with_row_and_remedy():
     bad = vectors(4)
     bad[2, 5] = np.nan
-    with pytest.raises(ValueError, match=r"1 of 4 query embeddings hold NaN .*row 2.*learning rate"):
+    with pytest.raises(
+        ValueError, match=r"1 of 4 query embeddings hold NaN .*row 2.*learning rate"
+    ):
         search.top_k(bad, vectors(5))
     with pytest.raises(ValueError, match="gallery embeddings hold NaN"):
         search.top_k(vectors(5), bad)

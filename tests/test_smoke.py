@@ -18,7 +18,9 @@ SMOKE = Path(os.environ.get("VIPR_SMOKE", ""))
 EXPECTED = yaml.safe_load((ROOT / "tests" / "smoke.yaml").read_text(encoding="utf-8"))
 PAGES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
-pytestmark = pytest.mark.skipif("VIPR_SMOKE" not in os.environ, reason="`make smoke` runs the series and sets $VIPR_SMOKE")
+pytestmark = pytest.mark.skipif(
+    "VIPR_SMOKE" not in os.environ, reason="`make smoke` runs the series and sets $VIPR_SMOKE"
+)
 
 
 def sanitised(text: str) -> str:
@@ -35,10 +37,17 @@ def page(path: Path) -> list[tuple[str, str]]:
     found = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         tags = cell["metadata"].get("tags", [])
-        if cell["cell_type"] != "code" or {"nbval-ignore-output", "injected-parameters"} & set(tags):
+        if cell["cell_type"] != "code" or {"nbval-ignore-output", "injected-parameters"} & set(
+            tags
+        ):
             continue
         shown = [output.get("text", []) for output in cell["outputs"]]
-        shown += [text for o in cell["outputs"] for kind, text in sorted(o.get("data", {}).items()) if "text/" in kind]
+        shown += [
+            text
+            for o in cell["outputs"]
+            for kind, text in sorted(o.get("data", {}).items())
+            if "text/" in kind
+        ]
         found.append(("".join(cell["source"]), sanitised("\n".join(map("".join, shown)))))
     return found
 
@@ -50,10 +59,21 @@ def test_page_repeats_what_is_committed(stem):
 
 @pytest.mark.parametrize("stem", sorted(EXPECTED))
 def test_record_repeats_counts_exactly_and_scores_within_their_range(stem):
-    record, expected = json.loads((SMOKE / stem / "run.json").read_text(encoding="utf-8")), EXPECTED[stem]
-    assert {name: record["metrics"][name] for name in ("n_queries", "n_gallery")} == expected["counts"]
-    assert (record["validation"] or {}).get("split", "") == expected["split"] and not record["cut_short"]
-    rows = {row["name"]: row["map_at_5"] for row in record["metrics"].get("rows", [])} | {"": record["metrics"]["map_at_5"]}
+    record, expected = (
+        json.loads((SMOKE / stem / "run.json").read_text(encoding="utf-8")),
+        EXPECTED[stem],
+    )
+    assert {name: record["metrics"][name] for name in ("n_queries", "n_gallery")} == expected[
+        "counts"
+    ]
+    assert (record["validation"] or {}).get("split", "") == expected["split"] and not record[
+        "cut_short"
+    ]
+    rows = {row["name"]: row["map_at_5"] for row in record["metrics"].get("rows", [])} | {
+        "": record["metrics"]["map_at_5"]
+    }
     assert set(expected["rows"]) <= set(rows)
-    wrong = {n: rows[n] for n, (low, high) in expected["rows"].items() if not low <= rows[n] <= high}
+    wrong = {
+        n: rows[n] for n, (low, high) in expected["rows"].items() if not low <= rows[n] <= high
+    }
     assert not wrong, "outside the range of tests/smoke.yaml"

@@ -7,10 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vipr_utils import catalog, embedding, submission
-from vipr_utils.submission import SubmissionError
+from vipr_utils.data import catalog
+from vipr_utils.judge import submission, task
+from vipr_utils.judge.submission import SubmissionError
 
-TRAIN = "name,class,domain\n" + "".join(f"g{i}.jpg,{i % 3},{'shop' if i < 3 else 'customer'}\n" for i in range(9))
+TRAIN = "name,class,domain\n" + "".join(
+    f"g{i}.jpg,{i % 3},{'shop' if i < 3 else 'customer'}\n" for i in range(9)
+)
 TEST = "name,class\nq0.jpg,0\nq1.jpg,1\nq2.jpg,9\n"
 GOOD = (
     "id,images\nq0.jpg,g0.jpg g1.jpg g3.jpg g4.jpg g6.jpg\nq1.jpg,g0.jpg g2.jpg g3.jpg g4.jpg g5.jpg\n"
@@ -38,7 +41,11 @@ def independent_map_at_5(path, root, domain=""):
         with open(file, newline="") as opened:
             return list(csv.DictReader(opened))
 
-    gallery = {r["name"]: r["class"] for r in rows(root / "train.csv") if not domain or r["domain"] == domain}
+    gallery = {
+        r["name"]: r["class"]
+        for r in rows(root / "train.csv")
+        if not domain or r["domain"] == domain
+    }
     wanted = {r["name"]: r["class"] for r in rows(root / "test.csv")}
     values = []
     for row in rows(path):
@@ -58,7 +65,9 @@ def test_score_is_that_of_an_independent_scorer_and_counts_the_unanswerable_quer
     path = changed(root, "q0", "q0")
     scored = submission.score(path, root)
     assert scored["map_at_5"] == pytest.approx(independent_map_at_5(path, root), abs=1e-12)
-    assert scored["map_at_5"] == pytest.approx(((1 + 2 / 3 + 3 / 5) / 3 + (2 / 5 * 0 + 1 / 4) / 3) / 2)
+    assert scored["map_at_5"] == pytest.approx(
+        ((1 + 2 / 3 + 3 / 5) / 3 + (2 / 5 * 0 + 1 / 4) / 3) / 2
+    )
     assert (scored["n_queries"], scored["n_excluded"], scored["n_gallery"]) == (2, 1, 9)
 
 
@@ -67,11 +76,19 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
     _, queries, gallery = catalog.split(photos, "test")
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(photos.product_id.max() + 1, 16)).astype(np.float32)
-    q, g = (centres[t.product_id] + rng.normal(size=(len(t), 16)).astype(np.float32) for t in (queries, gallery))
-    found = embedding.retrieve(q, g, queries, gallery)
-    path = submission.write_ranking(tmp_path / "s.csv", queries.name, gallery.name.to_numpy()[found.ranks])
+    q, g = (
+        centres[t.product_id] + rng.normal(size=(len(t), 16)).astype(np.float32)
+        for t in (queries, gallery)
+    )
+    found = task.retrieve(q, g, queries, gallery)
+    path = submission.write_ranking(
+        tmp_path / "s.csv", queries.name, gallery.name.to_numpy()[found.ranks]
+    )
     assert 0.1 < found.metrics["map_at_5"] < 0.99
-    for value in (submission.score(path, toy_root)["map_at_5"], independent_map_at_5(path, toy_root)):
+    for value in (
+        submission.score(path, toy_root)["map_at_5"],
+        independent_map_at_5(path, toy_root),
+    ):
         assert value == pytest.approx(found.metrics["map_at_5"], abs=1e-9)
 
 
@@ -80,12 +97,20 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
     [
         (" g6.jpg", "", r"row 1 \(q0.jpg\): 4 images, expected 5. Rank the best 5"),
         (" g6.jpg", " g6.jpg g7.jpg", r"row 1 \(q0.jpg\): 6 images, expected 5"),
-        (" g6.jpg", " g0.jpg", r"row 1 \(q0.jpg\): g0.jpg is listed more than once. Rank each image once"),
+        (
+            " g6.jpg",
+            " g0.jpg",
+            r"row 1 \(q0.jpg\): g0.jpg is listed more than once. Rank each image once",
+        ),
         (" g6.jpg", " h6.jpg", r"row 1 \(q0.jpg\): unknown image h6.jpg, not in train.csv"),
         (" g6.jpg", "  g6.jpg", r"row 1 \(q0.jpg\): an empty name in"),
         ("q2.jpg,g0", "q1.jpg,g0", r"row 3 \(q1.jpg\): this query already has a row above"),
         ("q2.jpg,g0", "q9.jpg,g0", r"row 3 \(q9.jpg\): unknown query, not in test.csv"),
-        (GOOD[GOOD.index("q2.jpg") :], "", r"\(q2.jpg\): no row for this query of test.csv \(1 of 3 missing\)"),
+        (
+            GOOD[GOOD.index("q2.jpg") :],
+            "",
+            r"\(q2.jpg\): no row for this query of test.csv \(1 of 3 missing\)",
+        ),
         ("id,images", "id,ranked", r"header 'id,ranked', expected 'id,images' or 'name,class'"),
         (" g6.jpg", ",g6.jpg", r"row 1 \(q0.jpg\): 3 fields, expected 2"),
         (GOOD, "", r"the file is empty"),
@@ -99,7 +124,9 @@ def test_wrong_file_names_row_query_fault_and_remedy(root, old, new, message):
 def test_image_of_another_domain_is_unknown_to_a_narrowed_gallery(root):
     with pytest.raises(SubmissionError, match="4 images|5 images, expected 3|unknown image"):
         submission.validate(changed(root, "q0", "q0"), root, gallery_domain="shop")
-    with pytest.raises(SubmissionError, match="no image of domain 'studio', only of .*customer.*shop"):
+    with pytest.raises(
+        SubmissionError, match="no image of domain 'studio', only of .*customer.*shop"
+    ):
         submission.validate(changed(root, "q0", "q0"), root, gallery_domain="studio")
 
 
@@ -126,18 +153,24 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, lists, message):
 def test_doubled_query_is_not_written_and_an_older_file_stays(tmp_path):
     path = submission.write_ranking(tmp_path / "s.csv", ["q"], [list("abcde")])
     before = path.read_bytes()
-    with pytest.raises(SubmissionError, match=re.escape("row 2 (q): this query already has a row above")):
+    with pytest.raises(
+        SubmissionError, match=re.escape("row 2 (q): this query already has a row above")
+    ):
         submission.write_ranking(path, ["q", "q"], [list("abcde")] * 2)
     assert path.read_bytes() == before
 
 
 def test_classification_form_is_written_checked_and_scored(root):
-    path = submission.write_classification(root / "c.csv", ["q0.jpg", "q1.jpg", "q2.jpg"], np.array([0, 2, 1]))
+    path = submission.write_classification(
+        root / "c.csv", ["q0.jpg", "q1.jpg", "q2.jpg"], np.array([0, 2, 1])
+    )
     assert pd.read_csv(path).columns.tolist() == ["name", "class"]
     scored = submission.score(path, root)
     assert scored["top_1_accuracy"] == pytest.approx(1 / 3) and "map_at_5" not in scored
     path.write_text(path.read_text().replace("q1.jpg,2", "q1.jpg,77"))
-    with pytest.raises(SubmissionError, match=r"row 2 \(q1.jpg\): class '77' is no class of train.csv"):
+    with pytest.raises(
+        SubmissionError, match=r"row 2 \(q1.jpg\): class '77' is no class of train.csv"
+    ):
         submission.validate(path, root)
     with pytest.raises(SubmissionError, match=r"class nan, expected a whole number"):
         submission.write_classification(path, ["q0.jpg"], [float("nan")])
@@ -147,7 +180,9 @@ def test_unknown_labels_give_no_score(root):
     (root / "test.csv").write_text("name\nq0.jpg\nq1.jpg\nq2.jpg\n")
     path = changed(root, "q0", "q0")
     assert submission.score(path, root)["map_at_5"] is None
-    (root / "test_kaggletest.csv").write_text("name,class,Usage\nq0.jpg,0,Public\nq1.jpg,1,Private\nq2.jpg,9,Public\n")
+    (root / "test_kaggletest.csv").write_text(
+        "name,class,Usage\nq0.jpg,0,Public\nq1.jpg,1,Private\nq2.jpg,9,Public\n"
+    )
     assert submission.score(path, root)["map_at_5"] > 0
 
 

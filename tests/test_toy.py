@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vipr_utils import catalog, images, toy
+from vipr_utils.data import audit, catalog, toy
 
 
 def digest(root):
@@ -25,7 +25,11 @@ def test_same_settings_give_the_same_bytes_whatever_the_number_of_workers(tmp_pa
 def test_layout_is_that_of_products_10k_with_domains_and_a_long_tail(tmp_path):
     root = toy.generate(tmp_path / "toy", products=24, image_size=48)
     photos, problems = catalog.read(root)
-    assert problems.empty and set(photos.split) == {"train", "test"} and set(photos.domain) == {"shop", "customer"}
+    assert (
+        problems.empty
+        and set(photos.split) == {"train", "test"}
+        and set(photos.domain) == {"shop", "customer"}
+    )
     train = photos[photos.split == "train"]
     assert train.product_id.nunique() == 24
     assert set(photos.domain[photos.split == "test"]) == {"customer"}
@@ -35,7 +39,9 @@ def test_layout_is_that_of_products_10k_with_domains_and_a_long_tail(tmp_path):
     groups = photos.groupby("product_id").group.nunique()
     assert (groups == 1).all() and photos.groupby("group").product_id.nunique().max() >= 2
     assert list(pd.read_csv(root / "train.csv").columns) == ["name", "class", "group", "domain"]
-    assert not photos.path.duplicated().any() and len(list((root / "train").iterdir())) == len(train)
+    assert not photos.path.duplicated().any() and len(list((root / "train").iterdir())) == len(
+        train
+    )
 
 
 def test_photos_of_a_product_differ_and_variants_share_their_line(tmp_path):
@@ -45,8 +51,8 @@ def test_photos_of_a_product_differ_and_variants_share_their_line(tmp_path):
 
 
 def test_shop_photos_stand_on_white_and_customer_photos_do_not():
-    shop = [images.border_whiteness(toy.shop_photo(p, 0, 0, 128)) for p in range(12)]
-    customer = [images.border_whiteness(toy.customer_photo(p, 0, 0, 128)) for p in range(12)]
+    shop = [audit.border_whiteness(toy.shop_photo(p, 0, 0, 128)) for p in range(12)]
+    customer = [audit.border_whiteness(toy.customer_photo(p, 0, 0, 128)) for p in range(12)]
     assert np.median(shop) > 0.9 and np.median(customer) < 0.2
 
 
@@ -76,5 +82,7 @@ def test_interrupted_drawing_leaves_no_half_set(tmp_path, monkeypatch):
 
 
 def test_sizes_that_make_no_sense_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="products=1, image_size=64: a toy set needs 2 products and 32 px"):
+    with pytest.raises(
+        ValueError, match="products=1, image_size=64: a toy set needs 2 products and 32 px"
+    ):
         toy.generate(tmp_path / "toy", products=1, image_size=64)

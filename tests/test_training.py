@@ -15,7 +15,10 @@ import pandas as pd
 import pytest
 import torch
 
-from vipr_utils import catalog, host, images, losses, models, sampling, training
+from vipr_utils.data import catalog, transforms
+from vipr_utils.data.store import Photos
+from vipr_utils.host.files import _is_full_disk
+from vipr_utils.learn import losses, models, sampling, training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +31,7 @@ def setting(toy_data, seed=0):
     torch.manual_seed(seed)
     model = models.create("siamese_small", embedding_dim=16)
     criterion = losses.ArcFace(16, labels.max() + 1)
-    data = images.Photos(store, train.index, images.train_transform(32), labels=labels, seed=seed)
+    data = Photos(store, train.index, transforms.train_transform(32), labels=labels, seed=seed)
     return model, criterion, data, sampling.PKSampler(labels, products=4, images=2, seed=seed)
 
 
@@ -45,7 +48,10 @@ def started(model, criterion):
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -81,7 +87,9 @@ def test_time_budget_stops_keeps_what_was_learned_and_marks_the_history(toy_data
     model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03, progress=True)
     assert training.cut_short(history) == f"in epoch {len(history)} of 10000"
     assert training.cut_short(pd.read_csv(tmp_path / "history.csv")) == training.cut_short(history)
-    assert capsys.readouterr().out.endswith("CUT SHORT: max_minutes was used up before the schedule ended\n")
+    assert capsys.readouterr().out.endswith(
+        "CUT SHORT: max_minutes was used up before the schedule ended\n"
+    )
     assert time.monotonic() - start < 30 and 1 <= len(history) < 10_000
     assert not equal(model, setting(toy_data)[0])
 
@@ -92,8 +100,13 @@ def test_time_that_runs_out_in_the_last_step_cuts_nothing_short(toy_data, tmp_pa
     model, criterion, photos, sampler = setting(toy_data)
     sampler.batches = lambda epoch, whole=sampler.batches: whole(epoch)[:1]
     how = {"folder": tmp_path, "lr": 1e-3, "max_minutes": 1.0, "progress": False}
-    assert training.cut_short(training.fit(model, criterion, photos, sampler, epochs=1, **how)) == ""
-    assert training.cut_short(training.fit(model, criterion, photos, sampler, epochs=2, **how)) == "in epoch 1 of 2"
+    assert (
+        training.cut_short(training.fit(model, criterion, photos, sampler, epochs=1, **how)) == ""
+    )
+    assert (
+        training.cut_short(training.fit(model, criterion, photos, sampler, epochs=2, **how))
+        == "in epoch 1 of 2"
+    )
 
 
 def test_frozen_backbone_keeps_weights_and_statistics(toy_data, tmp_path):
@@ -105,7 +118,9 @@ def test_frozen_backbone_keeps_weights_and_statistics(toy_data, tmp_path):
 
 def test_criterion_is_trained_and_norms_have_no_weight_decay(toy_data):
     model, criterion, *_ = setting(toy_data)
-    optimizer = training._optimizer(model, criterion, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5)
+    optimizer = training._optimizer(
+        model, criterion, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5
+    )
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert groups[id(criterion.centres)]["lr"] == groups[id(model.neck[0].weight)]["lr"] == 2.0
     assert groups[id(model.neck[1].weight)]["weight_decay"] == 0.0
@@ -115,7 +130,9 @@ def test_criterion_is_trained_and_norms_have_no_weight_decay(toy_data):
 
 def test_layer_decay_lowers_the_rate_from_the_last_layer_to_the_first():
     model = models.create("vit_tiny_patch16_224", weights="none", embedding_dim=8)
-    optimizer = training._optimizer(model, None, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5, layer_decay=0.5)
+    optimizer = training._optimizer(
+        model, None, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5, layer_decay=0.5
+    )
     rates = {id(p): g["base_lr"] for g in optimizer.param_groups for p in g["params"]}
     blocks = [rates[id(b.mlp.fc1.weight)] for b in model.backbone.blocks]
     assert all(2 * a == pytest.approx(b) for a, b in zip(blocks, blocks[1:]))
@@ -141,9 +158,13 @@ def test_rate_follows_its_schedule(schedule, step, expected):
 
 
 def test_unknown_schedule_and_optimizer_list_the_known(toy_data, tmp_path):
-    with pytest.raises(ValueError, match="schedule 'step' is unknown: use 'cosine', 'multistep' or 'constant'"):
+    with pytest.raises(
+        ValueError, match="schedule 'step' is unknown: use 'cosine', 'multistep' or 'constant'"
+    ):
         fit(toy_data, tmp_path, schedule="step")
-    with pytest.raises(ValueError, match=r"optimizer 'lion' is unknown: use one of \('adam', 'adamw'\)"):
+    with pytest.raises(
+        ValueError, match=r"optimizer 'lion' is unknown: use one of \('adam', 'adamw'\)"
+    ):
         fit(toy_data, tmp_path, optimizer="lion")
 
 
@@ -151,7 +172,9 @@ def test_head_on_cached_features_separates_what_the_features_can():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(12), 20)
     centres = rng.normal(size=(12, 256))
-    features = np.concatenate([centres[labels] + 0.8 * rng.normal(size=(240, 256)), 3 * rng.normal(size=(240, 0))], 1)
+    features = np.concatenate(
+        [centres[labels] + 0.8 * rng.normal(size=(240, 256)), 3 * rng.normal(size=(240, 0))], 1
+    )
     torch.manual_seed(0)
     model = models.create("siamese_small", embedding_dim=16)
     backbone = {k: v.clone() for k, v in model.backbone.state_dict().items()}
@@ -162,8 +185,15 @@ def test_head_on_cached_features_separates_what_the_features_can():
 
 
 def test_head_without_a_neck_says_to_make_one():
-    with pytest.raises(ValueError, match="trains a neck and the model has none: create it with embedding_dim"):
-        training.fit_head(models.create("siamese_small"), losses.ArcFace(4, 2), np.zeros((4, 256)), np.zeros(4, int))
+    with pytest.raises(
+        ValueError, match="trains a neck and the model has none: create it with embedding_dim"
+    ):
+        training.fit_head(
+            models.create("siamese_small"),
+            losses.ArcFace(4, 2),
+            np.zeros((4, 256)),
+            np.zeros(4, int),
+        )
 
 
 def test_extras_of_a_recipe_are_typed_and_unknown_ones_are_refused():
@@ -171,7 +201,9 @@ def test_extras_of_a_recipe_are_typed_and_unknown_ones_are_refused():
     assert (found.pooling, found.ema_decay, found.frozen_epochs) == ("rmac", 0.99, 2)
     assert vars(training.extras([])) == training.EXTRAS
     for wrong in ("emma:0.9", "frozen_epochs:half", "frozen_epochs"):
-        with pytest.raises(ValueError, match=f"extra '{wrong}' is unknown or has a wrong value: use name:value"):
+        with pytest.raises(
+            ValueError, match=f"extra '{wrong}' is unknown or has a wrong value: use name:value"
+        ):
             training.extras([wrong])
 
 
@@ -191,17 +223,24 @@ def one_step(rank, processes, address, toy_data, folder):
     state.optimizer.step = lambda *_, **__: None
     state.step(torch.stack(pixels), torch.tensor(labels), 1.0, 0, 0.0)
     gradients = [p.grad for p in [*model.parameters(), *criterion.parameters()]]
-    torch.save({"loss": state.sums[0] / len(labels), "gradients": gradients}, Path(folder) / f"{processes}-{rank}.pt")
+    torch.save(
+        {"loss": state.sums[0] / len(labels), "gradients": gradients},
+        Path(folder) / f"{processes}-{rank}.pt",
+    )
 
 
-def test_two_processes_have_the_loss_and_gradients_of_one_with_the_joint_batch(toy_data, tmp_path, monkeypatch):
+def test_two_processes_have_the_loss_and_gradients_of_one_with_the_joint_batch(
+    toy_data, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     torch.multiprocessing.spawn(one_step, (2, address, toy_data, tmp_path), nprocs=2)
     one_step(0, 1, "", toy_data, tmp_path)
-    whole, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1"))
+    whole, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1")
+    )
     assert first["loss"] == second["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     for a, b, c in zip(whole["gradients"], first["gradients"], second["gradients"], strict=True):
         torch.testing.assert_close(b, c, rtol=0, atol=0)
@@ -223,12 +262,17 @@ def test_training_by_two_processes_learns_and_only_the_leader_writes(toy_data, t
 def test_loss_that_is_not_finite_stops_with_the_remedy(toy_data, tmp_path):
     model, _, *rest = setting(toy_data)
     bad = lambda e, y: (e.sum() * float("nan"), 0.0)  # noqa: E731
-    with pytest.raises(training.Diverged, match="loss is nan in epoch 0, batch 0: lower lr or set clip_norm"):
+    with pytest.raises(
+        training.Diverged, match="loss is nan in epoch 0, batch 0: lower lr or set clip_norm"
+    ):
         training.fit(model, bad, *rest, folder=tmp_path, epochs=1, lr=1e-3)
 
 
 def test_collapse_is_warned_of_with_what_to_change():
-    with pytest.warns(UserWarning, match="collapse: random pairs lie 0.010 apart .* lower lr, use mining='semi_hard'"):
+    with pytest.warns(
+        UserWarning,
+        match="collapse: random pairs lie 0.010 apart .* lower lr, use mining='semi_hard'",
+    ):
         training._warn_of_collapse({"random_distance": 0.01, "active": 0.5}, of_pairs=True)
     with pytest.warns(UserWarning, match="only 0.01% of the pairs or triplets are still active"):
         training._warn_of_collapse({"random_distance": 0.9, "active": 0.0001}, of_pairs=True)
@@ -252,20 +296,29 @@ def test_full_disk_leaves_the_last_checkpoint_usable(toy_data, tmp_path, monkeyp
 
     def full(data, path):
         Path(path).write_bytes(b"half a checkpoint")
-        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file"
+        )
 
     monkeypatch.setattr(training.torch, "save", full)
-    with pytest.raises(OSError, match="disk full while writing checkpoint.pt .* the file before it is untouched") as caught:
+    with pytest.raises(
+        OSError, match="disk full while writing checkpoint.pt .* the file before it is untouched"
+    ) as caught:
         state.save(tmp_path / "checkpoint.pt", 2.0)
     assert caught.value.errno == errno.ENOSPC
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_torch_on_a_really_full_disk_is_recognised():
-    with open("/dev/full", "wb", buffering=0) as file, pytest.raises((OSError, RuntimeError)) as caught:
+    with (
+        open("/dev/full", "wb", buffering=0) as file,
+        pytest.raises((OSError, RuntimeError)) as caught,
+    ):
         torch.save({"x": torch.zeros(10_000)}, file)
-    assert host._is_full_disk(caught.value)
+    assert _is_full_disk(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------- resuming
@@ -290,8 +343,7 @@ CHILD = """
 import pickle, sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = [{tests!r}]
-from test_training import setting
-from vipr_utils import models, training
+from test_training import models, setting, training
 toy_data = pickle.load(open({data!r}, "rb"))
 model, *rest = setting(toy_data)
 training.fit(model, *rest, folder={folder!r}, epochs=4, lr=1e-3, ema_decay=0.9, checkpoint_minutes=1e-9)
@@ -306,16 +358,24 @@ def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_d
 
     def command(folder):
         (tmp_path / folder).mkdir(exist_ok=True)
-        values = {"tests": str(ROOT / "tests"), "data": str(tmp_path / "data.pkl"), "folder": str(tmp_path / folder)}
+        values = {
+            "tests": str(ROOT / "tests"),
+            "data": str(tmp_path / "data.pkl"),
+            "folder": str(tmp_path / folder),
+        }
         return [sys.executable, "-c", CHILD.format(**values)]
 
     subprocess.run(command("whole"), check=True, cwd=ROOT, capture_output=True)
     rng, kills = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), 0
     for _ in range(3):
-        child = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         checkpoint = tmp_path / "killed" / "checkpoint.pt"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while child.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+        while child.poll() is None and (
+            not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before
+        ):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
         child.send_signal(signal.SIGKILL)
@@ -329,7 +389,9 @@ def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_d
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("bfloat16", 8), ("float16", 11)])
-def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_bits(toy_data, tmp_path, precision, bits):
+def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_bits(
+    toy_data, tmp_path, precision, bits
+):
     """Each layer rounds its input, weights and output by up to 2 ** -bits, and independent roundings add in squares. The
     logits are off by as much as the embeddings, times the scale; their cross-entropy by no more than twice that."""
 
@@ -337,7 +399,9 @@ def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_b
         model, criterion, photos, sampler = setting(toy_data)
         sampler.batches = lambda epoch, whole=sampler.batches: whole(epoch)[:1]
         how = {"epochs": 1, "lr": 1e-3, "progress": False}
-        history = training.fit(model, criterion, photos, sampler, folder=tmp_path, precision=precision, **how)
+        history = training.fit(
+            model, criterion, photos, sampler, folder=tmp_path, precision=precision, **how
+        )
         return history.loss[0], model, criterion
 
     exact, model, criterion = loss("float32")
@@ -347,7 +411,9 @@ def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_b
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_training_in_half_precision_learns(toy_data, tmp_path, precision):
-    _, history = fit(toy_data, tmp_path, epochs=12, precision=precision, ema_decay=0.0)  # a scaler skips its first steps
+    _, history = fit(
+        toy_data, tmp_path, epochs=12, precision=precision, ema_decay=0.0
+    )  # a scaler skips its first steps
     assert np.isfinite(history.loss).all() and history.loss.iloc[-1] < 0.9 * history.loss.iloc[0]
 
 

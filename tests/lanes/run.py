@@ -15,10 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "tests" / "lanes" / "offline"
-PLATFORM = {"kaggle": {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "colab": {"COLAB_RELEASE_TAG": "release-colab"}}
+PLATFORM = {
+    "kaggle": {"KAGGLE_KERNEL_RUN_TYPE": "Batch"},
+    "colab": {"COLAB_RELEASE_TAG": "release-colab"},
+}
 MAKE_INPUTS = """
 import sys, pathlib
-from vipr_utils import kaggle, toy
 made, inputs = map(pathlib.Path, sys.argv[1:])
 kaggle.bundle(made, owner="some-one")
 kaggle.weights(["tf_efficientnet_lite0", "tf_efficientnet_lite2"], made, owner="some-one")
@@ -33,7 +35,9 @@ def tree(lane: str, work: Path, wheels: Path) -> Path:
     kept = work / {"kaggle": "kaggle/working", "colab": "content"}[lane]
     for folder in (inputs / "datasets" / "some-one", kept, work / "some where" / "else"):
         folder.mkdir(parents=True)
-    call([sys.executable, "-c", MAKE_INPUTS, made, inputs], PYTHONPATH=f"{ROOT}{os.pathsep}{wheels}")
+    call(
+        [sys.executable, "-c", MAKE_INPUTS, made, inputs], PYTHONPATH=f"{ROOT}{os.pathsep}{wheels}"
+    )
     with zipfile.ZipFile(made / "vipr-kit" / "vipr.zip") as archive:
         archive.extractall(inputs / "datasets" / "some-one" / "vipr-kit")
     shutil.copytree(made / "vipr-weights", inputs / "datasets" / "some-one" / "vipr-weights")
@@ -55,7 +59,11 @@ def listing(folder: Path) -> dict:
 def main(lane: str, work: str, wheels: str, *chosen: str) -> None:
     work, wheels = Path(work).resolve(), Path(wheels).resolve()
     elsewhere = tree(lane, work, wheels)
-    places = PLATFORM[lane] | {"VIPR_PLATFORM_ROOT": str(work), "PYTHONPATH": str(OFFLINE), "MPLBACKEND": "Agg"}
+    places = PLATFORM[lane] | {
+        "VIPR_PLATFORM_ROOT": str(work),
+        "PYTHONPATH": str(OFFLINE),
+        "MPLBACKEND": "Agg",
+    }
     kit = work / "kaggle" / "input" / "datasets" / "some-one" / "vipr-kit" / "vipr"
     before, written = listing(work / "kaggle" / "input"), []
     for notebook in sorted((kit / "notebooks").glob("*.ipynb")):
@@ -63,13 +71,36 @@ def main(lane: str, work: str, wheels: str, *chosen: str) -> None:
             written.append(work / "ran" / notebook.name)
             written[-1].parent.mkdir(exist_ok=True)
             params = kit / "params" / "smoke" / f"{notebook.stem}.yaml"
-            papermill = ["papermill", notebook, written[-1], "-f", params, "-k", "python3", "--no-progress-bar"]
+            papermill = [
+                "papermill",
+                notebook,
+                written[-1],
+                "-f",
+                params,
+                "-k",
+                "python3",
+                "--no-progress-bar",
+            ]
             call([sys.executable, "-m", *papermill], elsewhere, **places)
-    nbval = ["--nbval", "--nbval-sanitize-with", ROOT / "tests" / "nbval.cfg", "-p", "no:cacheprovider"]
-    call([sys.executable, "-m", "pytest", "-q", *nbval, *written], elsewhere, OMP_NUM_THREADS="1", **places)
+    nbval = [
+        "--nbval",
+        "--nbval-sanitize-with",
+        ROOT / "tests" / "nbval.cfg",
+        "-p",
+        "no:cacheprovider",
+    ]
+    call(
+        [sys.executable, "-m", "pytest", "-q", *nbval, *written],
+        elsewhere,
+        OMP_NUM_THREADS="1",
+        **places,
+    )
     assert listing(work / "kaggle" / "input") == before, "an input was written to"
     if not chosen:
-        places |= {"VIPR_PLATFORM_ROOT": str(work / "empty"), "PYTHONPATH": f"{OFFLINE}{os.pathsep}{wheels}"}
+        places |= {
+            "VIPR_PLATFORM_ROOT": str(work / "empty"),
+            "PYTHONPATH": f"{OFFLINE}{os.pathsep}{wheels}",
+        }
         call([sys.executable, "-m", "pytest", "-q", "tests"], ROOT, OMP_NUM_THREADS="1", **places)
 
 

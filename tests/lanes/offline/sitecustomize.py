@@ -22,4 +22,6 @@ def guarded_getaddrinfo(name, *args, **kwargs):
 
 socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_getaddrinfo
 sys.path[:] = [p for p in sys.path if not p or not os.path.isdir(os.path.join(p, "vipr_utils"))]
-sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+sys.meta_path[:] = [
+    f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")
+]

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import numpy as np
 
-DEFINITION = ("AP@5 = (1 / min(n, 5)) * sum over ranks i <= 5 of P(i) * rel(i); n = relevant gallery images "
-              "of the query; queries with n = 0 are excluded and counted")
+DEFINITION = (
+    "AP@5 = (1 / min(n, 5)) * sum over ranks i <= 5 of P(i) * rel(i); n = relevant gallery images "
+    "of the query; queries with n = 0 are excluded and counted"
+)
 
 
 def _ids(ids, name: str) -> np.ndarray:
     """Product ids as an integer vector (N,)."""
     ids = np.asarray(ids)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"{name} has shape {ids.shape} and type {ids.dtype}, expected a vector of integer "
-                         f"product ids (-1 = unknown). Pass catalog.product_id, or factorize names.")
+        raise ValueError(
+            f"{name} has shape {ids.shape} and type {ids.dtype}, expected a vector of integer "
+            f"product ids (-1 = unknown). Pass catalog.product_id, or factorize names."
+        )
     return ids.astype(np.int64)
 
 
@@ -39,17 +43,25 @@ def hits_from_ranks(ranks, query_ids, gallery_ids) -> np.ndarray:
     """
     ranks, query_ids = np.asarray(ranks), _ids(query_ids, "query_ids")
     gallery_ids = _ids(gallery_ids, "gallery_ids")
-    if ranks.ndim != 2 or len(ranks) != len(query_ids) or (ranks.size and ranks.dtype.kind not in "iu"):
-        raise ValueError(f"ranks has shape {ranks.shape} and type {ranks.dtype}, expected integers of shape "
-                         f"({len(query_ids)}, k), one row for each query id. Pass the ranks of search.top_k.")
+    if (
+        ranks.ndim != 2
+        or len(ranks) != len(query_ids)
+        or (ranks.size and ranks.dtype.kind not in "iu")
+    ):
+        raise ValueError(
+            f"ranks has shape {ranks.shape} and type {ranks.dtype}, expected integers of shape "
+            f"({len(query_ids)}, k), one row for each query id. Pass the ranks of search.top_k."
+        )
     if ranks.size and not -1 <= ranks.min() <= ranks.max() < len(gallery_ids):
-        raise ValueError(f"ranks run from {ranks.min()} to {ranks.max()}, expected -1 to "
-                         f"{len(gallery_ids) - 1} for {len(gallery_ids)} rows. Pass the gallery_ids searched.")
+        raise ValueError(
+            f"ranks run from {ranks.min()} to {ranks.max()}, expected -1 to "
+            f"{len(gallery_ids) - 1} for {len(gallery_ids)} rows. Pass the gallery_ids searched."
+        )
     ranks = ranks.astype(np.int64)
-    found = np.append(gallery_ids, -1)[ranks]                     # (Q, k); rank -1 reads the -1 appended here
+    found = np.append(gallery_ids, -1)[ranks]  # (Q, k); rank -1 reads the -1 appended here
     order = np.argsort(ranks, axis=1, kind="stable")
     in_order = np.take_along_axis(ranks, order, axis=1)
-    repeated = np.zeros(ranks.shape, dtype=bool)                  # equal neighbours in order: the later one
+    repeated = np.zeros(ranks.shape, dtype=bool)  # equal neighbours in order: the later one
     np.put_along_axis(repeated, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
     return (found == query_ids[:, None]) & (found != -1) & ~repeated
 
@@ -70,27 +82,39 @@ def _checked(hits, n_relevant, k: int) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k is {k!r}, expected a whole number of at least 1.")
     if hits.ndim != 2 or n.shape != hits.shape[:1]:
-        raise ValueError(f"hits has shape {hits.shape} and n_relevant {n.shape}, expected (Q, k) and (Q,): "
-                         f"one row and one count for each query.")
+        raise ValueError(
+            f"hits has shape {hits.shape} and n_relevant {n.shape}, expected (Q, k) and (Q,): "
+            f"one row and one count for each query."
+        )
     if hits.shape[1] < k:
-        raise ValueError(f"hits has {hits.shape[1]} ranks, expected at least k = {k}. Search with k={k}; "
-                         f"where the gallery is smaller, fill up with False (rank -1).")
+        raise ValueError(
+            f"hits has {hits.shape[1]} ranks, expected at least k = {k}. Search with k={k}; "
+            f"where the gallery is smaller, fill up with False (rank -1)."
+        )
     if n.size and (n.dtype.kind not in "iu" or n.min() < 0):
-        raise ValueError(f"n_relevant has type {n.dtype} and smallest value {n.min()}, expected whole "
-                         f"numbers >= 0 (0 = no relevant image). Pass the result of count_relevant.")
+        raise ValueError(
+            f"n_relevant has type {n.dtype} and smallest value {n.min()}, expected whole "
+            f"numbers >= 0 (0 = no relevant image). Pass the result of count_relevant."
+        )
     if hits.dtype != bool and not np.isin(hits, (0, 1)).all():
-        raise ValueError(f"hits holds {hits[~np.isin(hits, (0, 1))][0]!r}, expected only True and False. "
-                         f"Pass the result of hits_from_ranks, not scores.")
+        raise ValueError(
+            f"hits holds {hits[~np.isin(hits, (0, 1))][0]!r}, expected only True and False. "
+            f"Pass the result of hits_from_ranks, not scores."
+        )
     hits, n = hits.astype(bool), n.astype(np.int64)
     if (over := np.flatnonzero(hits.sum(axis=1) > n)).size:
-        raise ValueError(f"query {over[0]} has {hits[over[0]].sum()} hits but n_relevant = {n[over[0]]}, "
-                         f"expected no more hits than relevant images. Count them over the gallery searched.")
+        raise ValueError(
+            f"query {over[0]} has {hits[over[0]].sum()} hits but n_relevant = {n[over[0]]}, "
+            f"expected no more hits than relevant images. Count them over the gallery searched."
+        )
     return hits[:, :k], n
 
 
 def _ratio(total, denominator) -> np.ndarray:
     """total / denominator, float64 (Q,), NaN where the denominator is 0."""
-    return np.divide(total, denominator, out=np.full(len(denominator), np.nan), where=denominator > 0)
+    return np.divide(
+        total, denominator, out=np.full(len(denominator), np.nan), where=denominator > 0
+    )
 
 
 def average_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
@@ -102,7 +126,7 @@ def average_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
     arrays that do not fit. Source: Kaggle's `apk` (benhamner/Metrics); Google Landmark Retrieval.
     """
     hits, n = _checked(hits, n_relevant, k)
-    precision = np.cumsum(hits, axis=1) / np.arange(1, k + 1)     # (Q, k) P(i)
+    precision = np.cumsum(hits, axis=1) / np.arange(1, k + 1)  # (Q, k) P(i)
     return _ratio((precision * hits).sum(axis=1), np.minimum(n, k))
 
 
@@ -138,7 +162,7 @@ def guie_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
     Not an average precision: a hit behind rank min(n, k) is worth nothing. Source: Kaggle, GUIE 2022.
     """
     hits, n = _checked(hits, n_relevant, k)
-    inside = np.arange(1, k + 1) <= np.minimum(n, k)[:, None]     # (Q, k)
+    inside = np.arange(1, k + 1) <= np.minimum(n, k)[:, None]  # (Q, k)
     return _ratio((hits & inside).sum(axis=1), np.minimum(n, k))
 
 
@@ -157,8 +181,9 @@ def _mean(values: np.ndarray) -> float:
     return float(counted.mean()) if counted.size else float("nan")
 
 
-def bootstrap_interval(values, products, *, seed: int = 0, n_boot: int = 1000,
-                       level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    values, products, *, seed: int = 0, n_boot: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
     """(low, high): percentile interval of the mean of values (Q,), resampling products, not queries.
 
     The queries of one product stand or fall together, so whole products (Q,) are drawn with replacement; the
@@ -168,19 +193,27 @@ def bootstrap_interval(values, products, *, seed: int = 0, n_boot: int = 1000,
     """
     values, products = np.asarray(values, dtype=np.float64), np.asarray(products)
     if values.ndim != 1 or values.shape != products.shape or np.isinf(values).any():
-        raise ValueError(f"values has shape {values.shape} ({np.isinf(values).sum()} infinite) and products "
-                         f"{products.shape}, expected finite numbers (or NaN) and one product for each.")
+        raise ValueError(
+            f"values has shape {values.shape} ({np.isinf(values).sum()} infinite) and products "
+            f"{products.shape}, expected finite numbers (or NaN) and one product for each."
+        )
     if n_boot < 1 or not 0 < level < 1:
-        raise ValueError(f"n_boot is {n_boot} and level {level}, expected n_boot >= 1 and 0 < level < 1, "
-                         f"for example 1000 and 0.95.")
+        raise ValueError(
+            f"n_boot is {n_boot} and level {level}, expected n_boot >= 1 and 0 < level < 1, "
+            f"for example 1000 and 0.95."
+        )
     counted = ~np.isnan(values)
     names, product = np.unique(products[counted], return_inverse=True)
     if len(names) < 2:
         return float("nan"), float("nan")
-    totals = np.stack([np.bincount(product, weights=values[counted]), np.bincount(product)], axis=1)  # (P, 2)
+    totals = np.stack(
+        [np.bincount(product, weights=values[counted]), np.bincount(product)], axis=1
+    )  # (P, 2)
     rng, n = np.random.default_rng(seed), len(names)
     # one bincount a draw: at 10,000 products 8 times as fast as a multinomial matrix, in 1/1000 of its memory
-    drawn = np.array([np.bincount(rng.integers(n, size=n), minlength=n) @ totals for _ in range(n_boot)])
+    drawn = np.array(
+        [np.bincount(rng.integers(n, size=n), minlength=n) @ totals for _ in range(n_boot)]
+    )
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -193,9 +226,11 @@ def paired_difference(a, b, products, *, seed: int = 0) -> tuple[float, float, f
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
-        raise ValueError(f"a {a.shape} counts {(~np.isnan(a)).sum()} queries and b {b.shape} "
-                         f"{(~np.isnan(b)).sum()}, expected the same queries in both. Compare runs of one "
-                         f"protocol, gallery and query order.")
+        raise ValueError(
+            f"a {a.shape} counts {(~np.isnan(a)).sum()} queries and b {b.shape} "
+            f"{(~np.isnan(b)).sum()}, expected the same queries in both. Compare runs of one "
+            f"protocol, gallery and query order."
+        )
     return _mean(a - b), *bootstrap_interval(a - b, products, seed=seed)
 
 
@@ -208,12 +243,18 @@ def summary(hits, n_relevant, products, *, seed: int = 0) -> dict:
     ap = average_precision_at_k(hits, n_relevant)
     low, high = bootstrap_interval(ap, products, seed=seed)
     counted = ~np.isnan(ap)
-    return {"map_at_5": _mean(ap), "map_at_5_low": low, "map_at_5_high": high,
-            "precision_at_1": _mean(precision_at_1(hits, n_relevant)),
-            "mrr_at_5": _mean(mrr_at_k(hits, n_relevant)),
-            "recall_at_5": _mean(recall_at_k(hits, n_relevant)),
-            "n_queries": int(counted.sum()), "n_excluded": int((~counted).sum()),
-            "n_products": len(np.unique(np.asarray(products)[counted])), "definition": DEFINITION}
+    return {
+        "map_at_5": _mean(ap),
+        "map_at_5_low": low,
+        "map_at_5_high": high,
+        "precision_at_1": _mean(precision_at_1(hits, n_relevant)),
+        "mrr_at_5": _mean(mrr_at_k(hits, n_relevant)),
+        "recall_at_5": _mean(recall_at_k(hits, n_relevant)),
+        "n_queries": int(counted.sum()),
+        "n_excluded": int((~counted).sum()),
+        "n_products": len(np.unique(np.asarray(products)[counted])),
+        "definition": DEFINITION,
+    }
 
 
 def chance_map_at_k(n_relevant, n_gallery: int, k: int = 5) -> float:
@@ -225,5 +266,5 @@ def chance_map_at_k(n_relevant, n_gallery: int, k: int = 5) -> float:
     n = np.asarray(n_relevant, dtype=np.float64)
     n = n[n > 0]
     i = np.arange(1, min(k, n_gallery) + 1)[:, None]
-    before = (i - 1) * (n - 1) / max(1, n_gallery - 1)                # (k, Q) expected hits above rank i
+    before = (i - 1) * (n - 1) / max(1, n_gallery - 1)  # (k, Q) expected hits above rank i
     return float(((n / n_gallery * (1 + before) / i).sum(axis=0) / np.minimum(n, k)).mean())

@@ -1,6 +1,6 @@
 """run.json in and out, and the scoreboard of all runs.
 
-`python -m vipr_utils.runs submissions` prints the table.
+`python -m vipr_utils board submissions` prints the table.
 """
 
 from __future__ import annotations
@@ -15,17 +15,38 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vipr_utils import host, metrics
+from vipr_utils.host import platform
+from vipr_utils.host.device import hardware, versions
+from vipr_utils.host.files import whole_file
+from vipr_utils.judge import metrics
 
-KEYS = ["run", "notebook", "params", "data", "protocol", "metrics", "model", "seconds", "versions", "device", "git"]
+KEYS = [
+    "run",
+    "notebook",
+    "params",
+    "data",
+    "protocol",
+    "metrics",
+    "model",
+    "seconds",
+    "versions",
+    "device",
+    "git",
+]
 # mAP@5 that the reference study reports on Products-10K, over galleries it does not describe, by the run that repeats it.
 STUDY = {
-    "study_scratch-contrastive-cosine": 0.069, "study_scratch-contrastive-euclidean": 0.070,
-    "study_scratch-contrastive-manhattan": 0.068, "study_scratch-triplet-cosine": 0.023,
-    "study_scratch-triplet-euclidean": 0.027, "study_scratch-triplet-manhattan": 0.033,
-    "study_pretrained-resnet101": 0.1225, "study_pretrained-resnet50": 0.1163, "study_pretrained-efficientnet_b4": 0.1842,
-    "study_subset-efficientnet_b1": 0.6366, "study_subset-scratch": 0.9704,
-}  # fmt: skip
+    "study_scratch-contrastive-cosine": 0.069,
+    "study_scratch-contrastive-euclidean": 0.070,
+    "study_scratch-contrastive-manhattan": 0.068,
+    "study_scratch-triplet-cosine": 0.023,
+    "study_scratch-triplet-euclidean": 0.027,
+    "study_scratch-triplet-manhattan": 0.033,
+    "study_pretrained-resnet101": 0.1225,
+    "study_pretrained-resnet50": 0.1163,
+    "study_pretrained-efficientnet_b4": 0.1842,
+    "study_subset-efficientnet_b1": 0.6366,
+    "study_subset-scratch": 0.9704,
+}
 FOLD = 12  # lines of a table that are still shown open
 
 
@@ -34,26 +55,51 @@ class RunError(ValueError):
 
 
 def save(
-    folder: Path, *, notebook: str, params: dict, data: dict, protocol: str, metrics: dict, model: dict | None,
-    seconds: float, device: str, precision: dict | None = None, validation: dict | None = None, cut_short: str = "",
+    folder: Path,
+    *,
+    notebook: str,
+    params: dict,
+    data: dict,
+    protocol: str,
+    metrics: dict,
+    model: dict | None,
+    seconds: float,
+    device: str,
+    precision: dict | None = None,
+    validation: dict | None = None,
+    cut_short: str = "",
 ) -> Path:
     """Write <folder>/run.json whole and return its path. NaN becomes null; metrics may hold `rows`, one per system.
 
-    precision: `host.precision_used`; validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
+    precision: `precision_used`; validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
     Of data_root, output_dir and cache_dir in params only the folder's name is kept: a record may be published.
 
     Raises TypeError for a value that JSON has no form for, naming where it stands.
     """
-    params = {k: Path(v).name if k in ("data_root", "output_dir", "cache_dir") else v for k, v in params.items()}
+    params = {
+        k: Path(v).name if k in ("data_root", "output_dir", "cache_dir") else v
+        for k, v in params.items()
+    }
     record = {
-        "run": Path(folder).name, "notebook": notebook, "params": params, "data": data, "protocol": protocol,
-        "validation": validation, "metrics": metrics, "cut_short": cut_short, "model": model, "seconds": round(seconds, 1),
-        "versions": host.versions(), "device": device, "precision": precision, "hardware": host.hardware(),
-        "git": host.git_revision(),
+        "run": Path(folder).name,
+        "notebook": notebook,
+        "params": params,
+        "data": data,
+        "protocol": protocol,
+        "validation": validation,
+        "metrics": metrics,
+        "cut_short": cut_short,
+        "model": model,
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+        "device": device,
+        "precision": precision,
+        "hardware": hardware(),
+        "git": platform.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
     text = json.dumps(_plain(record, "run"), indent=1, allow_nan=False, ensure_ascii=False)
-    with host.whole_file(Path(folder) / "run.json") as part:
+    with whole_file(Path(folder) / "run.json") as part:
         part.write_text(text + "\n", encoding="utf-8")
     return Path(folder) / "run.json"
 
@@ -72,7 +118,9 @@ def _plain(value, at: str):
         return value
     if isinstance(value, Path):
         return value.as_posix()
-    raise TypeError(f"{at} is a {type(value).__name__}: run.json holds text, numbers, lists and dictionaries; convert it")
+    raise TypeError(
+        f"{at} is a {type(value).__name__}: run.json holds text, numbers, lists and dictionaries; convert it"
+    )
 
 
 def load(folder: Path) -> dict:
@@ -83,10 +131,14 @@ def load(folder: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} is no readable JSON ({error}): remove the folder and run the notebook again") from error
+        raise RunError(
+            f"{path} is no readable JSON ({error}): remove the folder and run the notebook again"
+        ) from error
     if not isinstance(record, dict) or (missing := [k for k in KEYS if k not in record]):
         what = f"lacks {', '.join(missing)}" if isinstance(record, dict) else "is no object"
-        raise RunError(f"{path} {what}: it was written by something else; remove it or run the notebook again")
+        raise RunError(
+            f"{path} {what}: it was written by something else; remove it or run the notebook again"
+        )
     return record
 
 
@@ -95,13 +147,25 @@ def best_on_validation(output_dir: Path, fingerprint: str) -> str:
 
     Raises RunError where there is none, and where they held out different photos: such scores do not compare.
     """
-    models = [load(file.parent) for file in sorted(Path(output_dir).glob("*/run.json")) if file.with_name("model.pt").is_file()]
-    records = {r["run"]: r for r in models if r.get("validation") and r["data"].get("fingerprint") == fingerprint}
+    models = [
+        load(file.parent)
+        for file in sorted(Path(output_dir).glob("*/run.json"))
+        if file.with_name("model.pt").is_file()
+    ]
+    records = {
+        r["run"]: r
+        for r in models
+        if r.get("validation") and r["data"].get("fingerprint") == fingerprint
+    }
     if not records:
-        raise RunError(f"no run in {Path(output_dir).name} has a model validated on this data: run notebook 03, 04 or 05 first")
+        raise RunError(
+            f"no run in {Path(output_dir).name} has a model validated on this data: run notebook 03, 04 or 05 first"
+        )
     splits = {name: record["validation"]["split"] for name, record in records.items()}
     if len(set(splits.values())) > 1:
-        raise RunError(f"runs held out different photos ({splits}): name one as model_run, or run them with the same holdout")
+        raise RunError(
+            f"runs held out different photos ({splits}): name one as model_run, or run them with the same holdout"
+        )
     return max(records, key=lambda name: records[name]["validation"]["map_at_5"] or 0.0)
 
 
@@ -111,22 +175,31 @@ def scoreboard(output_dir: Path) -> pd.DataFrame:
     Also the runs that attached notebooks left, on Kaggle and Colab.
     """
     rows, problems = [], []
-    folders = [Path(output_dir), *host.attached("submissions")]
+    folders = [Path(output_dir), *platform.attached("submissions")]
     for path in [path for folder in folders for path in sorted(folder.glob("*/run.json"))]:
         try:
             rows += _rows(load(path.parent))
         except RunError as error:
             problems.append(str(error))
     table = pd.DataFrame(rows, columns=list(_rows(_EMPTY)[0]))
-    table = table.sort_values("map_at_5", ascending=False, kind="stable", na_position="last", ignore_index=True)
+    table = table.sort_values(
+        "map_at_5", ascending=False, kind="stable", na_position="last", ignore_index=True
+    )
     table.attrs["problems"] = problems
     return table
 
 
 _EMPTY = {
-    "run": "", "notebook": "", "params": {}, "data": {}, "protocol": "", "metrics": {}, "model": None, "seconds": 0.0,
+    "run": "",
+    "notebook": "",
+    "params": {},
+    "data": {},
+    "protocol": "",
+    "metrics": {},
+    "model": None,
+    "seconds": 0.0,
     "device": "",
-}  # fmt: skip
+}
 
 
 def _rows(record: dict) -> list[dict]:
@@ -142,7 +215,17 @@ def _rows(record: dict) -> list[dict]:
             "data": record["data"].get("root", ""),
             "protocol": record["protocol"],
             "gallery": params.get("gallery_domain") or "all",
-            **{k: m.get(k) for k in ("map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1", "n_queries", "n_gallery")},
+            **{
+                k: m.get(k)
+                for k in (
+                    "map_at_5",
+                    "map_at_5_low",
+                    "map_at_5_high",
+                    "precision_at_1",
+                    "n_queries",
+                    "n_gallery",
+                )
+            },
             "image_size": params.get("image_size"),
             "seed": params.get("seed"),
             "seconds": record["seconds"],
@@ -155,7 +238,7 @@ def _rows(record: dict) -> list[dict]:
 def write_runs_csv(output_dir: Path) -> Path:
     """The scoreboard as <output_dir>/runs.csv."""
     path = Path(output_dir) / "runs.csv"
-    with host.whole_file(path) as part:
+    with whole_file(path) as part:
         scoreboard(output_dir).to_csv(part, index=False)
     return path
 
@@ -165,11 +248,15 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     the scores and ends of intervals and seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5."""
     scores = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
     how = {c: "mean" if c in (*scores, "seconds") else "first" for c in table if c != "run"}
-    table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(subset="map_at_5")
+    table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(
+        subset="map_at_5"
+    )
     extra = {
-        "seeds": ("map_at_5", "size"), "least": ("map_at_5", "min"), "most": ("map_at_5", "max"),
+        "seeds": ("map_at_5", "size"),
+        "least": ("map_at_5", "min"),
+        "most": ("map_at_5", "max"),
         "cut_short": ("cut_short", "max"),
-    }  # fmt: skip
+    }
     named = {c: (c, kind) for c, kind in how.items()} | extra
     merged = table.groupby("run", sort=False, as_index=False).agg(**named)
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
@@ -199,15 +286,30 @@ def tables(output_dir: Path) -> str:
     board, single, folder = scoreboard(output_dir), "single runs", Path(output_dir)
     name = board["run"].str.split(":").str[0]
     ablations = {n: text for n in sorted(name.unique()) if (text := _ablation(folder / n))}
-    sweep = name.where(lambda s: s.str.contains("-") | s.isin(list(ablations)), single).str.split("-").str[0]
-    parts = [(n, markdown(board[sweep == n])) for n in sorted(sweep.unique()) if n not in {single, *ablations}]
+    sweep = (
+        name.where(lambda s: s.str.contains("-") | s.isin(list(ablations)), single)
+        .str.split("-")
+        .str[0]
+    )
+    parts = [
+        (n, markdown(board[sweep == n]))
+        for n in sorted(sweep.unique())
+        if n not in {single, *ablations}
+    ]
     if paired := paired_markdown(against_baselines(output_dir)):
         parts.append(("paired differences to the baseline", paired))
     parts += ablations.items()
     parts += [(single, markdown(board[sweep == single]))] if (sweep == single).any() else []
     for inside in sorted({f.parents[1] for f in folder.glob("*/*-baseline/run.json")}):
-        parts.append((f"{inside.name}: paired differences to the baseline", paired_markdown(against_baselines(inside))))
-    return "\n\n".join(_folded(n, text) if text.count("\n") > FOLD else f"**{n}**\n\n{text}" for n, text in parts)
+        parts.append(
+            (
+                f"{inside.name}: paired differences to the baseline",
+                paired_markdown(against_baselines(inside)),
+            )
+        )
+    return "\n\n".join(
+        _folded(n, text) if text.count("\n") > FOLD else f"**{n}**\n\n{text}" for n, text in parts
+    )
 
 
 def _folded(title: str, text: str) -> str:
@@ -221,14 +323,22 @@ def _ablation(folder: Path) -> str:
     rows = (record["metrics"] or {}).get("rows") or [{}]
     if "difference" not in rows[0]:
         return ""
-    lines = ["| method | setting | mAP@5 [95 %] | difference [95 %] | verdict | ms an image | time | memory |", "|" + "---|" * 8]
+    lines = [
+        "| method | setting | mAP@5 [95 %] | difference [95 %] | verdict | ms an image | time | memory |",
+        "|" + "---|" * 8,
+    ]
     for i, r in enumerate(rows):
         score = f"{r['map_at_5']:.3f} [{r['map_at_5_low']:.3f}, {r['map_at_5_high']:.3f}]"
         gain = f"{r['difference']:+.3f} [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}] | {r['verdict']}"
         cost = f"{_number(r['ms_per_image'] or math.nan, '.1f')} | {_duration(r['seconds'])} | {r['peak_mb']:.0f} MB"
-        lines.append(f"| {r['name']} | {r['setting']} | {score} | {gain if i else ' | '} | {cost} |")
+        lines.append(
+            f"| {r['name']} | {r['setting']} | {score} | {gain if i else ' | '} | {cost} |"
+        )
     head = f"{rows[0]['n_queries']:,} queries × {rows[0]['n_gallery']:,} gallery photos of {record['data'].get('root', '')}"
-    return f"{head}, {record['model']['name']}, {_duration(record['seconds'])} in all, {record['hardware']}.\n\n" + "\n".join(lines)
+    return (
+        f"{head}, {record['model']['name']}, {_duration(record['seconds'])} in all, {record['hardware']}.\n\n"
+        + "\n".join(lines)
+    )
 
 
 def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
@@ -242,11 +352,17 @@ def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
     for name in others:
         table = _average_precision(Path(output_dir) / name)
         if not table["name"].equals(base["name"]):
-            raise RunError(f"{name} and {baseline} answered different queries: compare runs of one protocol, seed and data set")
+            raise RunError(
+                f"{name} and {baseline} answered different queries: compare runs of one protocol, seed and data set"
+            )
         for view in [c for c in base if c in table and c not in ("name", "product_id")]:
             difference = metrics.paired_difference(table[view], base[view], base["product_id"])
             scores = {"baseline": base[view].mean(), "map_at_5": table[view].mean()}
-            rows.append({"run": name, "view": view} | scores | dict(zip(("difference", "low", "high"), difference)))
+            rows.append(
+                {"run": name, "view": view}
+                | scores
+                | dict(zip(("difference", "low", "high"), difference))
+            )
     return pd.DataFrame(rows)
 
 
@@ -255,7 +371,11 @@ def against_baselines(output_dir: Path) -> pd.DataFrame:
     tables = []
     for folder in sorted(Path(output_dir).glob("*-baseline")):
         sweep = folder.name.removesuffix("baseline")
-        others = sorted(f.parent.name for f in Path(output_dir).glob(f"{sweep}*/average_precision.csv") if f.parent != folder)
+        others = sorted(
+            f.parent.name
+            for f in Path(output_dir).glob(f"{sweep}*/average_precision.csv")
+            if f.parent != folder
+        )
         tables.append(compare(output_dir, folder.name, others))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -265,7 +385,9 @@ def paired_markdown(table: pd.DataFrame) -> str:
     lines = ["| run | gallery | baseline mAP@5 | mAP@5 | difference [95 %] |", "|" + "---|" * 5]
     for row in table.itertuples():
         difference = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-        lines.append(f"| {row.run} | {row.view} | {row.baseline:.3f} | {row.map_at_5:.3f} | {difference} |")
+        lines.append(
+            f"| {row.run} | {row.view} | {row.baseline:.3f} | {row.map_at_5:.3f} | {difference} |"
+        )
     return "\n".join(lines) if len(table) else ""
 
 
@@ -284,14 +406,12 @@ def _duration(seconds: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vipr_utils.runs", description="the scoreboard of a folder of runs")
+    parser = argparse.ArgumentParser(
+        prog="python -m vipr_utils board", description="the scoreboard of a folder of runs"
+    )
     parser.add_argument("output_dir", type=Path)
     given = parser.parse_args(arguments)
     table = scoreboard(given.output_dir)
     print(markdown(table))
     print(*table.attrs["problems"], sep="\n", file=sys.stderr)
     return int(table.empty)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

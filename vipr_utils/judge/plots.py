@@ -16,12 +16,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
 
-from vipr_utils import host
+from vipr_utils.host.files import whole_file
 
 # Okabe and Ito's colours, told apart by colour-blind readers: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#8A8A8A",
-)  # fmt: skip
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#8A8A8A",
+)
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY)
 
 
@@ -38,7 +45,7 @@ class Picture:
 
     def save(self, path: Path) -> Picture:
         """Write the PNG whole and return the picture, so that a cell can end with it."""
-        with host.whole_file(path) as part:
+        with whole_file(path) as part:
             part.write_bytes(self.png)
         return self
 
@@ -58,10 +65,21 @@ def _finish(figure, title: str, caption: str, alt: str) -> Picture:
     above, below = (box.y1 + 0.12) / height, (box.y0 - 0.12) / height
     wrapped = "\n".join(textwrap.wrap(title, int(room * 11)))
     figure.text(left, above, wrapped, fontsize=12, fontweight="bold", va="bottom")
-    figure.text(left, below, "\n".join(textwrap.wrap(caption, int(room * 15))), fontsize=9, color="#444444", va="top")
+    figure.text(
+        left,
+        below,
+        "\n".join(textwrap.wrap(caption, int(room * 15))),
+        fontsize=9,
+        color="#444444",
+        va="top",
+    )
     out = io.BytesIO()
     figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.12)
-    picture = Image.open(out).convert("RGB").quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture = (
+        Image.open(out)
+        .convert("RGB")
+        .quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    )
     picture.save(out := io.BytesIO(), "PNG", optimize=True)
     return Picture(out.getvalue(), alt)
 
@@ -82,12 +100,21 @@ def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: st
     """One bar per entry with its value on top; at most about 30 entries."""
     figure, ((ax,),) = _figure(min(9, 2.5 + 0.45 * len(values)), 2.8)
     drawn = ax.bar(range(len(values)), values, color=BLUE, width=0.7)
-    ax.set_xticks(range(len(values)), [str(i) for i in values.index], rotation=45 if len(values) > 8 else 0)
+    ax.set_xticks(
+        range(len(values)), [str(i) for i in values.index], rotation=45 if len(values) > 8 else 0
+    )
     if len(values) <= 14:
         ax.bar_label(drawn, fmt=lambda v: f"{v:,.0f}" if v == int(v) else f"{v:.2f}", fontsize=8)
     _style(ax, xlabel, ylabel)
-    listed = ", ".join(f"{i} {v:,.0f}" if v == int(v) else f"{i} {v:.2f}" for i, v in values.head(12).items())
-    return _finish(figure, title, caption, f"Bar chart: {ylabel} by {xlabel}: {listed}{' ...' if len(values) > 12 else ''}")
+    listed = ", ".join(
+        f"{i} {v:,.0f}" if v == int(v) else f"{i} {v:.2f}" for i, v in values.head(12).items()
+    )
+    return _finish(
+        figure,
+        title,
+        caption,
+        f"Bar chart: {ylabel} by {xlabel}: {listed}{' ...' if len(values) > 12 else ''}",
+    )
 
 
 def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
@@ -97,7 +124,14 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     ax.fill_between(np.arange(1, len(n) + 1), n, step="mid", color=SKY, alpha=0.6)
     ax.step(np.arange(1, len(n) + 1), n, where="mid", color=BLUE)
     ax.axhline(np.median(n), color=RED, linestyle="--", linewidth=1.2)
-    ax.annotate(f"median {np.median(n):g}", (len(n), np.median(n)), color=RED, fontsize=9, ha="right", va="bottom")
+    ax.annotate(
+        f"median {np.median(n):g}",
+        (len(n), np.median(n)),
+        color=RED,
+        fontsize=9,
+        ha="right",
+        va="bottom",
+    )
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
@@ -106,29 +140,53 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     return _finish(figure, title, caption, f"{alt}; {(n < 4).sum():,} products have fewer than 4")
 
 
-def histogram(series: dict[str, np.ndarray], *, title: str, xlabel: str, caption: str, bins=30) -> Picture:
+def histogram(
+    series: dict[str, np.ndarray], *, title: str, xlabel: str, caption: str, bins=30
+) -> Picture:
     """Overlaid histograms as shares of each series."""
     figure, ((ax,),) = _figure(7.2, 2.8)
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in series.values()]), bins)
+    edges = np.histogram_bin_edges(
+        np.concatenate([np.asarray(v, float) for v in series.values()]), bins
+    )
     for (name, values), colour in zip(series.items(), COLOURS):
         weights = np.full(len(values), 100 / max(1, len(values)))
-        ax.hist(values, edges, weights=weights, alpha=0.55, color=colour, label=f"{name} ({len(values):,})")
+        ax.hist(
+            values,
+            edges,
+            weights=weights,
+            alpha=0.55,
+            color=colour,
+            label=f"{name} ({len(values):,})",
+        )
     ax.legend(fontsize=8, frameon=False)
     _style(ax, xlabel, "% of images")
-    medians = ", ".join(f"{k} median {np.median(v):.4g} of {len(v):,}" for k, v in series.items() if len(v))
+    medians = ", ".join(
+        f"{k} median {np.median(v):.4g} of {len(v):,}" for k, v in series.items() if len(v)
+    )
     return _finish(figure, title, caption, f"Histogram of {xlabel}: {medians}")
 
 
-def sizes(width: np.ndarray, height: np.ndarray, domain: np.ndarray, *, title: str, caption: str) -> Picture:
+def sizes(
+    width: np.ndarray, height: np.ndarray, domain: np.ndarray, *, title: str, caption: str
+) -> Picture:
     """Width against height of every photo, coloured by domain."""
     figure, ((ax,),) = _figure(4.6, 3.6)
     for name, colour in zip(sorted(set(domain)), COLOURS):
         chosen = domain == name
-        ax.scatter(width[chosen], height[chosen], s=12, color=colour, alpha=0.5, label=f"{name or 'unknown'} ({chosen.sum():,})")
+        ax.scatter(
+            width[chosen],
+            height[chosen],
+            s=12,
+            color=colour,
+            alpha=0.5,
+            label=f"{name or 'unknown'} ({chosen.sum():,})",
+        )
     ax.legend(fontsize=8, frameon=False)
     _style(ax, "width (px)", "height (px)", grid="both")
     alt = f"Scatter of image sizes: width {width.min()} to {width.max()} px, height {height.min()} to {height.max()} px"
-    return _finish(figure, title, caption, f"{alt}, median {np.median(width):.0f} x {np.median(height):.0f}")
+    return _finish(
+        figure, title, caption, f"{alt}, median {np.median(width):.0f} x {np.median(height):.0f}"
+    )
 
 
 def training_curves(history: pd.DataFrame, *, title: str) -> Picture:
@@ -147,7 +205,9 @@ def training_curves(history: pd.DataFrame, *, title: str) -> Picture:
     if len(scored):
         alt += f", best validation mAP@5 {scored.map_at_5.max():.2f} in epoch {int(scored.loc[scored.map_at_5.idxmax(), 'epoch'])}"
     caption = "Left: mean training loss. Middle: share of pairs or triplets that still give a gradient (ArcFace: accuracy). "
-    return _finish(figure, title, caption + "Right: mAP@5 on the validation split that chooses the epoch.", alt)
+    return _finish(
+        figure, title, caption + "Right: mAP@5 on the validation split that chooses the epoch.", alt
+    )
 
 
 def similarity_histogram(similarity: np.ndarray, query_products, gallery_products) -> Picture:
@@ -156,23 +216,50 @@ def similarity_histogram(similarity: np.ndarray, query_products, gallery_product
     same = np.asarray(query_products)[:, None] == np.asarray(gallery_products)[None, :]
     a, b = np.sort(similarity[same]), similarity[~same]
     b = b[:: max(1, len(b) // 200_000)]
-    auc = float((np.searchsorted(a, b, "left") * -1.0 + len(a)).mean() / max(1, len(a))) if len(a) else float("nan")
+    auc = (
+        float((np.searchsorted(a, b, "left") * -1.0 + len(a)).mean() / max(1, len(a)))
+        if len(a)
+        else float("nan")
+    )
     figure, ((ax,),) = _figure(7.2, 2.7)
     edges = np.linspace(min(similarity.min(), 0), 1, 60)
     for values, colour, name in ((b, GREY, "different products"), (a, BLUE, "same product")):
-        ax.hist(values, edges, weights=np.full(len(values), 100 / max(1, len(values))), color=colour, alpha=0.6, label=name)
-        ax.axvline(np.median(values) if len(values) else 0, color=colour, linestyle="--", linewidth=1.2)
+        ax.hist(
+            values,
+            edges,
+            weights=np.full(len(values), 100 / max(1, len(values))),
+            color=colour,
+            alpha=0.6,
+            label=name,
+        )
+        ax.axvline(
+            np.median(values) if len(values) else 0, color=colour, linestyle="--", linewidth=1.2
+        )
     ax.legend(fontsize=8, frameon=False)
     _style(ax, "cosine similarity", "% of pairs")
-    medians = f"median {np.median(a):.2f} for the same product, {np.median(b):.2f} for different ones" if len(a) else "no same pairs"
+    medians = (
+        f"median {np.median(a):.2f} for the same product, {np.median(b):.2f} for different ones"
+        if len(a)
+        else "no same pairs"
+    )
     caption = f"All query x gallery pairs; dashed: medians. A random same pair beats a random different pair in {auc:.1%} of draws."
-    return _finish(figure, "Similarity of same and different products", caption, f"Histogram of similarities: {medians}, AUC {auc:.2f}")
+    return _finish(
+        figure,
+        "Similarity of same and different products",
+        caption,
+        f"Histogram of similarities: {medians}, AUC {auc:.2f}",
+    )
 
 
 def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
     """A map (N, 2) of embeddings; the seven largest groups in colour, the rest grey."""
     groups = pd.Series(np.asarray(groups))
-    largest = groups.value_counts(sort=True).sort_index().sort_values(ascending=False, kind="stable").index[:7]
+    largest = (
+        groups.value_counts(sort=True)
+        .sort_index()
+        .sort_values(ascending=False, kind="stable")
+        .index[:7]
+    )
     figure, ((ax,),) = _figure(5.6, 4.4)
     rest = ~groups.isin(largest)
     ax.scatter(*xy[rest.to_numpy()].T, s=9, color="#CCCCCC")
@@ -182,7 +269,12 @@ def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_color("#DDDDDD")
     caption = f"{len(groups):,} images; colours are the {len(largest)} largest product groups. Only nearness means something here."
-    return _finish(figure, title, caption, f"Map of {len(groups):,} embeddings in {groups.nunique()} groups, {len(largest)} in colour")
+    return _finish(
+        figure,
+        title,
+        caption,
+        f"Map of {len(groups):,} embeddings in {groups.nunique()} groups, {len(largest)} in colour",
+    )
 
 
 def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "mAP@5") -> Picture:
@@ -190,12 +282,25 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
     these are differences."""
     figure, ((ax,),) = _figure(7.2, 0.9 + 0.36 * len(table))
     y = np.arange(len(table))[::-1]
-    middle, low, high = (table[c].to_numpy(float) for c in ("map_at_5", "map_at_5_low", "map_at_5_high"))
-    ax.errorbar(middle, y, xerr=[middle - low, high - middle], fmt="o", color=BLUE, ecolor=SKY, elinewidth=4, markersize=5)
+    middle, low, high = (
+        table[c].to_numpy(float) for c in ("map_at_5", "map_at_5_low", "map_at_5_high")
+    )
+    ax.errorbar(
+        middle,
+        y,
+        xerr=[middle - low, high - middle],
+        fmt="o",
+        color=BLUE,
+        ecolor=SKY,
+        elinewidth=4,
+        markersize=5,
+    )
     if np.nanmin(low) < 0:  # differences
         ax.axvline(0, color=GREY, linewidth=1)
     for x, row in zip(middle, y):
-        ax.annotate(f"{x:.3f}", (x, row), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
+        ax.annotate(
+            f"{x:.3f}", (x, row), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8
+        )
     ax.set_yticks(y, [str(i) for i in table.index], fontsize=8)
     ax.set_ylim(-0.6, len(table) - 0.3)
     _style(ax, xlabel, grid="x")
@@ -203,7 +308,15 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
     return _finish(figure, title, caption, f"{xlabel} with 95 % intervals: {listed}")
 
 
-def lines(series: dict[str, tuple], *, title: str, xlabel: str, ylabel: str, caption: str, log_x: bool = False) -> Picture:
+def lines(
+    series: dict[str, tuple],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    log_x: bool = False,
+) -> Picture:
     """Named curves (x, y) or (x, y, low, high), the band where given."""
     figure, ((ax,),) = _figure(7.2, 3.0)
     for (name, (x, y, *band)), colour in zip(series.items(), COLOURS):
@@ -216,7 +329,10 @@ def lines(series: dict[str, tuple], *, title: str, xlabel: str, ylabel: str, cap
         ax.legend(fontsize=8, frameon=False)
     _style(ax, xlabel, ylabel, grid="both")
     first = {name: [np.asarray(v) for v in s[:2]] for name, s in series.items()}
-    ends = "; ".join(f"{n} from {y[0]:.2f} at {x[0]:g} to {y[-1]:.2f} at {x[-1]:g}" for n, (x, y) in first.items())
+    ends = "; ".join(
+        f"{n} from {y[0]:.2f} at {x[0]:g} to {y[-1]:.2f} at {x[-1]:g}"
+        for n, (x, y) in first.items()
+    )
     return _finish(figure, title, caption, f"Curves of {ylabel} over {xlabel}: {ends}")
 
 
@@ -237,7 +353,9 @@ def _photo(ax, image: np.ndarray, *, least_px: int = 140, **how) -> None:
     ax.spines[:].set_visible(False)
 
 
-def image_grid(pictures: list, *, columns: int, title: str, caption: str, labels=(), alt: str = "") -> Picture:
+def image_grid(
+    pictures: list, *, columns: int, title: str, caption: str, labels=(), alt: str = ""
+) -> Picture:
     """Photos in rows of `columns`, each with its label above. pictures: (H, W, 3) uint8 arrays."""
     rows = -(-len(pictures) // columns)
     side, lines = min(9.2 / columns, 1.5), max((str(t).count("\n") + 1 for t in labels), default=0)
@@ -255,11 +373,20 @@ def image_grid(pictures: list, *, columns: int, title: str, caption: str, labels
     return _finish(figure, title, caption, alt.replace("\n", " "))
 
 
-def ranked_lists(store, queries: pd.DataFrame, gallery: pd.DataFrame, result, chosen, *, title: str, caption: str = "") -> Picture:
+def ranked_lists(
+    store,
+    queries: pd.DataFrame,
+    gallery: pd.DataFrame,
+    result,
+    chosen,
+    *,
+    title: str,
+    caption: str = "",
+) -> Picture:
     """Each row: a query and its ranked images with class, group and similarity.
 
     Same product: green frame and a tick; different: red frame and a cross; unknown label: grey frame.
-    chosen: positions of queries; result: embedding.Retrieval.
+    chosen: positions of queries; result: task.Retrieval.
     """
     k = result.ranks.shape[1]
     figure, axes = _figure(9.2, 1.95 * len(chosen), len(chosen), k + 1)
@@ -282,13 +409,26 @@ def ranked_lists(store, queries: pd.DataFrame, gallery: pd.DataFrame, result, ch
             if query["product_id"] < 0:
                 colour, mark = GREY, "label unknown"
             ax.spines[:].set(visible=True, color=colour, linewidth=3)
-            ax.set_title(f"{mark}  {result.scores[at, rank]:.3f}\n{_what(shown)}", fontsize=8, color=colour)
-    caption = caption or "Left: the query. Then its ranked gallery images, best first: tick or cross, similarity, class and group."
+            ax.set_title(
+                f"{mark}  {result.scores[at, rank]:.3f}\n{_what(shown)}", fontsize=8, color=colour
+            )
+    caption = (
+        caption
+        or "Left: the query. Then its ranked gallery images, best first: tick or cross, similarity, class and group."
+    )
     alt = f"Ranked lists of {len(chosen)} queries: {right} of {len(chosen) * k} images show the query's product"
     return _finish(figure, title, caption, alt)
 
 
-def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str, caption: str = "", most: int = 60) -> Picture:
+def matches(
+    query: np.ndarray,
+    photo: np.ndarray,
+    points: tuple,
+    *,
+    title: str,
+    caption: str = "",
+    most: int = 60,
+) -> Picture:
     """A query beside a gallery photo, verified points joined by lines; points: (a (M, 2), b (M, 2)) of verification.inliers.
 
     The lines are spread over the rainbow from the top of the query down, so that parallel ones can be told apart; of more
@@ -300,13 +440,28 @@ def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str, 
     a, b = (x * max(image.shape[:2]) for x, image in zip(points, (query, photo)))
     drawn = np.argsort(a[:, 1], kind="stable")[:: -(-len(a) // most) or 1]
     for at, colour in zip(drawn, colormaps["turbo"](np.linspace(0.05, 0.95, len(drawn)))):
-        line = {"coordsA": axes[0, 0].transData, "coordsB": axes[0, 1].transData, "color": colour, "linewidth": 0.9}
+        line = {
+            "coordsA": axes[0, 0].transData,
+            "coordsB": axes[0, 1].transData,
+            "color": colour,
+            "linewidth": 0.9,
+        }
         figure.add_artist(ConnectionPatch(a[at], b[at], **line))
         for ax, spot in zip(axes[0], (a[at], b[at])):
-            ax.plot(*spot, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.4)
+            ax.plot(
+                *spot, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.4
+            )
     shown = f", {len(drawn)} of them drawn" if len(drawn) < len(a) else ""
-    caption = caption or f"Left: the query. Right: the gallery photo. {len(a)} points lie where one homography puts them{shown}."
-    return _finish(figure, title, caption, f"{title}: {len(a)} matches between a query and a gallery photo{shown}")
+    caption = (
+        caption
+        or f"Left: the query. Right: the gallery photo. {len(a)} points lie where one homography puts them{shown}."
+    )
+    return _finish(
+        figure,
+        title,
+        caption,
+        f"{title}: {len(a)} matches between a query and a gallery photo{shown}",
+    )
 
 
 def _what(row) -> str:

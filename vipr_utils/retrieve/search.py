@@ -5,13 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vipr_utils.losses import DISTANCES
+from vipr_utils.learn.losses import DISTANCES
 
 QUERY_CHUNK, GALLERY_CHUNK = 1024, 16384  # one block of scores is 64 MB
 
 
 def top_k(
-    queries, gallery, k: int = 5, *, distance: str = "cosine", query_ids=None, gallery_ids=None, device="cpu"
+    queries,
+    gallery,
+    k: int = 5,
+    *,
+    distance: str = "cosine",
+    query_ids=None,
+    gallery_ids=None,
+    device="cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores, ranks), both (Q, k): the k most similar gallery rows of each query, best first.
 
@@ -22,7 +29,9 @@ def top_k(
     """
     q, g = checked(queries, "query"), checked(gallery, "gallery")
     if q.shape[1] != g.shape[1]:
-        raise ValueError(f"queries have {q.shape[1]} dimensions, the gallery {g.shape[1]}: embed both with one model")
+        raise ValueError(
+            f"queries have {q.shape[1]} dimensions, the gallery {g.shape[1]}: embed both with one model"
+        )
     if k < 1 or len(g) == 0:
         raise ValueError(f"top_k needs k >= 1 and a gallery, got k={k} and {len(g)} gallery rows")
     similarity = _similarity(distance)
@@ -68,7 +77,9 @@ def _similarity(distance: str):
     raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
 
 
-def _own_rows(query_ids, gallery_ids, n_queries: int, n_gallery: int) -> tuple[np.ndarray, np.ndarray]:
+def _own_rows(
+    query_ids, gallery_ids, n_queries: int, n_gallery: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(query rows, gallery rows) of every pair with one id, sorted by query row."""
     if query_ids is None or gallery_ids is None:
         return np.empty(0, int), np.empty(0, int)

@@ -1,6 +1,6 @@
 """Run notebooks headless: a folder of parameter files, or a sweep, one papermill process per run.
 
-    python -m vipr_utils.batch params/smoke [more paths] [--only 03] [--output-dir DIR] [-p name=value ...] [--force]
+    python -m vipr_utils run params/smoke [more paths] [--only 03] [--output-dir DIR] [-p name=value ...] [--force]
                                [--jobs N] [--engine ray [--address HOST:PORT]]
 
 A parameter file is flat YAML named like its notebook. A sweep names the notebook itself, with `base` values and
@@ -39,13 +39,20 @@ from pathlib import Path
 import torch
 import yaml
 
-from vipr_utils import host, runs
+from vipr_utils.host import platform
+from vipr_utils.host.device import cores, memory_gb
+from vipr_utils.host.files import locked, whole_file
+from vipr_utils.judge import runs
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
-LITERAL = re.compile(r"Literal\[([\w, ]+)\]")  # in quotes in the cell: so neither an import nor papermill stumbles over it
+LITERAL = re.compile(
+    r"Literal\[([\w, ]+)\]"
+)  # in quotes in the cell: so neither an import nor papermill stumbles over it
 NO_MEMORY = "out of memory: lower batch_size or image_size"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-MEMORY_SIGNS = re.compile(r"out of memory|can(no|')t allocate memory|killed by signal: Killed", re.IGNORECASE)
+MEMORY_SIGNS = re.compile(
+    r"out of memory|can(no|')t allocate memory|killed by signal: Killed", re.IGNORECASE
+)
 
 
 class BadParameters(ValueError):
@@ -79,9 +86,13 @@ class Result:
 
 def parameters_of(notebook_path: Path) -> dict[str, tuple[str, object]]:
     """{name: (type, default)} of the cell tagged `parameters`, in its order. Raises BadParameters for other lines."""
-    cells = [c for c in _cells(notebook_path) if "parameters" in c.get("metadata", {}).get("tags", [])]
+    cells = [
+        c for c in _cells(notebook_path) if "parameters" in c.get("metadata", {}).get("tags", [])
+    ]
     if len(cells) != 1:
-        raise BadParameters(f"{notebook_path.name}: {len(cells)} cells are tagged 'parameters', expected one")
+        raise BadParameters(
+            f"{notebook_path.name}: {len(cells)} cells are tagged 'parameters', expected one"
+        )
     found = {}
     for line in ast.parse("".join(cells[0]["source"])).body:
         try:
@@ -108,7 +119,11 @@ def check(name: str, value: object, known: dict[str, tuple[str, object]]) -> obj
     if base == "float" and type(value) is int:
         return float(value)
     if type(value) is TYPES[base]:
-        return [check(name, v, {name: (inner, None)}) for v in value] if base == "list" and inner else value
+        return (
+            [check(name, v, {name: (inner, None)}) for v in value]
+            if base == "list" and inner
+            else value
+        )
     hint = ""
     if base == "str":
         hint = "; put it in quotes" if value is not None else '; write "" for an empty one'
@@ -119,13 +134,21 @@ def check(name: str, value: object, known: dict[str, tuple[str, object]]) -> obj
 
 def _unknown(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
-    return "unknown parameter" + (f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}")
+    return "unknown parameter" + (
+        f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+    )
 
 
 def _yaml_float(text: str) -> str:
     """'1e4' as YAML 1.1 wants it: '1.0e+4', with a point and a signed exponent."""
     mantissa, e, exponent = text.lower().partition("e")
-    return mantissa + ("" if "." in mantissa else ".0") + e + ("+" if exponent[:1].isdigit() else "") + exponent
+    return (
+        mantissa
+        + ("" if "." in mantissa else ".0")
+        + e
+        + ("+" if exponent[:1].isdigit() else "")
+        + exponent
+    )
 
 
 def _typed(text: object, kind: str) -> object:
@@ -138,7 +161,9 @@ def _typed(text: object, kind: str) -> object:
 # ---------------------------------------------------------------------------------------------- files to runs
 
 
-def load_runs(paths: Iterable[str | Path], overrides: dict | None = None, only: str = "") -> list[Run]:
+def load_runs(
+    paths: Iterable[str | Path], overrides: dict | None = None, only: str = ""
+) -> list[Run]:
     """The runs that files and folders ask for, checked. `only`: beginnings of notebook or run names, with commas; * stands
     for anything.
 
@@ -151,12 +176,22 @@ def load_runs(paths: Iterable[str | Path], overrides: dict | None = None, only: 
         except BadParameters as error:
             problems.append(f"{file}: {error}")
     starts = [s.strip() + "*" for s in only.split(",") if s.strip()] or ["*"]
-    chosen = [w for w in wanted if any(fnmatch(name, s) for name in (w[1].stem, _name(w[1], w[2])) for s in starts)]
+    chosen = [
+        w
+        for w in wanted
+        if any(fnmatch(name, s) for name in (w[1].stem, _name(w[1], w[2])) for s in starts)
+    ]
     if not chosen and not problems:
-        raise BadParameters(f"--only {only}: none of {', '.join(_name(n, v) for _, n, v in wanted)} begins so")
+        raise BadParameters(
+            f"--only {only}: none of {', '.join(_name(n, v) for _, n, v in wanted)} begins so"
+        )
     known = {n: parameters_of(n) for n in {w[1] for w in chosen}}
     everywhere = {name for parameters in known.values() for name in parameters}
-    problems += [f"-p {name}: {_unknown(name, sorted(everywhere))}" for name in overrides if name not in everywhere]
+    problems += [
+        f"-p {name}: {_unknown(name, sorted(everywhere))}"
+        for name in overrides
+        if name not in everywhere
+    ]
     found = []
     for file, notebook, values in chosen:
         types = known[notebook]
@@ -166,10 +201,20 @@ def load_runs(paths: Iterable[str | Path], overrides: dict | None = None, only: 
                 values[key] = check(key, value, types)
             except BadParameters as error:
                 problems.append(f"{file}: {error}")
-        found.append(Run(_name(notebook, values), notebook, values, {k: d for k, (_, d) in types.items()}, file))
+        found.append(
+            Run(
+                _name(notebook, values),
+                notebook,
+                values,
+                {k: d for k, (_, d) in types.items()},
+                file,
+            )
+        )
     for name, same in itertools.groupby(sorted(found, key=lambda r: r.name), key=lambda r: r.name):
         if len(files := [str(r.file) for r in same]) > 1:
-            problems.append(f"{' and '.join(dict.fromkeys(files))}: run_name: {len(files)} runs are called {name!r}")
+            problems.append(
+                f"{' and '.join(dict.fromkeys(files))}: run_name: {len(files)} runs are called {name!r}"
+            )
     if problems:
         raise BadParameters("\n".join(dict.fromkeys(problems)))
     return found
@@ -180,7 +225,9 @@ def _files(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path] if path.is_file() else []
         if not files:
-            raise BadParameters(f"{path}: " + ("no *.yaml in it" if path.is_dir() else "no such file or folder"))
+            raise BadParameters(
+                f"{path}: " + ("no *.yaml in it" if path.is_dir() else "no such file or folder")
+            )
         found += files
     return list(dict.fromkeys(found))
 
@@ -196,7 +243,9 @@ def _value_sets(file: Path) -> list[tuple[Path, dict]]:
     if "notebook" not in content:
         return [(_notebook(file.stem), content)]
     if wrong := set(content) - {"notebook", "base", "runs", "grid"}:
-        raise BadParameters(f"{', '.join(sorted(map(str, wrong)))}: a sweep has notebook, base, and runs or grid")
+        raise BadParameters(
+            f"{', '.join(sorted(map(str, wrong)))}: a sweep has notebook, base, and runs or grid"
+        )
     base, several, grid = content.get("base") or {}, content.get("runs"), content.get("grid")
     if bool(several) == bool(grid):
         raise BadParameters("a sweep has either runs or grid")
@@ -204,7 +253,10 @@ def _value_sets(file: Path) -> list[tuple[Path, dict]]:
         if wrong := [k for k, v in grid.items() if not isinstance(v, list)]:
             raise BadParameters(f"{', '.join(wrong)}: a grid wants a list of values")
         several = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-        several = [{"run_name": "-".join([file.stem, *itertools.starmap(_word, v.items())])} | v for v in several]
+        several = [
+            {"run_name": "-".join([file.stem, *itertools.starmap(_word, v.items())])} | v
+            for v in several
+        ]
     if wrong := [v for v in several if not isinstance(v, dict)]:
         raise BadParameters(f"runs: expected a list of value sets, got {wrong[0]!r}")
     if unnamed := [i for i, values in enumerate(several, start=1) if not values.get("run_name")]:
@@ -213,7 +265,13 @@ def _value_sets(file: Path) -> list[tuple[Path, dict]]:
 
 
 def _word(key: str, value: object) -> str:
-    text = f"{key}_{value}" if isinstance(value, bool) else f"seed{value}" if key == "seed" else str(value)
+    text = (
+        f"{key}_{value}"
+        if isinstance(value, bool)
+        else f"seed{value}"
+        if key == "seed"
+        else str(value)
+    )
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or f"no_{key}"
 
 
@@ -222,14 +280,16 @@ def _name(notebook: Path, values: dict) -> str:
 
 
 def _root() -> Path:
-    return host.repository() or Path.cwd()
+    return platform.repository() or Path.cwd()
 
 
 def _notebook(stem: str) -> Path:
     for root in (_root(), Path.cwd()):
         if (path := root / "notebooks" / f"{stem}.ipynb").is_file():
             return path
-    raise BadParameters(f"there is no notebooks/{stem}.ipynb (a parameter file is named like its notebook)")
+    raise BadParameters(
+        f"there is no notebooks/{stem}.ipynb (a parameter file is named like its notebook)"
+    )
 
 
 def _cells(notebook: Path) -> list[dict]:
@@ -240,7 +300,12 @@ def _cells(notebook: Path) -> list[dict]:
 
 
 def run_all(
-    todo: list[Run], *, output_dir: str = "", force: bool = False, jobs: int = 0, report: Callable = print
+    todo: list[Run],
+    *,
+    output_dir: str = "",
+    force: bool = False,
+    jobs: int = 0,
+    report: Callable = print,
 ) -> list[Result]:
     """Run them, `jobs` rows of a sweep at a time (0: see `slots`); `report` gets one line a run, in the order of `todo`.
 
@@ -254,13 +319,15 @@ def run_all(
     def one(run: Run) -> Result:
         slot, (folder, data) = free.get(), ready[id(run)]
         try:
-            with host.locked(folder):  # another batch may be at it
+            with locked(folder):  # another batch may be at it
                 return _run(run, folder, data, force, slot)
         finally:
             free.put(slot)
 
     ready = _ready(todo, output_dir)
-    with ThreadPoolExecutor(len(places)) as pool:  # threads that wait: each run is a process of its own
+    with ThreadPoolExecutor(
+        len(places)
+    ) as pool:  # threads that wait: each run is a process of its own
         for wave in waves(todo):
             for result in pool.map(one, wave):
                 results.append(result)
@@ -273,9 +340,16 @@ def _ready(todo: list[Run], output_dir: str) -> dict[int, tuple[Path, Path | Non
     ready = {}
     for run in todo:
         given = run.defaults | run.params
-        out = output_dir and Path(output_dir).expanduser().resolve() or given.get("output_dir", "submissions")
+        out = (
+            output_dir
+            and Path(output_dir).expanduser().resolve()
+            or given.get("output_dir", "submissions")
+        )
         try:
-            folder, data = host.run_folder(str(out), run.name), host.find_data_root(given.get("data_root", ""))[0]
+            folder, data = (
+                platform.run_folder(str(out), run.name),
+                platform.find_data_root(given.get("data_root", ""))[0],
+            )
         except (ValueError, FileNotFoundError) as error:
             raise BadParameters(f"{run.file}: {error}") from None
         ready[id(run)] = folder.resolve(), data
@@ -287,7 +361,9 @@ def waves(todo: list[Run]) -> list[list[Run]]:
     found: list[list[Run]] = []
     for run in todo:
         named = {Path(v).name for v in run.params.values() if isinstance(v, str)}
-        together = found and found[-1][0].file == run.file and not named & {r.name for r in found[-1]}
+        together = (
+            found and found[-1][0].file == run.file and not named & {r.name for r in found[-1]}
+        )
         found[-1].append(run) if together else found.append([run])
     return found
 
@@ -298,14 +374,21 @@ def slots(jobs: int = 0) -> list[dict[str, str]]:
     gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
-    n = jobs or max(1, min(host.cores() // 2, int(host.memory_gb()[1] / 4)))
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, host.cores() // n)))}] * n
+    n = jobs or max(1, min(cores() // 2, int(memory_gb()[1] / 4)))
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // n)))}] * n
 
 
 def _run(run: Run, folder: Path, data: Path | None, force: bool, slot: dict[str, str]) -> Result:
     key, mark, written = _key(run, folder, data), folder / "batch.json", folder / "run.json"
-    force = force or run.params.get("model_run") == "best"  # that hangs on whatever runs there are by now
-    if not force and written.is_file() and mark.is_file() and _marked(mark) == (key, _sha256(written)):
+    force = (
+        force or run.params.get("model_run") == "best"
+    )  # that hangs on whatever runs there are by now
+    if (
+        not force
+        and written.is_file()
+        and mark.is_file()
+        and _marked(mark) == (key, _sha256(written))
+    ):
         return Result(run, folder, "skip")
     for old in (mark, folder / "notebook.ipynb"):
         old.unlink(missing_ok=True)
@@ -319,8 +402,11 @@ def _run(run: Run, folder: Path, data: Path | None, force: bool, slot: dict[str,
     if done.returncode:
         return Result(run, folder, "FAIL", seconds, _reason(done, folder / "notebook.ipynb"))
     if written.is_file() and written.stat().st_mtime > started - 2:  # file systems round times
-        with host.whole_file(mark) as part:
-            part.write_text(json.dumps({"key": key, "run": _sha256(written), "seconds": round(seconds, 1)}) + "\n")
+        with whole_file(mark) as part:
+            part.write_text(
+                json.dumps({"key": key, "run": _sha256(written), "seconds": round(seconds, 1)})
+                + "\n"
+            )
     return Result(run, folder, "ok", seconds)
 
 
@@ -337,13 +423,28 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _papermill(notebook: Path, out: Path, values: dict, slot: dict[str, str]) -> subprocess.CompletedProcess:
+def _papermill(
+    notebook: Path, out: Path, values: dict, slot: dict[str, str]
+) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "params.yaml"
         file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-        command = ["papermill", str(notebook), str(out), "-f", str(file), "-k", "python3", "--no-progress-bar"]
+        command = [
+            "papermill",
+            str(notebook),
+            str(out),
+            "-f",
+            str(file),
+            "-k",
+            "python3",
+            "--no-progress-bar",
+        ]
         command = [sys.executable, "-m", *command]
-        kept = {"cwd": _root(), "env": os.environ | slot, "preexec_fn": _end_with_parent if LIBC else None}
+        kept = {
+            "cwd": _root(),
+            "env": os.environ | slot,
+            "preexec_fn": _end_with_parent if LIBC else None,
+        }
         return subprocess.run(command, capture_output=True, text=True, errors="replace", **kept)
 
 
@@ -351,17 +452,30 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _end_with_parent() -> None:
-    LIBC.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: no kernel goes on when the process that waits for it was killed
+    LIBC.prctl(
+        1, 9
+    )  # PR_SET_PDEATHSIG, SIGKILL: no kernel goes on when the process that waits for it was killed
 
 
 # ---------------------------------------------------------------------------------------------------------- Ray
 
-COLLECTED = ("*.json", "*.csv", "*.png", "notebook.ipynb")  # of a run on another machine; checkpoints stay there
+COLLECTED = (
+    "*.json",
+    "*.csv",
+    "*.png",
+    "notebook.ipynb",
+)  # of a run on another machine; checkpoints stay there
 CARRIED = {"excludes": [".git", ".venv", ".lanes", "submissions", "tests", "kaggle"]}
 
 
 def run_on_ray(
-    todo: list[Run], *, output_dir: str = "", force: bool = False, jobs: int = 0, address: str = "", report: Callable = print
+    todo: list[Run],
+    *,
+    output_dir: str = "",
+    force: bool = False,
+    jobs: int = 0,
+    address: str = "",
+    report: Callable = print,
 ) -> list[Result]:
     """The same as `run_all` on Ray's workers: a task a run with its GPU, tried again where a worker is lost.
 
@@ -375,7 +489,10 @@ def run_on_ray(
     _ready(todo, output_dir)
     output_dir = output_dir and str(Path(output_dir).expanduser().resolve())
     cluster = {"address": address, "runtime_env": {"working_dir": str(_root()), **CARRIED}}
-    ray.init(log_to_driver=False, **cluster if address else {"num_cpus": len(slots(jobs)), "include_dashboard": False})
+    ray.init(
+        log_to_driver=False,
+        **cluster if address else {"num_cpus": len(slots(jobs)), "include_dashboard": False},
+    )
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_remote)
@@ -393,8 +510,10 @@ def _remote(run: Run, output_dir: str, force: bool) -> tuple[Result, dict[str, b
     """A worker's part: (result, the small files of its run folder by name)."""
     run.notebook = _notebook(run.notebook.stem)  # the worker's copy of the repository
     folder, data = _ready([run], output_dir)[id(run)]
-    with host.locked(folder):
-        result = _run(run, folder, data, force, {})  # Ray has set CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS
+    with locked(folder):
+        result = _run(
+            run, folder, data, force, {}
+        )  # Ray has set CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS
     return result, {f.name: f.read_bytes() for pattern in COLLECTED for f in folder.glob(pattern)}
 
 
@@ -403,21 +522,29 @@ def _collected(ray, run: Run, reference, output_dir: str) -> Result:
     try:
         result, files = ray.get(reference)
     except ray.exceptions.RayError as error:
-        return Result(run, folder, "FAIL", 0.0, f"Ray gave the run up: {str(error).splitlines()[0]}")
+        return Result(
+            run, folder, "FAIL", 0.0, f"Ray gave the run up: {str(error).splitlines()[0]}"
+        )
     for name, content in files.items():
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:
-            with host.whole_file(folder / name) as part:
+            with whole_file(folder / name) as part:
                 part.write_bytes(content)
     return Result(run, folder, result.status, result.seconds, result.error)
 
 
 def _key(run: Run, folder: Path, data: Path | None) -> str:
     """sha256 over what a run hangs on: notebook, values, package, the data's tables, and files or runs it names."""
-    values = {k: v for k, v in (run.defaults | run.params).items() if k not in ("output_dir", "run_name")}
+    values = {
+        k: v for k, v in (run.defaults | run.params).items() if k not in ("output_dir", "run_name")
+    }
     parts = ["".join(c["source"]).encode() for c in _cells(run.notebook)]
     parts.append(json.dumps([values, os.environ.get("VIPR_PRECISION")], sort_keys=True).encode())
-    parts += [f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py"))]
-    parts += [(data / t).read_bytes() for t in ("train.csv", "test.csv") if (data / t).is_file()] if data else [b"toy"]
+    parts += [f.read_bytes() for f in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    parts += (
+        [(data / t).read_bytes() for t in ("train.csv", "test.csv") if (data / t).is_file()]
+        if data
+        else [b"toy"]
+    )
     for value in values.values():
         if isinstance(value, str) and 0 < len(value) < 200:
             for path in (_root() / value, folder.parent / value):
@@ -430,13 +557,21 @@ def _key(run: Run, folder: Path, data: Path | None) -> str:
 
 def _reason(done: subprocess.CompletedProcess, executed: Path) -> str:
     """Why a run failed: the last lines of the failing cell's error, in words where the memory was too small."""
-    if done.returncode in (-9, 137, 138) or "Kernel died" in done.stderr or "DeadKernelError" in done.stderr:
+    if (
+        done.returncode in (-9, 137, 138)
+        or "Kernel died" in done.stderr
+        or "DeadKernelError" in done.stderr
+    ):
         return f"the kernel was killed, most likely {NO_MEMORY}"
     cells = _cells(executed) if executed.is_file() else []
     errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     text = "\n".join([*errors[0]["traceback"]] if errors else [done.stderr])
-    tail = "\n".join([s for s in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if s.strip()][-8:])
-    if errors and (errors[0]["ename"].endswith("MemoryError") or MEMORY_SIGNS.search(errors[0]["evalue"])):
+    tail = "\n".join(
+        [s for s in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if s.strip()][-8:]
+    )
+    if errors and (
+        errors[0]["ename"].endswith("MemoryError") or MEMORY_SIGNS.search(errors[0]["evalue"])
+    ):
         return f"{NO_MEMORY}\n{tail}"
     return tail or f"papermill ended with code {done.returncode}"
 
@@ -445,7 +580,9 @@ def _line(result: Result, width: int) -> str:
     """'ok   03_scratch_siamese   41 s   mAP@5 0.312', and for a failure the reason below."""
     start = f"{result.status:4} {result.run.name:{width}}  "
     if result.status == "FAIL":
-        return f"{start}{result.seconds:5.0f} s\n" + "\n".join("     " + line for line in result.error.splitlines())
+        return f"{start}{result.seconds:5.0f} s\n" + "\n".join(
+            "     " + line for line in result.error.splitlines()
+        )
     spent = "done before" if result.status == "skip" else f"{result.seconds:5.0f} s"
     if not (result.folder / "batch.json").is_file():  # run.json is absent or an older run's
         return start + spent
@@ -457,14 +594,34 @@ def _line(result: Result, width: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; the exit code stands at the head of this file."""
-    parser = argparse.ArgumentParser("python -m vipr_utils.batch", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m vipr_utils run", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("paths", nargs="+", help="parameter files, sweeps, or folders of them")
-    parser.add_argument("--only", default="", help="beginning of a notebook or run name; several with commas")
+    parser.add_argument(
+        "--only", default="", help="beginning of a notebook or run name; several with commas"
+    )
     parser.add_argument("--output-dir", default="", help="instead of the notebooks' output_dir")
-    parser.add_argument("-p", action="append", default=[], metavar="name=value", help="for every notebook that has it")
+    parser.add_argument(
+        "-p",
+        action="append",
+        default=[],
+        metavar="name=value",
+        help="for every notebook that has it",
+    )
     parser.add_argument("--force", action="store_true", help="also run what was done before")
-    parser.add_argument("--jobs", type=int, default=0, help="rows of a sweep at once; 0: one a GPU, else 2 cores each")
-    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: its workers, here or at --address")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        help="rows of a sweep at once; 0: one a GPU, else 2 cores each",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="ray: its workers, here or at --address",
+    )
     parser.add_argument("--address", default="", help="of a Ray cluster")
     given = parser.parse_args(arguments)
     if wrong := [p for p in given.p if "=" not in p]:
@@ -473,7 +630,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("papermill is missing: pip install papermill ipykernel")
     try:
         todo = load_runs(given.paths, dict(p.split("=", 1) for p in given.p), given.only)
-        how = {"output_dir": given.output_dir, "force": given.force, "report": partial(print, flush=True)}
+        how = {
+            "output_dir": given.output_dir,
+            "force": given.force,
+            "report": partial(print, flush=True),
+        }
         if given.engine == "ray":
             results = run_on_ray(todo, jobs=given.jobs, address=given.address, **how)
         else:
@@ -481,14 +642,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BadParameters as error:
         print(error, file=sys.stderr)
         return 2
-    for folder in dict.fromkeys(r.folder.parent for r in results if (r.folder / "run.json").is_file()):
+    for folder in dict.fromkeys(
+        r.folder.parent for r in results if (r.folder / "run.json").is_file()
+    ):
         runs.write_runs_csv(folder)
         print("\n" + runs.markdown(runs.scoreboard(folder)))
     for result in results:
         if result.status != "FAIL" and (file := result.folder / "submission.csv").is_file():
             print(f"submission: {file}")
     return 1 if any(r.status == "FAIL" for r in results) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(importlib.import_module("vipr_utils.batch").main())  # by its name, so that Ray's workers find it too

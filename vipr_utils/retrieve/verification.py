@@ -21,17 +21,29 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vipr_utils import host, images
+from vipr_utils.data.store import BrokenImage, read_image
+from vipr_utils.host.device import cores
+from vipr_utils.host.files import whole_file
 
 VERSION = 1  # of the cached features
 LARGEST = 2.0  # a small photo is enlarged at most so many times
 RATIO = 0.85  # nearest over second nearest distance; Lowe 2004 takes 0.8, here the keypoints' own turn and size judge too
-LOOSE, TIGHT, CELL = 0.1, 0.01, 0.02  # affine tolerance, homography tolerance, one place: in longest sides
-TURN, GROWTH = np.pi / 6, 2.0  # how far a keypoint's own angle and size may differ from the homography's
+LOOSE, TIGHT, CELL = (
+    0.1,
+    0.01,
+    0.02,
+)  # affine tolerance, homography tolerance, one place: in longest sides
+TURN, GROWTH = (
+    np.pi / 6,
+    2.0,
+)  # how far a keypoint's own angle and size may differ from the homography's
 LEAST = 5  # inliers; four points always fit
 NOISE = 1.25  # the least mean count of wrong pairs: below, five inliers in a list of a hundred would be proof
 TRUST = 8.0  # weight of the evidence, in standard deviations of the list's scores per nat
-MOST_PAIRS, MOST_BYTES = 200_000, 8 * 2**30  # of one call: about 6 minutes on 2 cores; 60,000 photos
+MOST_PAIRS, MOST_BYTES = (
+    200_000,
+    8 * 2**30,
+)  # of one call: about 6 minutes on 2 cores; 60,000 photos
 
 
 # ------------------------------------------------------------------------------------------------------ features
@@ -58,7 +70,9 @@ class Features:
         return self.points[its], x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-6)
 
 
-def features(photos: pd.DataFrame, *, px: int = 640, n_keypoints: int = 1000, cache_dir: Path | None = None) -> Features:
+def features(
+    photos: pd.DataFrame, *, px: int = 640, n_keypoints: int = 1000, cache_dir: Path | None = None
+) -> Features:
     """Features of the catalog rows given, in their order, from the original files at px pixels on the longest side.
 
     The packed store is no source: it holds photos at the size of networks. With cache_dir the result is kept under a key
@@ -79,12 +93,15 @@ def features(photos: pd.DataFrame, *, px: int = 640, n_keypoints: int = 1000, ca
         known |= _kept(path, [row for row in rows if row not in known])
     root = Path(photos.attrs["root"])
     missing = photos["path"][[row not in known for row in rows]]
-    known |= zip(missing.index, _on_all_cores(lambda file: _features_of(root / file, px, n_keypoints), missing))
+    known |= zip(
+        missing.index,
+        _on_all_cores(lambda file: _features_of(root / file, px, n_keypoints), missing),
+    )
     points, descriptors = zip(*[known[row] for row in rows] or [_no_features()])
     offsets = np.cumsum([0, *map(len, points)])[: len(photos) + 1]
     result = Features(offsets, np.concatenate(points), np.concatenate(descriptors))
     if folder and len(missing):
-        with host.whole_file(folder / name) as part, open(part, "wb") as file:
+        with whole_file(folder / name) as part, open(part, "wb") as file:
             np.savez(file, rows=rows, **vars(result))
     return result
 
@@ -105,8 +122,8 @@ def _kept(path: Path, rows: list) -> dict:
 
 def _features_of(path: Path, px: int, n_keypoints: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        return sift(images.read_image(path, least_px=px), px=px, n_keypoints=n_keypoints)
-    except images.BrokenImage:
+        return sift(read_image(path, least_px=px), px=px, n_keypoints=n_keypoints)
+    except BrokenImage:
         return _no_features()
 
 
@@ -114,7 +131,9 @@ def _no_features() -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((0, 4), np.float32), np.zeros((0, 128), np.uint8)
 
 
-def sift(image: np.ndarray, *, px: int = 640, n_keypoints: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+def sift(
+    image: np.ndarray, *, px: int = 640, n_keypoints: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
     """(points (M, 4) float32, descriptors (M, 128) uint8) of an RGB picture, strongest first, M <= n_keypoints.
 
     RootSIFT: the square root of the L1-normalised SIFT histogram, so that the Euclidean distance is Hellinger's.
@@ -129,7 +148,9 @@ def sift(image: np.ndarray, *, px: int = 640, n_keypoints: int = 1000) -> tuple[
     if not keypoints:
         return _no_features()
     order = np.argsort([-k.response for k in keypoints], kind="stable")[:n_keypoints]
-    points = np.array([(*keypoints[i].pt, keypoints[i].size, 0) for i in order], np.float32) / max(size)
+    points = np.array([(*keypoints[i].pt, keypoints[i].size, 0) for i in order], np.float32) / max(
+        size
+    )
     points[:, 3] = np.deg2rad([keypoints[i].angle for i in order])
     root = np.sqrt(x[order] / x[order].sum(1, keepdims=True).clip(1e-6))
     return points, (512 * root).round().clip(0, 255).astype(np.uint8)
@@ -137,7 +158,10 @@ def sift(image: np.ndarray, *, px: int = 640, n_keypoints: int = 1000) -> tuple[
 
 def _on_all_cores(function, items) -> list:
     """[function(item)] by one thread a core; torch and OpenCV, which would each take all cores again, get one."""
-    with _single_threaded(), ThreadPoolExecutor(host.cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        _single_threaded(),
+        ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         return list(pool.map(function, items))
 
 
@@ -210,7 +234,9 @@ def homography(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray | N
         return none
     x = np.c_[a[:, :2], np.ones(len(a))] @ matrix.T
     inside = x[:, 2] > 1e-6
-    inside &= np.linalg.norm(x[:, :2] / np.where(inside, x[:, 2], 1)[:, None] - b[:, :2], axis=1) < TIGHT
+    inside &= (
+        np.linalg.norm(x[:, :2] / np.where(inside, x[:, 2], 1)[:, None] - b[:, :2], axis=1) < TIGHT
+    )
     if inside.sum() < LEAST or not _is_a_view(matrix, a[inside, :2]):
         return none
     inside[inside] = _turns_and_grows_alike(matrix, a[inside], b[inside])
@@ -228,7 +254,12 @@ def _is_a_view(matrix: np.ndarray, points: np.ndarray) -> bool:
     """Whether at every point the local scale is 1/8 to 8, the two axes differ up to 5 times, and nothing is mirrored."""
     local = _local(matrix, points)
     long, short = np.linalg.svd(local, compute_uv=False).T
-    return bool((np.linalg.det(local) > 0).all() and long.max() < 8 and short.min() > 1 / 8 and (long / short).max() < 5)
+    return bool(
+        (np.linalg.det(local) > 0).all()
+        and long.max() < 8
+        and short.min() > 1 / 8
+        and (long / short).max() < 5
+    )
 
 
 def _turns_and_grows_alike(matrix: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -262,7 +293,10 @@ def inlier_counts(queries: Features, gallery: Features, ranks: np.ndarray) -> np
 
     def of(q: int) -> list[int]:
         query = queries[q]
-        return [places(*inliers(query, gallery[g])[:2]) if g >= 0 and len(query[0]) else 0 for g in ranks[q]]
+        return [
+            places(*inliers(query, gallery[g])[:2]) if g >= 0 and len(query[0]) else 0
+            for g in ranks[q]
+        ]
 
     return np.array(_on_all_cores(of, range(len(ranks))), np.int64).reshape(ranks.shape)
 
@@ -294,7 +328,9 @@ def evidence(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Source: the number of false alarms of Desolneux, Moisan and Morel 2000 (IJCV 40).
     """
     looked = [row[row >= 0] for row in counts]
-    noise = np.array([max(NOISE, np.median(row) / np.log(2)) if len(row) else NOISE for row in looked])
+    noise = np.array(
+        [max(NOISE, np.median(row) / np.log(2)) if len(row) else NOISE for row in looked]
+    )
     accidents = np.log([max(1, len(row)) for row in looked])[:, None]
     odds = counts.clip(0) / noise[:, None] - accidents
     share = counts.clip(0) / counts.max(1, keepdims=True, initial=1)
@@ -310,7 +346,11 @@ def spatial_verification(
     in which nothing was verified stays as it is. Looks at the first `depth` of each list; 0: as many as 200,000 pairs
     allow, all of a small gallery. Raises ValueError for lists that do not fit the features.
     """
-    if scores.shape != ranks.shape or len(ranks) != len(queries) or ranks.max(initial=-1) >= len(gallery):
+    if (
+        scores.shape != ranks.shape
+        or len(ranks) != len(queries)
+        or ranks.max(initial=-1) >= len(gallery)
+    ):
         raise ValueError(
             f"scores {scores.shape} and ranks {ranks.shape} up to {ranks.max(initial=-1)} do not fit features of "
             f"{len(queries)} queries and {len(gallery)} gallery photos: pass the lists and the tables of one search"
@@ -328,13 +368,21 @@ def _reordered(scores: np.ndarray, ranks: np.ndarray, seen: np.ndarray) -> Verif
     spread = np.ma.masked_invalid(scores).std(1).filled(0)
     final = scores + (TRUST * spread[:, None] * nats).astype(scores.dtype)
     order = np.argsort(-final, axis=1, kind="stable")
-    return Verified(*(np.take_along_axis(x, order, axis=1) for x in (final, ranks, counts, probability)))
+    return Verified(
+        *(np.take_along_axis(x, order, axis=1) for x in (final, ranks, counts, probability))
+    )
 
 
 def verify(
-    scores: np.ndarray, ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame, *, depth: int = 0,
-    cache_dir: Path | None = None, **settings,
-) -> Verified:  # fmt: skip
+    scores: np.ndarray,
+    ranks: np.ndarray,
+    queries: pd.DataFrame,
+    gallery: pd.DataFrame,
+    *,
+    depth: int = 0,
+    cache_dir: Path | None = None,
+    **settings,
+) -> Verified:
     """`spatial_verification` of the lists of a search over two catalog tables; settings as in `features`.
 
     Of the gallery only the photos that are looked at get features: all of a small one, what the lists hold of a large one.
@@ -343,22 +391,38 @@ def verify(
     settings |= {"cache_dir": cache_dir}
     depth = _affordable(depth, ranks)
     used = np.unique(ranks[:, :depth].clip(0))
-    used = used if len(used) < len(gallery) / 2 else np.arange(len(gallery))  # most: then all, one cache for every search
+    used = (
+        used if len(used) < len(gallery) / 2 else np.arange(len(gallery))
+    )  # most: then all, one cache for every search
     few, sizes = features(gallery.iloc[used], **settings), np.zeros(len(gallery), np.int64)
     sizes[used] = np.diff(few.offsets)
     whole = Features(np.cumsum([0, *sizes]), few.points, few.descriptors)
-    counted = _kept_counts(ranks[:, :depth], queries, gallery, (features(queries, **settings), whole), settings)
+    counted = _kept_counts(
+        ranks[:, :depth], queries, gallery, (features(queries, **settings), whole), settings
+    )
     return _reordered(scores, ranks, counted)
 
 
-def _kept_counts(ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame, its: tuple, settings: dict) -> np.ndarray:
+def _kept_counts(
+    ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame, its: tuple, settings: dict
+) -> np.ndarray:
     """`inlier_counts` of the lists, of which those in cache_dir are not computed again; new ones are added to it."""
     if not (folder := settings["cache_dir"]):
         return inlier_counts(*its, ranks)
     rules = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float))}
-    key = [queries.attrs["fingerprint"], rules, {k: v for k, v in settings.items() if k != "cache_dir"}]
-    path = Path(folder) / "features" / f"counts-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npz"
-    pairs = queries.index.to_numpy()[:, None] * 2**31 + gallery.index.to_numpy()[ranks]  # (Q, k) catalog rows of both
+    key = [
+        queries.attrs["fingerprint"],
+        rules,
+        {k: v for k, v in settings.items() if k != "cache_dir"},
+    ]
+    path = (
+        Path(folder)
+        / "features"
+        / f"counts-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npz"
+    )
+    pairs = (
+        queries.index.to_numpy()[:, None] * 2**31 + gallery.index.to_numpy()[ranks]
+    )  # (Q, k) catalog rows of both
     try:
         with np.load(path) as file:
             known, values = file["pairs"], file["counts"]
@@ -370,19 +434,24 @@ def _kept_counts(ranks: np.ndarray, queries: pd.DataFrame, gallery: pd.DataFrame
     counts[ranks < 0] = 0
     fresh = ~found & (ranks >= 0)
     known, first = np.unique(np.concatenate([known, pairs[fresh]]), return_index=True)
-    with host.whole_file(path) as part, open(part, "wb") as file:
+    with whole_file(path) as part, open(part, "wb") as file:
         np.savez(file, pairs=known, counts=np.concatenate([values, counts[fresh]])[first])
     return counts
 
 
-def verified_pairs(rows: pd.DataFrame, *, least: int = 15, cache_dir: Path | None = None, **settings) -> np.ndarray:
+def verified_pairs(
+    rows: pd.DataFrame, *, least: int = 15, cache_dir: Path | None = None, **settings
+) -> np.ndarray:
     """(M, 2) row numbers of catalog rows: photos of one product that one homography brings together in `least` places or
-    more, for `catalog.linked`. Every pair inside a product is compared, some 4 ms of a core each; settings as in `features`.
+    more, for `audit.linked`. Every pair inside a product is compared, some 4 ms of a core each; settings as in `features`.
 
     Source: Gordo et al. 2017, arXiv:1610.07940 (cleaning of landmarks).
     """
     products = list(rows.groupby("product_id").indices.values())
-    first, later = np.concatenate(products), [at[i + 1 :] for at in products for i in range(len(at))]
+    first, later = (
+        np.concatenate(products),
+        [at[i + 1 :] for at in products for i in range(len(at))],
+    )
     ranks = np.full((len(rows), max(map(len, later), default=0)), -1)
     for row, others in zip(first, later):
         ranks[row, : len(others)] = others
@@ -396,7 +465,9 @@ def _affordable(depth: int, ranks: np.ndarray) -> int:
     return min(depth or max(1, MOST_PAIRS // max(1, len(ranks))), ranks.shape[1])
 
 
-def verified_expansion(queries: np.ndarray, gallery: np.ndarray, found: Verified, *, least: float = 0.9, most: int = 5) -> np.ndarray:
+def verified_expansion(
+    queries: np.ndarray, gallery: np.ndarray, found: Verified, *, least: float = 0.9, most: int = 5
+) -> np.ndarray:
     """(Q, D) queries, each the L2-normalised mean of itself and its verified photos: search with them again.
 
     Verified are the first `most` with a probability of at least `least`; without one a query stays as it is. Plain average
