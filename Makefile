@@ -15,10 +15,10 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps processors test-kaggle test-colab stamp notebooks readme clean
+.PHONY: demo test lint unit smoke nbval sweeps processors test-kaggle test-colab stamp notebooks results picture clean
 
 demo: .venv/demo.stamp
-	$(BIN)/python -m vipr_utils run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
+	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
 test: lint unit smoke nbval sweeps processors
 
@@ -32,7 +32,7 @@ unit: .venv/test.stamp
 # The series by papermill into a folder of its own; its records and pages are held against what is committed.
 smoke: .venv/test.stamp
 	rm -rf .venv/smoke
-	$(BIN)/python -m vipr_utils run params/smoke --output-dir .venv/smoke
+	$(BIN)/vipr run params/smoke --output-dir .venv/smoke
 	VIPR_SMOKE=$(CURDIR)/.venv/smoke $(BIN)/python -m pytest tests/test_smoke.py
 
 nbval: .venv/test.stamp
@@ -41,7 +41,7 @@ nbval: .venv/test.stamp
 # A row of every sweep from its file, at a size that only shows that it runs; SWEEPS='' runs them all.
 sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m vipr_utils run params/sweeps/laptop --jobs $(JOBS) --output-dir .venv/sweeps \
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/vipr run params/sweeps/laptop --jobs $(JOBS) --output-dir .venv/sweeps \
 		--only '$(SWEEPS)' -p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
 SWEEPS ?= best*-seed0,bai-guided,gordo-rmac,gap_unseen-whitened,study_scratch-triplet-manhattan-seed0,study_pretrained-lite0,study_subset-lite0
 
@@ -82,8 +82,12 @@ stamp:
 notebooks: .venv/test.stamp
 	$(BIN)/python tests/refresh_notebooks.py $(NOTEBOOKS)
 
-readme: .venv/demo.stamp
+# RESULTS.md from the records of submissions/reference, and the README's picture from the toy set.
+results: .venv/demo.stamp
 	$(BIN)/python tests/tables.py
+
+picture: .venv/demo.stamp
+	$(BIN)/python tests/picture.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed, name it with PYTHON=..."; exit 1; }

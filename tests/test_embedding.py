@@ -1,15 +1,10 @@
 """Photos to embeddings to scores, on the toy set and, where it is there, on real photos."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from vipr_utils.data import catalog, transforms
-from vipr_utils.data.store import open_data
-from vipr_utils.host import platform
-from vipr_utils.host.device import tune
-from vipr_utils.judge import task
+from vipr_utils.data import transforms
 from vipr_utils.learn import models
 from vipr_utils.retrieve import embedding, rerank
 
@@ -68,86 +63,6 @@ def test_cached_embeddings_are_only_used_for_the_same_question(toy_data, network
     assert len(list((tmp_path / "embeddings").iterdir())) == 2
 
 
-def tables(queries, gallery):
-    def table(products, split):
-        return pd.DataFrame(
-            {"product_id": products, "image_id": [f"{split}/{i}" for i in range(len(products))]}
-        )
-
-    return table(queries, "test"), table(gallery, "train")
-
-
-def test_query_without_relevant_image_is_excluded_and_counted():
-    queries, gallery = tables([1, 9], [1, 2])
-    found = task.retrieve(
-        np.eye(2, 4, dtype=np.float32), np.eye(2, 4, dtype=np.float32), queries, gallery
-    )
-    assert (found.metrics["n_queries"], found.metrics["n_excluded"]) == (1, 1)
-    assert found.metrics["map_at_5"] == 1.0
-
-
-def test_unreadable_query_is_answered_and_counted():
-    queries, gallery = tables([1, 2], [1, 2, 2])
-    q = np.array([[1, 0], [np.nan, 0]], np.float32)
-    found = task.retrieve(q, np.array([[1, 0], [0, 1], [0, 1]], np.float32), queries, gallery)
-    assert found.metrics["n_unreadable_queries"] == 1 and (found.ranks[1, :3] >= 0).all()
-
-
-def test_gallery_with_nan_embeddings_is_refused_with_the_likely_cause():
-    queries, gallery = tables([1], [1, 2])
-    g = np.array([[1, 0], [np.nan, 0]], np.float32)
-    with pytest.raises(
-        ValueError,
-        match=r"1 of 2 gallery embeddings hold NaN or infinity \(first: row 1\): the model",
-    ):
-        task.retrieve(np.eye(1, 2, dtype=np.float32), g, queries, gallery)
-
-
-def test_a_query_in_the_gallery_never_meets_itself():
-    _, gallery = tables([], [1, 1, 2])
-    x = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
-    found = task.retrieve(x, x, gallery, gallery)
-    assert found.ranks[0, 0] == 1 and found.ranks[1, 0] == 0
-    assert list(found.n_relevant) == [1, 1, 0]
-
-
-def test_unlabelled_queries_give_lists_and_no_score():
-    queries, gallery = tables([-1], [1, 2])
-    found = task.retrieve(
-        np.eye(1, 2, dtype=np.float32), np.eye(2, dtype=np.float32), queries, gallery
-    )
-    assert found.ranks.shape == (1, 5) and "map_at_5" not in found.metrics
-
-
-def test_evaluation_of_several_galleries_embeds_every_photo_once(toy_data, network, monkeypatch):
-    photos, store = toy_data
-    _, queries, gallery = catalog.split(photos, "test")
-    seen, embed = [], embedding.embed
-    monkeypatch.setattr(task, "embed", lambda *a, **k: seen.extend(a[2]) or embed(*a, **k))
-    shop = gallery[gallery.domain == "shop"]
-    found = task.evaluate(
-        network, store, {"all": (queries, gallery), "shop": (queries, shop)}, image_size=32
-    )
-    assert sorted(seen) == list(photos.index)
-    q, g = (embed(network, store, t.index, image_size=32) for t in (queries, shop))
-    assert found["shop"].metrics == task.retrieve(q, g, queries, shop).metrics
-    assert found["all"].metrics["n_gallery"] == len(gallery)
-
-
-def test_verification_by_name_reads_the_photos_and_finds_the_printed_ones(toy_data):
-    photos, _ = toy_data
-    queries, gallery = photos[photos.split == "test"], photos[photos.split == "train"]
-    drawn = (
-        np.random.default_rng(0).normal(size=(len(photos), 8)).astype(np.float32)
-    )  # says nothing
-    q, g = drawn[: len(queries)], drawn[len(queries) :]
-    plain, verified, expanded = (
-        task.retrieve(q, g, queries, gallery, steps=steps).metrics["map_at_5"]
-        for steps in ([], ["verify:100"], ["centre", "verify:100", "verified_qe:3"])
-    )
-    assert verified > 1.5 * plain and expanded > plain
-
-
 def test_learned_whitening_becomes_part_of_the_model_and_of_its_checkpoint(
     toy_data, network, tmp_path
 ):
@@ -173,43 +88,3 @@ def test_features_are_what_the_neck_receives(toy_data, network):
     np.testing.assert_allclose(
         again, embedding.embed(network, toy_data[1], rows, image_size=32), atol=2e-2
     )
-
-
-# -------------------------------------------------------------------------------------------------- real photos
-
-
-@pytest.fixture(scope="module")
-def frozen(grocery):
-    """(queries, gallery, their embeddings) of frozen EfficientNet-Lite0, squashed to 224 px, bilinear."""
-    tune()
-    photos, store, _ = open_data(str(grocery), "", px=224)
-    model = models.create("tf_efficientnet_lite0")
-    model.record["interpolation"] = "bilinear"
-    _, queries, gallery = catalog.split(photos, "test")
-    how = {"image_size": 224, "cache_dir": platform.cache_folder()}
-    return (
-        queries,
-        gallery,
-        *(embedding.embed(model, store, t.index, **how) for t in (queries, gallery)),
-    )
-
-
-def test_frozen_backbone_reproduces_the_plain_scripts_score_on_real_photos(frozen):
-    queries, gallery, q, g = frozen
-    customer = (gallery.domain == "customer").to_numpy()
-    found = task.retrieve(q, g[customer], queries, gallery[customer]).metrics
-    assert (found["n_queries"], found["n_gallery"]) == (2485, 2640)
-    assert found["map_at_5"] == pytest.approx(0.458, abs=0.01)
-    assert found["precision_at_1"] == pytest.approx(0.564, abs=0.01)
-
-
-def test_shop_photos_alone_are_a_harder_gallery_on_real_photos(frozen):
-    queries, gallery, q, g = frozen
-    shop = (gallery.domain == "shop").to_numpy()
-    assert task.retrieve(q, g[shop], queries, gallery[shop]).metrics["precision_at_1"] < 0.35
-
-
-def test_learned_whitening_lifts_frozen_features_on_real_photos(frozen):
-    queries, gallery, q, g = frozen
-    found = task.retrieve(q, g, queries, gallery, steps=["learned_whiten:64"]).metrics
-    assert found["map_at_5"] == pytest.approx(0.692, abs=0.015)

@@ -125,4 +125,4 @@ def nodes(module: str) -> int:
 
 def test_package_can_be_read_in_an_evening():
     found = {module: nodes(module) for module in MODULES}
-    assert sum(found.values()) < 37_900, found
+    assert sum(found.values()) < 40_100, found

@@ -5,9 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vipr_utils.data import catalog, transforms
+from vipr_utils.data import transforms
 from vipr_utils.data.store import Photos
-from vipr_utils.judge import task
 from vipr_utils.learn import models
 from vipr_utils.learn.pooling import RMAC, GeM, Max, region_grid
 from vipr_utils.retrieve import embedding
@@ -216,22 +215,3 @@ def test_embedding_at_sizes_is_the_normalised_sum(toy_data, rmac):
     np.testing.assert_allclose(out, total / np.linalg.norm(total, axis=1, keepdims=True), atol=1e-6)
     one = embedding.embed_at_sizes(rmac, store, rows, image_sizes=(64,))
     np.testing.assert_allclose(one, embedding.embed(rmac, store, rows, image_size=64), atol=1e-6)
-
-
-def test_a_query_is_scored_after_the_named_steps(toy_data, rmac):
-    photos, store = toy_data
-    _, queries, gallery = catalog.split(photos, "test")
-    q, g = (embedding.embed(rmac, store, t.index, image_size=64) for t in (queries, gallery))
-    plain, stacked = (
-        task.retrieve(q, g, queries, gallery, steps=s) for s in ([], ["whiten:16", "aqe:2"])
-    )
-    assert (
-        "steps" not in plain.metrics
-        and [s["step"] for s in stacked.metrics["steps"]][0] == "whiten:16"
-    )
-    assert (
-        stacked.metrics["n_queries"] == plain.metrics["n_queries"]
-        and (stacked.ranks != plain.ranks).any()
-    )
-    with pytest.raises(ValueError, match="work by cosine, got distance 'manhattan'"):
-        task.retrieve(q, g, queries, gallery, distance="manhattan", steps=["centre"])

@@ -263,103 +263,12 @@ def test_k_reciprocal_of_small_galleries_and_short_lists():
         ValueError, match="needs lists of k1=6 photos, got 5: search deeper or lower k1"
     ):
         rerank.k_reciprocal(queries, gallery, lists[:, :5], k1=6)
-    for step in (
-        "k_reciprocal:0:6:0.3",
-        "k_reciprocal:8:0:0.3",
-        "transductive_k_reciprocal:8:3:1.5",
-    ):
+    for numbers in ({"k1": 0}, {"k2": 0}, {"weight": 1.5}):
         with pytest.raises(
             ValueError,
             match=r"k1 and k2 of at least 1 and a weight in 0..1, got .*: try 20, 6, 0.3",
         ):
-            rerank.apply([step], queries, gallery)
-
-
-# --------------------------------------------------------------------------------------------------------- stacks
-
-
-def test_an_empty_stack_is_plain_search():
-    queries, gallery, _, _ = planted()
-    out, want = rerank.apply([], queries, gallery, k=5), search.top_k(queries, gallery, 5)
-    np.testing.assert_array_equal(out.ranks, want[1])
-    np.testing.assert_allclose(out.scores, want[0], atol=1e-6)
-
-
-def test_a_stack_is_its_functions_one_after_the_other():
-    queries, gallery, _, _ = planted()
-    white = rerank.fit_whitening(gallery, 8, power=0.5)
-    q, g = white(queries), rerank.database_augmentation(white(gallery), 3)
-    scores, ranks = search.top_k(q, g, 40)
-    q = rerank.alpha_query_expansion(q, g, scores[:, :5], ranks[:, :5], alpha=3.0)
-    want = rerank.k_reciprocal(q, g, search.top_k(q, g, 40)[1], k1=10, k2=3, weight=0.4)
-    steps = ["whiten:8:0.5", "dba:3", "aqe:5:3", "k_reciprocal:10:3:0.4"]
-    out = rerank.apply(steps, queries, gallery, k=9, depth=40)
-    np.testing.assert_array_equal(out.ranks, want[1][:, :9])
-    np.testing.assert_allclose(out.scores, want[0][:, :9], atol=1e-5)
-    assert [s["step"] for s in out.seconds] == [*steps[:2], "search", "aqe:5:3", "search", steps[3]]
-    assert all(s["seconds"] >= 0 for s in out.seconds)
-
-
-STACKS = ["centre", "pca:6", "whiten:6", "learned_whiten:6", "dba:3", "dba:3:2", "aqe:3", "aqe:3:3"]
-STACKS += ["k_reciprocal:8:3:0.3", "transductive_k_reciprocal:8:3:0.3"]
-
-
-@pytest.mark.parametrize("step", STACKS)
-def test_no_query_meets_itself_whatever_the_step_and_k_may_pass_the_gallery(step):
-    _, gallery, _, products = planted()
-    ids = np.array([f"train/{i}.jpg" for i in range(len(gallery))])
-    out = rerank.apply(
-        [step], gallery, gallery, k=95, query_ids=ids, gallery_ids=ids, labels=products
-    )
-    assert out.ranks.shape == (90, 95) and (out.ranks[:, 89:] == -1).all()
-    assert not (out.ranks == np.arange(90)[:, None]).any()
-    assert all(len(set(row[:89])) == 89 for row in out.ranks.tolist())
-    assert (np.diff(out.scores[:, :89], axis=1) <= 0).all()
-
-
-def test_verification_sorts_the_list_and_its_expansion_searches_again():
-    queries, gallery, _, _ = planted()
-    seen = {}
-
-    def verify(scores, ranks, top):
-        seen["top"], seen["depth"] = top, ranks.shape[1]
-        return scores[:, ::-1], ranks[:, ::-1]
-
-    out = rerank.apply(["verify:20"], queries, gallery, k=3, depth=30, verify=verify)
-    assert seen == {"top": 20, "depth": 30}
-    np.testing.assert_array_equal(out.ranks, search.top_k(queries, gallery, 30)[1][:, ::-1][:, :3])
-    steps = ["verify:20", "verified_qe:4"]
-    how = {"verify": verify, "verified_qe": lambda q, g, s, r, k: gallery[r[:, k - 1]]}
-    out = rerank.apply(steps, queries, gallery, depth=30, **how)
-    assert (out.ranks[:, 0] == search.top_k(queries, gallery, 30)[1][:, -4]).all()
-
-
-@pytest.mark.parametrize(
-    "step",
-    ["whitening:64", "aqe", "aqe:", "aqe:x", "aqe:5.5", "dba:3:1:2", "pca:-4", "aqe:3:nan", 7],
-)
-def test_ill_formed_steps_are_answered_with_the_known_ones(step):
-    with pytest.raises(
-        ValueError,
-        match=r"is unknown or lacks its numbers. Steps: centre, pca:DIM, .*aqe:K\[:ALPHA\]",
-    ):
-        rerank.parse([step])
-
-
-def test_steps_that_cannot_be_are_refused_with_the_remedy():
-    queries, gallery, _, _ = planted()
-    with pytest.raises(
-        ValueError, match="'pca:4' changes the embeddings but stands behind 'aqe:5'.*put it first"
-    ):
-        rerank.parse(["centre", "aqe:5", "pca:4"])
-    with pytest.raises(ValueError, match="step 'verify' needs something of yours: pass verify="):
-        rerank.apply(["verify:50"], queries, gallery)
-    with pytest.raises(
-        ValueError, match="step 'learned_whiten' needs something of yours: pass labels="
-    ):
-        rerank.apply(["learned_whiten:4"], queries, gallery)
-    with pytest.raises(ValueError, match="gallery embeddings hold NaN"):
-        rerank.apply(["whiten:4"], queries, np.full_like(gallery, np.nan))
+            rerank.k_reciprocal(queries, gallery, lists, **numbers)
 
 
 def test_examples_in_the_docstrings_hold():

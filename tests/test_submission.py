@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from vipr_utils.data import catalog
-from vipr_utils.judge import submission, task
+from vipr_utils.judge import submission
 from vipr_utils.judge.submission import SubmissionError
+from vipr_utils.judge.task import View, ranked
 
 TRAIN = "name,class,domain\n" + "".join(
     f"g{i}.jpg,{i % 3},{'shop' if i < 3 else 'customer'}\n" for i in range(9)
@@ -80,7 +81,7 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
         centres[t.product_id] + rng.normal(size=(len(t), 16)).astype(np.float32)
         for t in (queries, gallery)
     )
-    found = task.retrieve(q, g, queries, gallery)
+    found = ranked(View(queries, gallery), q, g)
     path = submission.write_ranking(
         tmp_path / "s.csv", queries.name, gallery.name.to_numpy()[found.ranks]
     )

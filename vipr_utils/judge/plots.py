@@ -386,13 +386,14 @@ def ranked_lists(
     """Each row: a query and its ranked images with class, group and similarity.
 
     Same product: green frame and a tick; different: red frame and a cross; unknown label: grey frame.
-    chosen: positions of queries; result: task.Retrieval.
+    chosen: positions of queries; result: a task.Retrieval, or one for each of them.
     """
-    k = result.ranks.shape[1]
+    results = result if isinstance(result, list) else [result] * len(chosen)
+    k = results[0].ranks.shape[1]
     figure, axes = _figure(9.2, 1.95 * len(chosen), len(chosen), k + 1)
     figure.subplots_adjust(0, 0, 1, 1, wspace=0.08, hspace=0.36)
     right = 0
-    for line, at in zip(axes, chosen):
+    for line, at, result in zip(axes, chosen, results):
         query = queries.iloc[at]
         _photo(line[0], store[queries.index[at]])
         line[0].set_title(f"query {query['name']}\n{_what(query)}", fontsize=8)

@@ -64,6 +64,7 @@ def fit(
     checkpoint_minutes: float = 5.0,
     seed: int = 0,
     progress: bool = True,
+    processes: int = 1,
 ) -> pd.DataFrame:
     """Train `model` in place and return its history, one row an epoch.
 
@@ -73,7 +74,7 @@ def fit(
     Raises Diverged when the loss is not finite; the last checkpoint stays.
     """
     dtype = compute_dtype(precision, device, training=True)
-    no_matter = ("max_minutes", "checkpoint_minutes", "progress")
+    no_matter = ("max_minutes", "checkpoint_minutes", "progress", "processes")
     settings = {
         k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in no_matter
     }
@@ -322,6 +323,7 @@ def fit_head(
     batch_size: int = 256,
     weight_decay: float = 1e-4,
     seed: int = 0,
+    device="cpu",
 ) -> pd.DataFrame:
     """Train the model's neck and the criterion on cached features (N, C), in place; seconds an epoch.
 

@@ -43,6 +43,7 @@ from vipr_utils.host import platform
 from vipr_utils.host.device import cores, memory_gb
 from vipr_utils.host.files import locked, whole_file
 from vipr_utils.judge import runs
+from vipr_utils.retrieve import pipeline
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 LITERAL = re.compile(
@@ -115,6 +116,8 @@ def check(name: str, value: object, known: dict[str, tuple[str, object]]) -> obj
         if value not in choices[1].split(", "):
             raise BadParameters(f"{name}: expected one of {choices[1]}, got {value!r}")
         return value
+    if kind in ("list[Step]", "list[Stack]"):
+        return _checked_steps(name, kind, value)
     base, _, inner = kind.rstrip("]").partition("[")
     if base == "float" and type(value) is int:
         return float(value)
@@ -130,6 +133,18 @@ def check(name: str, value: object, known: dict[str, tuple[str, object]]) -> obj
     elif base == "float" and isinstance(value, str) and NUMBER.fullmatch(value):
         hint = f": YAML reads it as text, write {_yaml_float(value)}"
     raise BadParameters(f"{name}: expected {kind}, got {value!r} ({type(value).__name__}){hint}")
+
+
+def _checked_steps(name: str, kind: str, value: object) -> object:
+    """The post-processing steps of a list, or of each of its stacks "a(...) + b(...)"."""
+    if type(value) is not list or not all(type(text) is str for text in value):
+        raise BadParameters(f"{name}: expected a list of calls in quotes, got {value!r}")
+    try:
+        for stack in [value] if kind == "list[Step]" else map(pipeline.split, value):
+            pipeline.check(stack)
+    except ValueError as error:
+        raise BadParameters(f"{name}: {error}") from None
+    return value
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

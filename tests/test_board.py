@@ -1,0 +1,132 @@
+"""A board's rows, differences and choices, on embeddings whose scores are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vipr_utils.judge import metrics
+from vipr_utils.judge.board import Board, gain, verdict
+from vipr_utils.judge.task import Task
+from vipr_utils.learn import models
+
+
+@pytest.fixture(scope="module")
+def task(toy_root, tmp_path_factory):
+    return Task.open(
+        str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path_factory.mktemp("cache"))
+    )
+
+
+def told(task, noise: float) -> np.ndarray:
+    """Embeddings that name the product, and noise."""
+    product = np.unique(task.photos["product_id"], return_inverse=True)[1]
+    rng = np.random.default_rng(0)
+    x = np.eye(product.max() + 1)[product] + noise * rng.normal(
+        size=(len(product), product.max() + 1)
+    )
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def board(task):
+    board = Board(task)
+    board.add("poor", told(task, 2.0), baseline="poor")
+    board.add("good", told(task, 0.1), baseline="poor")
+    return board
+
+
+def test_best_on_validation_is_chosen_and_test_has_no_part_in_it(task, board):
+    assert board.choose() == "good" and board.choose(["poor"]) == "poor"
+    entry = board["good"]
+    entry.views["test"].metrics["map_at_5"] = 0.0
+    assert board.choose() == "good"
+
+
+def test_among_equals_the_first_is_chosen(task):
+    board = Board(task)
+    for name in ("first", "second"):
+        board.add(name, told(task, 0.1))
+    assert board.choose() == "first"
+
+
+def test_without_validation_the_last_is_chosen(toy_root, tmp_path):
+    task = Task.open(str(toy_root), holdout=0, image_size=32, device="cpu", cache_dir=str(tmp_path))
+    board = Board(task)
+    board.add("good", told(task, 0.1))
+    board.add("poor", told(task, 2.0))
+    assert board.choose() == "poor"
+
+
+def test_difference_is_paired_by_query_with_an_interval_over_products(task, board):
+    ap = [board[name].views["test"].average_precision for name in ("good", "poor")]
+    products = task.views["test"].queries["product_id"]
+    assert board.difference("good") == metrics.paired_difference(*ap, products)
+    assert board.gains()["good"] == gain(*board.difference("good"))
+    assert board.table().loc["good", "verdict"] == "helps"
+    assert board.table().loc["poor", "difference"] == 0
+
+
+def test_row_holds_the_scores_of_all_views_and_what_it_cost(task, board):
+    row = board.rows()[1]
+    assert row["name"] == "good" and row["map_at_5"] == board.score("good")
+    assert row["validation"] == board.score("good", "validation") > 0.9
+    assert row["shop"] == board["good"].views["shop"].metrics["map_at_5"]
+    assert row["seconds"] > 0 and row["peak_mb"] > 0
+
+
+def test_every_view_has_its_own_row_and_difference(board):
+    table = board.by_view()
+    assert "whole gallery, good" in table.index and "shop photos only, poor" in table.index
+    ends = board.difference("good", view="shop")
+    assert table.loc["shop photos only, good", "difference"] == pytest.approx(ends[0])
+
+
+def test_settings_of_one_method_are_tried_on_validation_and_the_best_is_marked(task):
+    board = Board(task)
+    stacks = ["pca(1)", "pca(6)", "learned_whitening(4) + database_augmentation(2)"]
+    table = board.tune(told(task, 0.3), stacks)
+    assert list(table.index) == stacks and table["method"].iloc[0] == table["method"].iloc[1]
+    assert table["validation"]["pca(6)"] > table["validation"]["pca(1)"]
+    assert table["chosen"].tolist() == [False, True, True]
+    assert not board.entries, "the test was not asked"
+
+
+def test_what_cannot_be_fitted_here_is_noted_and_left_out(task):
+    board = Board(task)
+    table = board.tune(told(task, 0.3), ["pca(5000)", "centring()"])
+    assert list(table.index) == ["centring()"] and "use at most" in board.refused["pca(5000)"]
+
+
+def test_best_model_so_far_is_on_disk_after_each_entry(task, tmp_path):
+    board = Board(task, tmp_path)
+    networks = {}
+    for seed, name in enumerate(("a", "b", "c")):
+        import torch
+
+        torch.manual_seed(seed)
+        networks[name] = models.create("siamese_small", weights="none", embedding_dim=8)
+        board.add(name, networks[name], image_size=32)
+        kept, best = models.load(tmp_path / "model.pt"), networks[board.choose()]
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(kept.state_dict().values(), best.state_dict().values())
+        )
+    assert kept.record["image_size"] == 32 and board.table()["ms_per_image"].gt(0).all()
+
+
+def test_board_is_saved_with_the_ap_of_every_query(board, task, tmp_path):
+    board.save(tmp_path, "good")
+    table = pd.read_csv(tmp_path / "board.csv", index_col="candidate")
+    assert list(table.index) == ["poor", "good"]
+    per_query = pd.read_csv(tmp_path / "average_precision.csv")
+    assert list(per_query) == ["name", "product_id", "test", "shop", "customer"]
+    assert per_query["test"].mean() == pytest.approx(board.score("good"), abs=1e-3)
+
+
+def test_words_of_an_interval_and_a_stack():
+    assert [verdict(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))] == [
+        "helps",
+        "hurts",
+        "does not help",
+    ]
+    assert gain(0.1, 0.05, 0.15) == "+0.100 [+0.050, +0.150]"

@@ -1,0 +1,163 @@
+"""Steps as calls: how they are read, refused, and run one after the other."""
+
+import doctest
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_rerank import planted
+
+from vipr_utils.retrieve import pipeline, rerank, verification
+from vipr_utils.retrieve.search import top_k
+
+
+def table(products, name: str = "train") -> pd.DataFrame:
+    ids = [f"{name}/{i}.jpg" for i in range(len(products))]
+    return pd.DataFrame({"image_id": ids, "product_id": products})
+
+
+def searched(steps, queries, gallery, products=None, *, query_rows=None, **sizes):
+    """The lists of these steps, and their seconds."""
+    gallery_rows = table(np.zeros(len(gallery), int) if products is None else products)
+    rows = table(np.full(len(queries), -1), "test") if query_rows is None else query_rows
+    return pipeline.apply(steps, pipeline.Search(queries, gallery, rows, gallery_rows), **sizes)
+
+
+def test_no_step_is_plain_search():
+    queries, gallery, _, _ = planted()
+    (found, seconds), want = searched([], queries, gallery), top_k(queries, gallery, 5)
+    np.testing.assert_array_equal(found.ranks, want[1])
+    np.testing.assert_allclose(found.scores, want[0], atol=1e-6)
+    assert [row["step"] for row in seconds] == ["search"]
+
+
+def test_steps_are_their_functions_one_after_the_other():
+    queries, gallery, _, _ = planted()
+    white = rerank.fit_whitening(gallery, 8, power=0.5)
+    q, g = white(queries), rerank.database_augmentation(white(gallery), 3)
+    scores, ranks = top_k(q, g, 40)
+    q = rerank.alpha_query_expansion(q, g, scores[:, :5], ranks[:, :5], alpha=3.0)
+    want = rerank.k_reciprocal(q, g, top_k(q, g, 40)[1], k1=10, k2=3, weight=0.4)
+    steps = [
+        "whitening(dim=8, power=0.5)",
+        "database_augmentation(3)",
+        "alpha_query_expansion(k=5, alpha=3)",
+        "k_reciprocal(10, 3, weight=0.4)",
+    ]
+    found, seconds = searched(steps, queries, gallery, k=9, depth=40)
+    np.testing.assert_array_equal(found.ranks, want[1][:, :9])
+    np.testing.assert_allclose(found.scores, want[0][:, :9], atol=1e-5)
+    assert [row["step"] for row in seconds] == [*steps[:2], "search", *steps[2:]]
+    assert all(row["seconds"] >= 0 for row in seconds)
+
+
+def test_average_expansion_is_alpha_expansion_that_weighs_all_alike():
+    queries, gallery, _, _ = planted()
+    one, other = (
+        searched([step], queries, gallery)[0].ranks
+        for step in ("average_query_expansion(4)", "alpha_query_expansion(4, 0)")
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+NUMBERS = {
+    "centring": "",
+    "pca": "6",
+    "whitening": "6",
+    "learned_whitening": "6",
+    "database_augmentation": "3",
+    "average_query_expansion": "3",
+    "alpha_query_expansion": "3",
+    "k_reciprocal": "8, 3",
+    "transductive_k_reciprocal": "8, 3",
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_query_meets_itself_whatever_the_step_and_k_may_pass_the_gallery(name):
+    _, gallery, _, products = planted()
+    rows = table(products)
+    steps = [f"{name}({NUMBERS[name]})"]
+    found, _ = searched(steps, gallery, gallery, products, query_rows=rows, k=95)
+    assert found.ranks.shape == (90, 95) and (found.ranks[:, 89:] == -1).all()
+    assert not (found.ranks == np.arange(90)[:, None]).any()
+    assert all(len(set(row[:89])) == 89 for row in found.ranks.tolist())
+    assert (np.diff(found.scores[:, :89], axis=1) <= 0).all()
+
+
+def test_verification_sorts_the_head_of_the_list_and_its_expansion_searches_again(monkeypatch):
+    queries, gallery, _, _ = planted()
+    seen = {}
+
+    def verify(scores, ranks, query_rows, gallery_rows, *, depth, cache_dir):
+        seen["top"], seen["depth"] = depth, ranks.shape[1]
+        found = scores[:, ::-1], ranks[:, ::-1]
+        return verification.Verified(*found, np.ones(ranks.shape), np.ones(ranks.shape))
+
+    monkeypatch.setattr(verification, "verify", verify)
+    found, _ = searched(["verify(top=20)"], queries, gallery, k=3, depth=30)
+    assert seen == {"top": 20, "depth": 30}
+    np.testing.assert_array_equal(found.ranks, top_k(queries, gallery, 30)[1][:, ::-1][:, :3])
+    searched(["verify(top=40)"], queries, gallery, depth=30)
+    assert seen == {"top": 40, "depth": 40}, "lists as long as they are verified"
+    found, _ = searched(["verified_expansion(k=2)"], queries, gallery, depth=30)
+    last = top_k(queries, gallery, 30)[1][:, -2:]
+    again = rerank.unit(queries + gallery[last].sum(1))
+    np.testing.assert_array_equal(found.ranks, top_k(again, gallery, 5)[1])
+
+
+@pytest.mark.parametrize(
+    "step", ["sharpen(64)", "pca", "aqe:5:3", "pca(dim=x)", "import os", "pca(64", "os.system('x')"]
+)
+def test_what_is_no_step_is_answered_with_those_there_are(step):
+    with pytest.raises(ValueError, match=r"is unknown: write one as a call, of centring\(\), pca"):
+        pipeline.bind(step)
+
+
+@pytest.mark.parametrize(
+    "step, problem",
+    [
+        ("pca()", r"missing a required argument: 'dim'; expected pca\(dim: int\)"),
+        ("pca(64, 2)", r"too many positional arguments; expected pca\(dim: int\)"),
+        ("pca(size=64)", r"expected pca\(dim: int\)"),
+        ("pca(-4)", r"dim=-4, expected pca\(dim: int\) with a whole number >= 0"),
+        ("pca(5.5)", r"dim=5.5, expected pca\(dim: int\) with a whole number >= 0"),
+        ("pca(True)", "dim=True"),
+        ("pca('64')", "dim='64'"),
+        ("alpha_query_expansion(3, alpha=1e999)", "alpha=inf, .* with a number >= 0"),
+    ],
+)
+def test_wrong_numbers_are_answered_with_the_signature(step, problem):
+    with pytest.raises(ValueError, match=problem):
+        pipeline.check([step])
+
+
+def test_steps_that_cannot_be_are_refused_with_the_remedy():
+    queries, gallery, _, products = planted()
+    steps = ["centring()", "average_query_expansion(5)", "pca(4)"]
+    with pytest.raises(
+        ValueError,
+        match=r"'pca\(4\)' changes the embeddings but stands behind 'average.*put it first",
+    ):
+        pipeline.check(steps)
+    with pytest.raises(ValueError, match="gallery embeddings hold NaN"):
+        searched(["whitening(4)"], queries, np.full_like(gallery, np.nan))
+    with pytest.raises(ValueError, match="k1 and k2 of at least 1"):
+        searched(["k_reciprocal(k1=0)"], queries, gallery)
+
+
+def test_words_for_tables_and_what_steps_look_at():
+    steps = ["centring()", "pca(8)", "database_augmentation(2)", "transductive_k_reciprocal()"]
+    assert [pipeline.method(step) for step in steps[1:]] == [
+        "PCA",
+        "database augmentation",
+        "k-reciprocal (transductive)",
+    ]
+    assert pipeline.fitted_first(steps) == 2 and pipeline.fitted_first(["pca(8)"]) == 1
+    assert pipeline.fitted_first([]) == pipeline.fitted_first(steps[2:]) == 0
+    assert pipeline.split("a(1) + b(2)") == ["a(1)", "b(2)"] and pipeline.split("") == []
+    assert pipeline.transductive(steps) and not pipeline.transductive(steps[:3])
+
+
+def test_examples_in_the_docstrings_hold():
+    assert doctest.testmod(pipeline).failed == 0

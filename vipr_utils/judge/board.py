@@ -1,0 +1,238 @@
+"""What was tried on one task, compared query by query and chosen by validation."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+
+from vipr_utils.host.files import whole_file
+from vipr_utils.judge import metrics
+from vipr_utils.judge.task import Retrieval, Task
+from vipr_utils.learn import models
+from vipr_utils.retrieve import pipeline
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One candidate: its Retrieval for each view, what it cost, and the row it is compared with."""
+
+    views: dict[str, Retrieval]
+    baseline: str
+    setting: str
+    seconds: float
+    peak_mb: float
+    ms_per_image: float
+    cut_short: str
+    record: dict  # of the model: see `models.Embedder`; {} where only embeddings were given
+
+
+class Board:
+    """Candidates on a Task, in the order in which they were tried.
+
+    folder: where model.pt of the best one so far, by `choose`, is kept.
+    """
+
+    def __init__(self, task: Task, folder: Path | None = None) -> None:
+        self.task, self.folder = task, folder
+        self.entries: dict[str, Entry] = {}
+        self.refused: dict[str, str] = {}  # what could not be tried here, and why
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.entries[name]
+
+    def add(
+        self,
+        name: str,
+        model_or_embeddings,
+        *,
+        steps=(),
+        distance: str = "cosine",
+        image_size: int | tuple[int, ...] = 0,
+        baseline: str = "",
+        setting: str = "",
+        cut_short: str = "",
+    ) -> Entry:
+        """Score a candidate on every view; a model's time an image is measured as well.
+
+        baseline: the entry whose AP@5 is subtracted query by query. cut_short: see `training`.
+        Raises ValueError where a step cannot be fitted on this gallery.
+        """
+        task, embeddings, ms, record = self.task, model_or_embeddings, float("nan"), {}
+        if not isinstance(embeddings, np.ndarray):
+            model, record = model_or_embeddings, model_or_embeddings.record
+            embeddings = task.embed(model, image_size=image_size)
+            ms = task.ms_per_image(model, image_size=image_size)
+        tracemalloc.start()
+        began = perf_counter()
+        test = task.retrieve(embeddings, "test", steps=steps, distance=distance)
+        seconds, peak = perf_counter() - began, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        others = [view for view in task.views if view != "test"]
+        views = {"test": test}
+        if others:
+            views |= task.evaluate(embeddings, steps=steps, distance=distance, views=others)
+        self.entries[name] = Entry(
+            views=views,
+            baseline=baseline,
+            setting=setting or " + ".join(steps) or f"{image_size} px",
+            seconds=seconds,
+            peak_mb=peak / 2**20,
+            ms_per_image=ms,
+            cut_short=cut_short,
+            record=record,
+        )
+        if self.folder and record and self.choose() == name:
+            size = image_size or record["image_size"]
+            changes = {"image_size": size, "distance": distance, "cut_short": cut_short}
+            models.save(model, Path(self.folder) / "model.pt", **changes)
+        return self.entries[name]
+
+    def tune(self, embeddings: np.ndarray, stacks: list[str]) -> pd.DataFrame:
+        """Stacks of steps ("a(...) + b(...)") tried on validation: a row each, test not looked at.
+
+        Columns method (the steps without their numbers), validation (mAP@5, NaN without held-out
+        photos) and chosen: the best setting of each method, the first where nothing is held out.
+        What cannot be fitted on this gallery is left out and noted in `refused`.
+        """
+        rows = {}
+        for stack in stacks:
+            steps = pipeline.split(stack)
+            try:
+                rows[stack] = (
+                    " + ".join(map(pipeline.method, steps)),
+                    self._validated(embeddings, steps),
+                )
+            except ValueError as error:
+                self.refused[stack] = str(error)
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=["method", "validation"])
+        best = table["validation"].fillna(0).groupby(table["method"], sort=False).idxmax()
+        return table.assign(chosen=table.index.isin(best))
+
+    def _validated(self, embeddings: np.ndarray, steps: list[str]) -> float:
+        if not self.task.validation:
+            return float("nan")
+        return self.task.retrieve(embeddings, "validation", steps=steps).metrics["map_at_5"]
+
+    def choose(self, names=()) -> str:
+        """The entry (of these names, else of all) with the best mAP@5 on validation.
+
+        Among equals the first; where nothing was held out the last, which learned most. Test
+        figures have no part in it.
+        """
+        names = list(names or self.entries)
+        if not self.task.validation:
+            return names[-1]
+        return max(names, key=lambda name: self.score(name, "validation"))
+
+    def score(self, name: str, view: str = "test") -> float:
+        """mAP@5 of an entry on a view; 0 where it was not asked or has no label."""
+        found = self.entries[name].views.get(view)
+        return found.metrics.get("map_at_5") or 0.0 if found else 0.0
+
+    def difference(self, name: str, baseline: str = "", view: str = "test"):
+        """(difference of mAP@5, low, high): paired by query, with its interval over products."""
+        entry = self.entries[name]
+        other = self.entries[baseline or entry.baseline]
+        return metrics.paired_difference(
+            entry.views[view].average_precision,
+            other.views[view].average_precision,
+            self.task.views[view].queries["product_id"],
+            seed=self.task.seed,
+        )
+
+    def gains(self) -> pd.Series:
+        """The differences to each entry's baseline in words, '' for entries without one."""
+        words = {
+            n: gain(*self.difference(n)) if e.baseline else "" for n, e in self.entries.items()
+        }
+        return pd.Series(words)
+
+    def table(self) -> pd.DataFrame:
+        """One row an entry, as numbers: scores of every view, differences, seconds, memory."""
+        return pd.DataFrame({name: self._row(name) for name in self.entries}).T.infer_objects()
+
+    def rows(self) -> list[dict]:
+        """The same for run.json."""
+        return [{"name": name} | self._row(name) for name in self.entries]
+
+    def _row(self, name: str) -> dict:
+        entry = self.entries[name]
+        test = entry.views["test"]
+        row = {view: self.score(name, view) for view in entry.views if view != "test"}
+        row |= {key: value for key, value in test.metrics.items() if key != "steps"}
+        row["mp_at_5"] = float(np.nanmean(metrics.guie_precision_at_k(test.hits, test.n_relevant)))
+        if entry.baseline:
+            row["difference"], low, high = self.difference(name)
+            row["difference_low"], row["difference_high"] = low, high
+            row["verdict"] = verdict(low, high)
+        return row | {
+            "setting": entry.setting,
+            "seconds": entry.seconds,
+            "peak_mb": entry.peak_mb,
+            "ms_per_image": entry.ms_per_image,
+            "million": entry.record.get("parameters", 0) / 1e6,
+            "cut_short": entry.cut_short,
+        }
+
+    def by_view(self) -> pd.DataFrame:
+        """A row for each view and entry: metrics, and the difference to the entry's baseline there."""
+        whole = f"{self.task.gallery_domain} photos only"
+        names = {"test": whole if self.task.gallery_domain else "whole gallery"}
+        rows = {}
+        for view in self.task.views:
+            for name, entry in self.entries.items():
+                title = names.get(view, f"{view} photos only")
+                title += f", {name}" if len(self.entries) > 1 else ""
+                rows[title] = dict(entry.views[view].metrics)
+                if entry.baseline:
+                    ends = self.difference(name, view=view)
+                    keys = "difference", "difference_low", "difference_high"
+                    rows[title].update(zip(keys, ends))
+        return pd.DataFrame(rows).T.drop(columns=["steps"], errors="ignore").infer_objects()
+
+    def save(self, folder: Path, chosen: str) -> None:
+        """<folder>/board.csv, and average_precision.csv of the chosen entry, a column a view."""
+        with whole_file(Path(folder) / "board.csv") as part:
+            self.table().to_csv(part, index_label="candidate")
+        entry, queries = self.entries[chosen], self.task.views["test"].queries
+        per_query = queries[["name", "product_id"]].reset_index(drop=True)
+        for view, found in entry.views.items():
+            if view != "validation":
+                per_query[view] = found.average_precision.round(4)
+        with whole_file(Path(folder) / "average_precision.csv") as part:
+            per_query.to_csv(part, index=False)
+
+    def save_run(
+        self, folder: Path, chosen: str, *, notebook: str, params: dict, trained=False, **more
+    ) -> Path:
+        """Write run.json: the chosen entry's metrics, and every entry as one of its rows.
+
+        more: further figures for its metrics.
+        """
+        entry = self.entries[chosen]
+        validated = entry.views.get("validation")
+        return self.task.save_run(
+            folder,
+            notebook=notebook,
+            params=params,
+            metrics=self._row(chosen) | more | {"rows": self.rows(), "refused": self.refused},
+            model=entry.record,
+            validated=validated.metrics if validated else None,
+            trained=trained,
+            cut_short=entry.cut_short,
+        )
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference says: 'helps', 'hurts' or 'does not help'."""
+    return "helps" if low > 0 else "hurts" if high < 0 else "does not help"
+
+
+def gain(difference: float, low: float, high: float) -> str:
+    """'+0.123 [+0.100, +0.150]'"""
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"

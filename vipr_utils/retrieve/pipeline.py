@@ -1,0 +1,257 @@
+"""Steps of post-processing, written as the calls they are: "k_reciprocal(k1=20, k2=6, weight=0.3)".
+
+A step takes a Search and returns one. Those on embeddings change queries and gallery; those on
+lists change scores and ranks, or expand queries by them. All are inductive, that is a query is
+answered without a look at the other queries, save the one whose name says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vipr_utils.retrieve import rerank, verification
+from vipr_utils.retrieve.search import checked, top_k
+
+
+@dataclass(frozen=True)
+class Search:
+    """What one step hands to the next.
+
+    queries (Q, D) and gallery (G, D) with their catalog rows; scores and ranks (Q, K), best first,
+    are None until the gallery is searched.
+    """
+
+    queries: np.ndarray
+    gallery: np.ndarray
+    query_rows: pd.DataFrame
+    gallery_rows: pd.DataFrame
+    scores: np.ndarray | None = None
+    ranks: np.ndarray | None = None
+    device: str | torch.device = "cpu"
+    cache_dir: Path | None = None
+    verified: verification.Verified | None = None
+
+    def ids(self) -> dict:
+        """Image ids of both sides, for what must not take a query for its own answer."""
+        return {
+            "query_ids": self.query_rows["image_id"].to_numpy(),
+            "gallery_ids": self.gallery_rows["image_id"].to_numpy(),
+        }
+
+    def searched(self, k: int) -> Search:
+        """With the k nearest gallery rows of every query, by cosine."""
+        scores, ranks = top_k(self.queries, self.gallery, k, device=self.device, **self.ids())
+        return replace(self, scores=scores, ranks=ranks)
+
+    def projected(self, projection: rerank.Projection) -> Search:
+        """With both sides through a projection that was fitted on the gallery."""
+        return replace(self, queries=projection(self.queries), gallery=projection(self.gallery))
+
+
+def centring(search: Search) -> Search:
+    return search.projected(rerank.fit_centring(search.gallery))
+
+
+def pca(search: Search, dim: int) -> Search:
+    return search.projected(rerank.fit_whitening(search.gallery, dim, power=0.0))
+
+
+def whitening(search: Search, dim: int, power: float = 1.0) -> Search:
+    return search.projected(rerank.fit_whitening(search.gallery, dim, power=power))
+
+
+def learned_whitening(search: Search, dim: int) -> Search:
+    labels = search.gallery_rows["product_id"].to_numpy()
+    return search.projected(rerank.fit_learned_whitening(search.gallery, labels, dim))
+
+
+def database_augmentation(search: Search, k: int, alpha: float | None = None) -> Search:
+    gallery = rerank.database_augmentation(search.gallery, k, alpha=alpha, device=search.device)
+    return replace(search, gallery=gallery)
+
+
+def alpha_query_expansion(search: Search, k: int, alpha: float = 3.0) -> Search:
+    first = search.scores[:, :k], search.ranks[:, :k]
+    queries = rerank.alpha_query_expansion(search.queries, search.gallery, *first, alpha=alpha)
+    return replace(search, queries=queries).searched(search.ranks.shape[1])
+
+
+def average_query_expansion(search: Search, k: int) -> Search:
+    return alpha_query_expansion(search, k, alpha=0.0)
+
+
+def k_reciprocal(search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3) -> Search:
+    scores, ranks = rerank.k_reciprocal(
+        search.queries,
+        search.gallery,
+        search.ranks,
+        k1=k1,
+        k2=k2,
+        weight=weight,
+        device=search.device,
+    )
+    return replace(search, scores=scores, ranks=ranks)
+
+
+def transductive_k_reciprocal(
+    search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3
+) -> Search:
+    scores, ranks = rerank.transductive_k_reciprocal(
+        search.queries,
+        search.gallery,
+        search.ranks,
+        k1=k1,
+        k2=k2,
+        weight=weight,
+        device=search.device,
+        **search.ids(),
+    )
+    return replace(search, scores=scores, ranks=ranks)
+
+
+def verify(search: Search, top: int) -> Search:
+    found = verification.verify(
+        search.scores,
+        search.ranks,
+        search.query_rows,
+        search.gallery_rows,
+        depth=top,
+        cache_dir=search.cache_dir,
+    )
+    return replace(search, scores=found.scores, ranks=found.ranks, verified=found)
+
+
+def verified_expansion(search: Search, k: int) -> Search:
+    depth = search.ranks.shape[1]
+    found = search.verified or verify(search, top=depth).verified
+    queries = verification.verified_expansion(search.queries, search.gallery, found, most=k)
+    return replace(search, queries=queries).searched(depth)
+
+
+METHODS = {  # step -> what it is called in tables; projections first, then other steps on embeddings
+    centring: "centring",
+    pca: "PCA",
+    whitening: "whitening",
+    learned_whitening: "learned whitening",
+    database_augmentation: "database augmentation",
+    average_query_expansion: "average expansion",
+    alpha_query_expansion: "alpha expansion",
+    k_reciprocal: "k-reciprocal",
+    transductive_k_reciprocal: "k-reciprocal (transductive)",
+    verify: "verification",
+    verified_expansion: "verified expansion",
+}
+STEPS = {function.__name__: function for function in METHODS}
+PROJECTIONS = (centring, pca, whitening, learned_whitening)
+ON_EMBEDDINGS = (*PROJECTIONS, database_augmentation)
+
+
+def bind(step: str) -> partial:
+    """The step's function with the numbers of the call, checked against its signature.
+
+    Raises ValueError naming the step, what is wrong with it and what is expected.
+
+    >>> bind("alpha_query_expansion(5, alpha=3)").keywords
+    {'k': 5, 'alpha': 3}
+    """
+    try:
+        call = ast.parse(step, mode="eval").body
+        function = STEPS[call.func.id]
+        positional = [ast.literal_eval(value) for value in call.args]
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, AttributeError, KeyError, ValueError):
+        forms = ", ".join(f"{name}({_numbers(function)})" for name, function in STEPS.items())
+        raise ValueError(f"step {step!r} is unknown: write one as a call, of {forms}") from None
+    signature = inspect.signature(function)
+    expected = f"expected {call.func.id}({_numbers(function)})"
+    try:
+        numbers = dict(signature.bind(None, *positional, **named).arguments)
+    except TypeError as error:
+        raise ValueError(f"step {step!r}: {error}; {expected}") from None
+    del numbers["search"]
+    for name, value in numbers.items():
+        whole = signature.parameters[name].annotation == "int"
+        fits = type(value) is int if whole else type(value) in (int, float)
+        if not fits or not 0 <= value < math.inf:
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(f"step {step!r}: {name}={value!r}, {expected} with {kind} >= 0")
+    return partial(function, **numbers)
+
+
+def _numbers(function: Callable) -> str:
+    """The signature without the search: 'k: int, alpha: float = 3.0'."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return ", ".join(str(parameter).replace("'", "") for parameter in parameters)
+
+
+def split(stack: str) -> list[str]:
+    """The steps of "a(...) + b(...)"; none of ""."""
+    return [step.strip() for step in stack.split(" + ")] if stack else []
+
+
+def check(steps: list[str]) -> list[partial]:
+    """The bound steps. Raises ValueError for a wrong one, and for one on embeddings behind one on
+    lists, which would throw the lists away."""
+    bound = [bind(step) for step in steps]
+    for before, step, after in zip(steps, steps[1:], bound[1:]):
+        if after.func in ON_EMBEDDINGS and bind(before).func not in ON_EMBEDDINGS:
+            raise ValueError(
+                f"step {step!r} changes the embeddings but stands behind {before!r}, whose lists "
+                "it would lose: put it first"
+            )
+    return bound
+
+
+def apply(
+    steps: list[str], search: Search, *, k: int = 5, depth: int = 100
+) -> tuple[Search, list[dict]]:
+    """(the Search after these steps, its lists cut to k; [{step, seconds}]); [] is plain search.
+
+    Steps on lists work on lists of max(k, depth) photos, or as many as are to be verified.
+    """
+    bound, seconds = check(steps), []
+    depth = max([k, depth, *(step.keywords.get("top", 0) for step in bound)])
+    queries = rerank.unit(checked(search.queries, "query"))
+    gallery = rerank.unit(checked(search.gallery, "gallery"))
+    search = replace(search, queries=queries, gallery=gallery)
+
+    def timed(name: str, step: Callable, search: Search) -> Search:
+        began = perf_counter()
+        search = step(search)
+        seconds.append({"step": name, "seconds": perf_counter() - began})
+        return search
+
+    for name, step in zip(steps, bound):
+        if search.ranks is None and step.func not in ON_EMBEDDINGS:
+            search = timed("search", partial(Search.searched, k=depth), search)
+        search = timed(name, step, search)
+    if search.ranks is None:
+        search = timed("search", partial(Search.searched, k=k), search)
+    return replace(search, scores=search.scores[:, :k], ranks=search.ranks[:, :k]), seconds
+
+
+def method(step: str) -> str:
+    """What a step is called whatever its numbers: 'learned whitening'."""
+    return METHODS[bind(step).func]
+
+
+def transductive(steps: list[str]) -> bool:
+    """Whether an answer depends on the other queries, which a shop that answers one has not."""
+    return any(bind(step).func is transductive_k_reciprocal for step in steps)
+
+
+def fitted_first(steps: list[str]) -> int:
+    """How many steps at the head of the list are projections fitted on the gallery."""
+    functions = [bind(step).func in PROJECTIONS for step in steps]
+    return (functions + [False]).index(False)
