@@ -15,7 +15,7 @@ import yaml
 
 from vipr_utils.host import platform
 from vipr_utils.judge import runs
-from vipr_utils.run import batch
+from vipr_utils.run import batch, params
 
 PARAMETERS = """\
 data_root: str = ""  # a folder
@@ -24,7 +24,7 @@ run_name: str = ""
 seed: int = 0
 lr: float = 0.001
 augment: bool = True
-milestones: list[int] = [2, 4]
+milestones: "list[int]" = [2, 4]
 fail: str = ""
 """
 # What every notebook does, without the package: a kernel that imports torch takes seconds more.
@@ -51,7 +51,6 @@ record = dict(
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
     """A checkout of one or two notebooks."""
-    monkeypatch.setattr(batch, "_root", lambda: tmp_path)
     monkeypatch.setattr(platform, "repository", lambda: tmp_path)
     for name in ("VIPR_DATA", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
@@ -103,36 +102,55 @@ def params_file(root, text, name="tiny"):
 
 
 def test_parameters_cell_is_read_with_types_and_defaults(repo):
-    found = batch.parameters_of(repo / "notebooks" / "tiny.ipynb")
+    found = params.parameters_of(repo / "notebooks" / "tiny.ipynb")
     assert found["lr"] == ("float", 0.001) and found["milestones"] == ("list[int]", [2, 4])
     assert list(found) == [line.split(":")[0] for line in PARAMETERS.splitlines()]
 
 
+@pytest.mark.parametrize("line", ["seed = 0", "seed: tuple = ()", 'seed: "list[dict]" = []'])
+def test_parameter_of_a_type_that_cannot_be_checked_is_an_error(repo, line):
+    with pytest.raises(params.BadParameters, match="parameter seed has the type .*: write one of"):
+        params.parameters_of(notebook(repo, "odd", f"{line}  # a rule"))
+
+
+STEPS = """\
+steps: "list[Step]" = []  # of post-processing
+stacks: "list[Stack]" = ["pca(8) + verify(20)"]  # alternatives
+"""
+
+
 @pytest.mark.parametrize(
-    "line", ["seed = 0", "seed: int", "seed: int | None = 0", "seed: int = len('a')", "import os"]
+    "text, message",
+    [
+        ('steps: ["pca(dim=8)", "aqe:5"]', "steps: step 'aqe:5' is unknown: write one as a call"),
+        ('steps: ["verify(top=5)", "pca(8)"]', "steps: step 'pca(8)' changes the embeddings"),
+        ('steps: "pca(8)"', "steps: expected list[Step], got 'pca(8)' (str)"),
+        ("stacks: [3]", "stacks: expected str, got 3 (int)"),
+        ('stacks: ["pca(8) + verify(-1)"]', "stacks: step 'verify(-1)': top=-1"),
+    ],
 )
-def test_parameter_line_that_is_not_name_type_value_is_an_error(repo, line):
-    path = notebook(repo, "odd", line)
-    with pytest.raises(
-        batch.BadParameters, match=r"odd\.ipynb: parameter line .* is not 'name: type = value'"
-    ):
-        batch.parameters_of(path)
+def test_wrong_steps_are_errors_before_any_kernel_starts(repo, text, message):
+    notebook(repo, "stepped", STEPS)
+    with pytest.raises(params.BadParameters, match=re.escape(message)):
+        params.load_runs([params_file(repo, text, "stepped")])
+    (run,) = params.load_runs([params_file(repo, 'steps: ["pca(8)"]', "stepped")])
+    assert run.params == {"steps": ["pca(8)"]}
 
 
 def test_value_outside_the_choices_of_a_literal_is_an_error_that_lists_them(repo):
     path = notebook(
         repo, "choosy", 'precision: "Literal[auto, float32]" = "auto"  # of the network'
     )
-    known = batch.parameters_of(path)
+    known = params.parameters_of(path)
     assert (
         known == {"precision": ("Literal[auto, float32]", "auto")}
-        and batch.check("precision", "float32", known) == "float32"
+        and params.check("precision", "float32", known["precision"][0]) == "float32"
     )
     for wrong in ("half", 32, True):
         with pytest.raises(
-            batch.BadParameters, match=f"precision: expected one of auto, float32, got {wrong!r}"
+            params.BadParameters, match=f"precision: expected one of auto, float32, got {wrong!r}"
         ):
-            batch.check("precision", wrong, known)
+            params.check("precision", wrong, known["precision"][0])
 
 
 def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, capsys):
@@ -147,8 +165,8 @@ def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, c
         ("seed: 1.5", "seed: expected int, got 1.5 (float)"),
         ("seed: true", "seed: expected int, got True (bool)"),
         ("augment: 1", "augment: expected bool, got 1 (int)"),
-        ("lr: 1e-4", "lr: expected float, got '1e-4' (str): YAML reads it as text, write 1.0e-4"),
-        ("lr: 1e5", "write 1.0e+5"),
+        ("lr: 1e-4", "lr: expected float, got '1e-4' (str): YAML reads 1e-4 as text, write 1.0e-4"),
+        ("lr: 1e5", "with a point and a signed exponent"),
         ("lr: true", "lr: expected float, got True (bool)"),
         ("fail: no", "fail: expected str, got False (bool); put it in quotes"),
         ("fail:", 'fail: expected str, got None (NoneType); write "" for an empty one'),
@@ -159,12 +177,12 @@ def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, c
     ],
 )
 def test_wrong_type_is_an_error_with_the_remedy(repo, no_kernel, text, message):
-    with pytest.raises(batch.BadParameters, match=re.escape(message)):
-        batch.load_runs([params_file(repo, text)])
+    with pytest.raises(params.BadParameters, match=re.escape(message)):
+        params.load_runs([params_file(repo, text)])
 
 
 def test_int_is_taken_where_a_float_is_wanted(repo):
-    (run,) = batch.load_runs([params_file(repo, "lr: 1")])
+    (run,) = params.load_runs([params_file(repo, "lr: 1")])
     assert run.params == {"lr": 1.0} and type(run.params["lr"]) is float
 
 
@@ -187,10 +205,10 @@ def test_every_problem_of_every_file_is_listed_before_any_kernel_starts(repo, no
 def test_override_goes_to_every_notebook_that_has_the_parameter_and_is_read_by_its_type(repo):
     notebook(repo, "other", 'run_name: str = ""\nrate: float = 1.0\n')
     files = [params_file(repo, "seed: 1\n"), params_file(repo, "", "other")]
-    first, second = batch.load_runs(files, {"seed": "7", "rate": "1e-4", "fail": "123"})
+    first, second = params.load_runs(files, {"seed": "7", "rate": "1e-4", "fail": "123"})
     assert first.params == {"seed": 7, "fail": "123"} and second.params == {"rate": 1e-4}
-    with pytest.raises(batch.BadParameters, match="-p sead: unknown parameter; did you mean seed"):
-        batch.load_runs(files, {"sead": "7"})
+    with pytest.raises(params.BadParameters, match="-p sead: unknown parameter; did you mean seed"):
+        params.load_runs(files, {"sead": "7"})
 
 
 def test_data_root_that_is_none_is_an_error_before_any_kernel_starts(repo, no_kernel, capsys):
@@ -202,8 +220,8 @@ def test_data_root_that_is_none_is_an_error_before_any_kernel_starts(repo, no_ke
     "path, message", [("absent", "no such file or folder"), ("notebooks", "no *.yaml in it")]
 )
 def test_path_without_parameter_files_is_an_error(repo, path, message):
-    with pytest.raises(batch.BadParameters, match=re.escape(message)):
-        batch.load_runs([path])
+    with pytest.raises(params.BadParameters, match=re.escape(message)):
+        params.load_runs([path])
 
 
 # ------------------------------------------------------------------------------------------- sweeps and selection
@@ -213,7 +231,7 @@ def test_grid_is_every_combination_over_the_base_with_its_own_name(repo):
     grid = {"lr": [0.1, 0.01], "augment": [True, False], "milestones": [[2, 4]]}
     content = {"notebook": "tiny", "base": {"seed": 3}, "grid": grid}
     sweep = params_file(repo, yaml.safe_dump(content, sort_keys=False), "losses")
-    found = batch.load_runs([sweep])
+    found = params.load_runs([sweep])
     assert [(r.params["lr"], r.params["augment"]) for r in found] == [
         (0.1, True),
         (0.1, False),
@@ -229,7 +247,7 @@ def test_list_of_runs_takes_the_base_and_its_own_values(repo):
     sweep = params_file(
         repo, yaml.safe_dump({"notebook": "tiny", "base": {"seed": 3}, "runs": several}), "two"
     )
-    assert [(r.name, r.params["seed"]) for r in batch.load_runs([sweep])] == [("a", 1), ("b", 3)]
+    assert [(r.name, r.params["seed"]) for r in params.load_runs([sweep])] == [("a", 1), ("b", 3)]
 
 
 @pytest.mark.parametrize(
@@ -253,23 +271,23 @@ def test_list_of_runs_takes_the_base_and_its_own_values(repo):
     ],
 )
 def test_malformed_sweep_is_an_error(repo, sweep, message):
-    with pytest.raises(batch.BadParameters, match=re.escape(message)):
-        batch.load_runs([params_file(repo, yaml.safe_dump(sweep), "sweep")])
+    with pytest.raises(params.BadParameters, match=re.escape(message)):
+        params.load_runs([params_file(repo, yaml.safe_dump(sweep), "sweep")])
 
 
 def test_only_takes_runs_by_the_beginning_of_their_name(repo):
     for stem in ("01_a", "02_b", "03_c"):
         notebook(repo, stem)
         params_file(repo, "", stem)
-    assert [r.name for r in batch.load_runs(["params"])] == [
+    assert [r.name for r in params.load_runs(["params"])] == [
         "01_a",
         "02_b",
         "03_c",
     ]  # in the order of the files
-    assert [r.name for r in batch.load_runs(["params"], only="03,01")] == ["01_a", "03_c"]
-    assert [r.name for r in batch.load_runs(["params"], only="0*_b")] == ["02_b"]
-    with pytest.raises(batch.BadParameters, match="--only 04: none of 01_a, 02_b, 03_c begins so"):
-        batch.load_runs(["params"], only="04")
+    assert [r.name for r in params.load_runs(["params"], only="03,01")] == ["01_a", "03_c"]
+    assert [r.name for r in params.load_runs(["params"], only="0*_b")] == ["02_b"]
+    with pytest.raises(params.BadParameters, match="--only 04: none of 01_a, 02_b, 03_c begins so"):
+        params.load_runs(["params"], only="04")
 
 
 # ------------------------------------------------------------------------------------------------------ running
@@ -320,7 +338,7 @@ def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
     def again():
         before = len(fake_kernel)
         batch.run_all(
-            batch.load_runs([file], {"data_root": str(data)}),
+            params.load_runs([file], {"data_root": str(data)}),
             output_dir="out",
             report=lambda line: None,
         )
@@ -348,7 +366,7 @@ def test_submission_of_the_best_run_is_made_anew_each_time(repo, fake_kernel):
         file = params_file(repo, f"model_run: {model_run}\n")
         for _ in range(2):
             batch.run_all(
-                batch.load_runs([file]), output_dir=f"out/{model_run}", report=lambda line: None
+                params.load_runs([file]), output_dir=f"out/{model_run}", report=lambda line: None
             )
         assert len(fake_kernel) == kernels
 
@@ -370,6 +388,17 @@ def test_failing_cell_makes_the_exit_code_1_and_its_error_is_shown_and_the_other
     kept = json.loads((repo / "out" / "tiny" / "notebook.ipynb").read_text())
     assert any(o.get("ename") == "ValueError" for c in kept["cells"] for o in c.get("outputs", []))
     assert "submission: " in printed and str(old) not in printed
+
+
+def test_what_starts_from_a_failed_run_fails_with_it_and_is_not_started(repo, capsys):
+    text = PARAMETERS + 'model_run: str = ""  # an earlier run\n'
+    notebook(repo, "later", text.replace('"list[int]" = [2, 4]', '"list[int]" = [2, 4]'))
+    params_file(repo, "fail: broken\n", "tiny")
+    params_file(repo, "model_run: tiny\n", "later")
+    files = [str(repo / "params" / f"{name}.yaml") for name in ("tiny", "later")]
+    assert batch.main([*files, "--output-dir", "out"]) == 1
+    assert "it starts from tiny, which failed" in capsys.readouterr().out
+    assert not (repo / "out" / "later" / "count").exists()
 
 
 def test_killed_kernel_is_named_as_out_of_memory(repo, capsys):
@@ -426,7 +455,7 @@ def test_rows_of_a_sweep_go_side_by_side_but_files_and_a_row_that_names_another_
     notebook(repo, "zz_next")
     rows = [{"run_name": n} for n in "abc"] + [{"run_name": "d", "fail": "b"}, {"run_name": "e"}]
     files = [sweep(repo, rows), params_file(repo, "", "tiny"), params_file(repo, "", "zz_next")]
-    found = [[r.name for r in wave] for wave in batch.waves(batch.load_runs(files))]
+    found = [[r.name for r in wave] for wave in batch.waves(params.load_runs(files))]
     assert found == [["a", "b", "c"], ["d", "e"], ["tiny"], ["zz_next"]]
 
 
@@ -469,7 +498,7 @@ def test_every_row_runs_once_on_a_free_slot_and_results_keep_their_order(repo, m
     monkeypatch.setattr(batch, "_papermill", papermill)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     lines = []
-    todo = batch.load_runs([sweep(repo, [{"run_name": n} for n in "abcdef"])])
+    todo = params.load_runs([sweep(repo, [{"run_name": n} for n in "abcdef"])])
     results = batch.run_all(todo, output_dir="out", report=lines.append)
     assert [r.run.name for r in results] == list("abcdef") == [line.split()[1] for line in lines]
     assert sorted(name for name, _ in seen) == list("abcdef") and {gpu for _, gpu in seen} == {

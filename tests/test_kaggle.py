@@ -17,7 +17,7 @@ import torch
 
 from vipr_utils.host import platform
 from vipr_utils.learn import models
-from vipr_utils.run import batch, kaggle
+from vipr_utils.run import kaggle, params
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE, T4 = ROOT / "params" / "smoke", ROOT / "params" / "kaggle_t4"
@@ -37,7 +37,7 @@ def nowhere(monkeypatch, tmp_path):
 
 
 def run_of(stem, folder=T4, **values):
-    return batch.load_runs([folder / f"{stem}.yaml"], values)[0]
+    return params.load_runs([folder / f"{stem}.yaml"], values)[0]
 
 
 def metadata(folder):
@@ -137,22 +137,18 @@ def test_weights_of_a_network_that_has_none_are_an_error(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------- kernels
 
 
-def test_prepared_notebook_has_the_values_in_its_own_parameters_cell_and_no_outputs(tmp_path):
+def test_prepared_notebook_has_the_values_in_a_cell_of_their_own_and_no_outputs(tmp_path):
     run = run_of("06_submission", run_name="größe", image_size="96")
     folder = kaggle.prepare(run, tmp_path, owner="some-one")
-    notebook = folder / "06_submission.ipynb"
-    values = {name: value for name, (_, value) in batch.parameters_of(notebook).items()}
-    assert values == run.defaults | run.params and values["model_run"] == "04_pretrained_sweep"
-    cell = next(
-        c
-        for c in json.loads(notebook.read_text())["cells"]
-        if "parameters" in c["metadata"].get("tags", [])
-    )
-    assert (
-        "image_size: int = 96  # pixels, squashed to a square; 0 takes the model's own"
-        in cell["source"]
-    )
-    assert not any(c.get("outputs") for c in json.loads(notebook.read_text())["cells"])
+    cells = json.loads((folder / "06_submission.ipynb").read_text(encoding="utf-8"))["cells"]
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    (at,) = [i for i, names in enumerate(tags) if "injected-parameters" in names]
+    assert "parameters" in tags[at - 1] and "bootstrap" in tags[at + 1]
+    values = {}
+    exec("".join(cells[at]["source"]), values)
+    assert {name: values[name] for name in run.params} == run.params
+    assert values["run_name"] == "größe" and values["image_size"] == 96
+    assert not any(cell.get("outputs") for cell in cells)
 
 
 def test_kernel_asks_for_two_t4_no_internet_and_names_every_source(tmp_path):
@@ -240,10 +236,10 @@ def test_official_client_accepts_the_metadata_of_every_kernel(tmp_path, monkeypa
 
     api = extended.KaggleApi()
     monkeypatch.setattr(api, "build_kaggle_client", Client)
-    for run in batch.load_runs([T4]):
+    for run in params.load_runs([T4]):
         api.kernels_push(str(kaggle.prepare(run, tmp_path, owner="some-one")))
     assert [r.slug for r in sent] == [
-        f"some-one/{kaggle.kernel_slug(r.name)}" for r in batch.load_runs([T4])
+        f"some-one/{kaggle.kernel_slug(r.name)}" for r in params.load_runs([T4])
     ]
     assert {r.machine_shape for r in sent if r.enable_gpu} == {"NvidiaTeslaT4"} and not any(
         r.enable_internet for r in sent

@@ -13,7 +13,7 @@ import pytest
 import stamp
 import yaml
 
-from vipr_utils.run import batch
+from vipr_utils.run import params
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -97,7 +97,7 @@ def test_the_series_is_there():
 
 @every_notebook
 def test_parameters_cell_has_the_common_names_with_one_meaning(stem):
-    found = batch.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
+    found = params.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
     common = {name: kind for name, (kind, _) in found.items() if name in COMMON}
     assert common == {name: COMMON[name] for name in common}
     assert {"output_dir", "run_name"} <= set(common)
@@ -111,7 +111,7 @@ def test_parameters_cell_has_the_common_names_with_one_meaning(stem):
 @every_notebook
 def test_notebook_that_computes_with_a_network_has_the_precision_as_a_parameter(stem):
     computes = any(re.search(r"embedding\.|task\.", source(cell)) for cell in code(stem))
-    found = batch.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
+    found = params.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
     assert found.get("precision") == (
         ("Literal[auto, float32, bfloat16, float16]", "auto") if computes else None
     )
@@ -119,7 +119,7 @@ def test_notebook_that_computes_with_a_network_has_the_precision_as_a_parameter(
 
 @every_notebook
 def test_papermill_finds_every_parameter_with_its_type_and_default(stem):
-    found = batch.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
+    found = params.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
     shown = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{stem}.ipynb"))
     assert {name: s["inferred_type_name"] for name, s in shown.items()} == {
         name: kind for name, (kind, _) in found.items()
@@ -177,14 +177,14 @@ def test_another_address_would_reach_every_badge(monkeypatch):
 @every_notebook
 def test_smoke_parameters_are_the_notebooks_defaults(stem):
     values = yaml.safe_load((ROOT / "params" / "smoke" / f"{stem}.yaml").read_text()) or {}
-    found = batch.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
+    found = params.parameters_of(ROOT / "notebooks" / f"{stem}.ipynb")
     assert values == {name: found[name][1] for name in values}
     assert set(found) - OF_THIS_MACHINE <= set(values), "a default that the file does not write out"
 
 
 @pytest.mark.parametrize("file", [str(f.relative_to(ROOT)) for f in PARAMETER_FILES])
 def test_parameter_file_fits_its_notebook(file):
-    found = batch.load_runs([ROOT / file])
+    found = params.load_runs([ROOT / file])
     assert found
 
 

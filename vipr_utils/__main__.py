@@ -1,4 +1,4 @@
-"""One command for the kit: `python -m vipr_utils run | score | board | kaggle ...`, also the script `vipr`."""
+"""One command for the kit: `vipr run | submit | score | board | kaggle ...`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import importlib
 import sys
 
 COMMANDS = {  # name -> (module with a main, what it does)
-    "run": ("vipr_utils.run.batch", "run notebooks by their parameter files"),
-    "score": ("vipr_utils.judge.submission", "check a submission and score it"),
-    "board": ("vipr_utils.judge.runs", "the table of a folder of runs"),
-    "kaggle": ("vipr_utils.run.kaggle", "take the kit to Kaggle and its results home"),
+    "run": ("run.batch", "run notebooks by their parameter files"),
+    "submit": ("run.submit", "make a submission from a finished run"),
+    "score": ("judge.submission", "check a submission and score it"),
+    "board": ("judge.runs", "the table of a folder of runs"),
+    "kaggle": ("run.kaggle", "take the kit to Kaggle and its results home"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Hand the arguments to the command named first; 2 for one that is unknown."""
-    name, *rest = sys.argv[1:] if arguments is None else arguments
-    if name not in COMMANDS:
-        lines = [f"  {command:8}{what}" for command, (_, what) in COMMANDS.items()]
-        print("usage: python -m vipr_utils COMMAND ...", *lines, sep="\n", file=sys.stderr)
-        return 2
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in COMMANDS:
+        return importlib.import_module(f"vipr_utils.{COMMANDS[name][0]}").main(rest)
+    print("usage: vipr COMMAND ..., or python -m vipr_utils COMMAND ...; --help after it\n")
+    for command, (_, purpose) in COMMANDS.items():
+        print(f"  {command:8}{purpose}")
+    return 0 if name in ("-h", "--help") else 2
 
 
 if __name__ == "__main__":

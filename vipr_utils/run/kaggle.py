@@ -12,7 +12,6 @@ Only push and collect need the network and the official `kaggle` client, install
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from vipr_utils.host import platform
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
-from vipr_utils.run import batch
+from vipr_utils.run.params import BadParameters, Run, load_runs
 
 KIT, WEIGHTS = (
     "vipr-kit",
@@ -132,44 +131,26 @@ def _owner(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------- kernels
 
 
-def prepare(run: batch.Run, folder: Path, *, owner: str, **choices) -> Path:
-    """Folder of one kernel: the notebook with the run's parameters in its cell, and its metadata.
+def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
+    """Folder of one kernel: the notebook with the run's values in a cell of their own, no outputs.
 
     choices: those of `kernel_metadata`.
     """
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
     metadata = kernel_metadata(run, owner=owner, **choices)
     folder = Path(folder) / metadata["id"].split("/")[1]
-    _write(folder / metadata["code_file"], with_parameters(run.notebook, run.params))
+    notebook = parameterize_notebook(load_notebook_node(str(run.notebook)), run.params)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell.update(outputs=[], execution_count=None)
+    _write(folder / metadata["code_file"], notebook)
     return _write(folder / KERNEL, metadata).parent
 
 
-def with_parameters(notebook: Path, values: dict) -> dict:
-    """The notebook (as JSON) with these values in place of its parameters cell's; no outputs."""
-    content = json.loads(Path(notebook).read_text(encoding="utf-8"))
-    for cell in content["cells"]:
-        if cell["cell_type"] == "code":
-            cell |= {"outputs": [], "execution_count": None}
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = _replaced("".join(cell["source"]), values)
-    return content
-
-
-def _replaced(source: str, values: dict) -> str:
-    """The cell's lines `name: type = value  # rule` with other values; comments stay."""
-    lines = source.encode().splitlines()  # ast counts bytes
-    for line in ast.parse(source).body:
-        if line.target.id in values:
-            at, old = line.lineno - 1, line.value
-            lines[at] = (
-                lines[at][: old.col_offset]
-                + repr(values[line.target.id]).encode()
-                + lines[at][old.end_col_offset :]
-            )
-    return b"\n".join(lines).decode()
-
-
 def kernel_metadata(
-    run: batch.Run, *, owner: str, internet: bool = False, data: str = "", upstream: tuple = ()
+    run: Run, *, owner: str, internet: bool = False, data: str = "", upstream: tuple = ()
 ) -> dict:
     """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook computes, its sources.
 
@@ -178,7 +159,7 @@ def kernel_metadata(
     Raises KaggleError for a name that Kaggle would refuse.
     """
     slug, given = kernel_slug(run.name), run.defaults | run.params
-    computes = "not used here" not in _parameter_line(run.notebook, "device")
+    computes = "device" in run.defaults
     attached = [KIT, *([WEIGHTS] if given.get("weights") == "auto" and not internet else [])]
     before = dict.fromkeys([*filter(None, [given.get("model_run")]), *upstream])
     return {
@@ -208,14 +189,6 @@ def kernel_slug(run_name: str) -> str:
             f"run_name {run_name!r} gives the kernel {slug!r} of {len(slug)} characters, 6 to 50 are allowed"
         )
     return slug
-
-
-def _parameter_line(notebook: Path, name: str) -> str:
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    source = next(
-        "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])
-    )
-    return next((line for line in source.splitlines() if line.startswith(f"{name}:")), "")
 
 
 # ------------------------------------------------------------------------------------- through the official client
@@ -297,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for line in _command(given, out):
             print(line)
-    except (KaggleError, models.WeightsError, batch.BadParameters) as error:
+    except (KaggleError, models.WeightsError, BadParameters) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -317,7 +290,7 @@ def _command(given: argparse.Namespace, out: Path) -> list[object]:
             for folder in folders
             for found in collect(folder, out) or [f"{folder.name} still runs"]
         ]
-    runs = batch.load_runs(given.names, dict(p.split("=", 1) for p in given.p))
+    runs = load_runs(given.names, dict(p.split("=", 1) for p in given.p))
     choices = {"owner": given.owner, "internet": given.internet, "data": given.data}
     others = {
         "09_scoreboard": tuple(run.name for run in runs if run.notebook.stem != "09_scoreboard")

@@ -1,0 +1,48 @@
+"""The one command: what it offers, what it hands on, and `submit`."""
+
+import subprocess
+import sys
+
+import pytest
+from test_batch import notebook, repo  # noqa: F401
+
+from vipr_utils import __main__ as command
+from vipr_utils.run import batch
+
+MODEL = """\
+data_root: str = ""  # a folder
+output_dir: str = "submissions"  # runs
+run_name: str = ""  # of the folder
+model_run: str = ""  # an earlier run
+"""
+
+
+@pytest.mark.parametrize("arguments, code", [([], 2), (["sell"], 2), (["--help"], 0)])
+def test_without_a_command_those_there_are_get_listed(arguments, code, capsys):
+    assert command.main(arguments) == code
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in ("run", "submit", "score", "board", "kaggle"))
+
+
+def test_every_command_answers_help():
+    for name in command.COMMANDS:
+        line = [sys.executable, "-m", "vipr_utils", name, "--help"]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0 and "usage:" in done.stdout, name
+
+
+def test_submit_runs_notebook_06_with_that_model(repo, monkeypatch):  # noqa: F811
+    notebook(repo, "06_submission", MODEL)
+    (repo / "train.csv").write_text("name,class\n")
+    asked = []
+
+    def run_all(todo, **settings):
+        asked.append((todo, settings))
+        return []
+
+    monkeypatch.setattr(batch, "run_all", run_all)
+    arguments = ["submit", "best", "--data", str(repo), "--output-dir", "out"]
+    assert command.main(arguments) == 0
+    (((run,), settings),) = asked
+    assert run.name == "06_submission" and settings["output_dir"] == "out"
+    assert run.params == {"model_run": "best", "data_root": str(repo)}
