@@ -40,34 +40,70 @@ def test_missing_train_csv_says_what_a_data_root_holds(tmp_path):
     [
         (
             "name,group\na.jpg,0\n",
-            r"train.csv: column class missing, found name, group. Expected name,class,group",
+            r"train.csv: no column class, found name, group. Rename or add it",
         ),
-        ("id,label\na.jpg,0\n", r"columns name, class missing, found id, label"),
+        ("id,label\na.jpg,0\n", r"no column name, class, found id, label"),
         (
             "name,class\na.jpg,1\na.jpg,2\n",
-            r"train.csv row 3: 'a.jpg' stands there twice \(1 duplicate names\)",
+            r"train.csv, row 3 \(a.jpg\): this name already has a row above. Keep one row",
+        ),
+        (
+            "name,class\na.jpg,1\na.jpg,2\nb.jpg,1\nb.jpg,1\n",
+            r"row 3 \(a.jpg\): .* above \(and 1 more rows\)",
         ),
         (
             "name,class\n../../etc/a.jpg,1\n",
-            r"train.csv row 2: '../../etc/a.jpg' leaves the data root",
+            r"train.csv, row 2 .*: '../../etc/a.jpg' is empty or leaves the data root",
         ),
-        ("name,class\n/etc/a.jpg,1\n", r"leaves the data root"),
-        ("name,class\na.jpg,apple\n", r"train.csv row 2: class 'apple' is no whole number"),
+        ("name,class\n/etc/a.jpg,1\n", r"'/etc/a.jpg' is empty or leaves the data root"),
+        ("name,class\nb\\..\\..\\a.jpg,1\n", r"is empty or leaves the data root"),
+        (
+            "name,class\na.jpg,apple\n",
+            r"train.csv, row 2 \(a.jpg\): class 'apple' is no whole number",
+        ),
         ("name,class\na.jpg,1.5\n", r"class '1.5' is no whole number"),
-        ("name,class\na.jpg,\n", r"train.csv row 2: class nan"),
+        ("name,class\na.jpg,inf\n", r"class 'inf' is no whole number"),
+        ("name,class\na.jpg,-1\n", r"class '-1' is no whole number >= 0"),
+        ("name,class\na.jpg,\n", r"train.csv, row 2 \(a.jpg\): class ''"),
+        ("name,class,group\na.jpg,1,x\n", r"row 2 \(a.jpg\): group 'x' is no whole number"),
         (
             "name,class,domain\na.jpg,1,studio\n",
-            r"row 2: domain 'studio' is unknown, expected shop or customer",
+            r"row 2 \(a.jpg\): domain 'studio' is unknown, expected shop or customer",
         ),
-        ("name,class\n,1\n", r"train.csv row 2: no name"),
-        ("name,class\n", r"train.csv has no rows"),
-        ("", r"train.csv is no readable CSV"),
+        ("name,class\n,1\n", r"train.csv, row 2 \(\): '' is empty or leaves the data root"),
+        ("name,class\na.jpg,1,2\nb.jpg,1\n", r"row 2 \(a.jpg\): 3 fields, expected 2. Put quotes"),
+        ("name,class,group\na.jpg,1,2\nb.jpg,1\n", r"row 3 \(b.jpg\): 2 fields, expected 3"),
+        ('name,class\n"a.jpg,1\n', r"train.csv is no readable CSV \(unexpected end of data\)"),
+        ("name,class\n", r"train.csv is no readable CSV \(no rows below a header\)"),
+        ("", r"train.csv is no readable CSV \(no rows below a header\)"),
     ],
 )
 def test_table_that_cannot_be_used_names_file_row_and_remedy(tmp_path, train, message):
     (tmp_path / "train.csv").write_text(train)
     with pytest.raises(CatalogError, match=message):
         catalog.read(tmp_path)
+
+
+def test_table_is_read_with_a_byte_order_mark_quotes_blank_lines_and_columns_of_one_name(tmp_path):
+    text = '\ufeffname, class ,,\r\n"a, b.jpg",NA,,\r\n\r\nc.jpg,,1,2\r\n'
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
+    table = catalog.read_table(tmp_path / "t.csv", ["name", "class"])
+    assert table.to_dict("list") == {
+        "name": ["a, b.jpg", "c.jpg"],
+        "class": ["NA", ""],
+        "": ["", "1"],
+    }
+    (tmp_path / "t.csv").write_bytes("name\nÄpfel.jpg\n".encode("latin-1"))
+    with pytest.raises(CatalogError, match="is no readable CSV .*: expected UTF-8 text"):
+        catalog.read_table(tmp_path / "t.csv")
+    with pytest.raises(CatalogError, match="none.csv is no readable CSV .*No such file"):
+        catalog.read_table(tmp_path / "none.csv")
+
+
+def test_unknown_groups_and_domains_may_be_empty_or_not_available(make_root):
+    train = "name,class,group,domain\na.jpg,1,,\nb.jpg,1,NA,NA\nc.jpg,2,7,shop\n"
+    photos, _ = catalog.read(make_root(train, None))
+    assert list(photos.group) == [-1, -1, 7] and list(photos.domain) == ["", "", "shop"]
 
 
 def test_extra_columns_are_noted_and_ignored(make_root):
@@ -95,8 +131,9 @@ def test_root_without_any_of_its_photos_is_refused(tmp_path):
         catalog.read(tmp_path)
 
 
-def test_labels_of_kaggles_own_test_table_are_used(make_root):
-    root = make_root(test="name\nq.jpg\nr.jpg\n")
+@pytest.mark.parametrize("test", ["name\nq.jpg\nr.jpg\n", "name,class\nq.jpg,\nr.jpg,7\n"])
+def test_labels_of_kaggles_own_test_table_are_used(make_root, test):
+    root = make_root(test=test)
     (root / "test_kaggletest.csv").write_text("name,class,Usage\nr.jpg,2,Public\nq.jpg,1,Private\n")
     photos, _ = catalog.read(root)
     assert dict(zip(photos.name, photos.product_id)) == {
@@ -118,21 +155,22 @@ def test_fingerprint_changes_with_a_label_and_with_a_file(make_root):
     assert len({before, relabelled, catalog.read(root)[0].attrs["fingerprint"]}) == 3
 
 
-# -------------------------------------------------------------------------------------------- protocols, subsets
+# ------------------------------------------------------------------------------- protocols, subsets
 
 
 def test_empty_test_set_is_refused_by_protocol_test_alone(make_root):
     photos, _ = catalog.read(make_root(test=None))
     assert "test.csv is missing" in photos.attrs["notes"][0]
     with pytest.raises(
-        CatalogError, match="protocol 'test' needs test photos and there are none: add test.csv"
+        CatalogError,
+        match="protocol 'test' has no query: 'test' needs photos in test.csv and test/",
     ):
         catalog.split(photos, "test")
     assert len(catalog.split(photos, "seen")[1]) == 1
 
 
 def test_header_only_test_table_is_refused(make_root):
-    with pytest.raises(CatalogError, match="test.csv has no rows"):
+    with pytest.raises(CatalogError, match="test.csv is no readable CSV .no rows below a header"):
         catalog.read(make_root(test="name,class\n"))
 
 
@@ -175,6 +213,14 @@ def test_seen_asks_with_customer_photos_where_domains_are_known():
     assert set(queries.domain) == {"customer"} and len(queries) == 6 * 2
 
 
+@pytest.mark.parametrize("protocol", ["seen", "unseen"])
+def test_products_of_one_photo_leave_no_query(protocol):
+    with pytest.raises(
+        CatalogError, match=f"protocol '{protocol}' has no query: .* two train photos"
+    ):
+        catalog.split(photos_of({1: 1, 2: 1}), protocol)
+
+
 def test_unseen_trains_on_nothing_of_a_querys_product():
     photos = photos_of(dict.fromkeys(range(20), 6))
     train, queries, gallery = catalog.split(photos, "unseen", seed=3)
@@ -195,7 +241,9 @@ def test_gallery_domain_narrows_and_says_what_there_is():
     assert set(catalog.split(photos, "seen", gallery_domain="shop")[2].domain) == {"shop"}
     with pytest.raises(CatalogError, match="gallery_domain 'shop' leaves no photo"):
         catalog.split(photos_of({1: 3, 2: 3}), "seen", gallery_domain="shop")
-    with pytest.raises(ValueError, match="gallery_domain 'studio' is unknown"):
+    with pytest.raises(
+        CatalogError, match=r"'studio' leaves no photo .*'customer', 'shop'.*: use one"
+    ):
         catalog.narrow(photos, "studio")
 
 
@@ -288,7 +336,7 @@ def test_a_split_is_named_by_the_photos_it_holds_out_and_written_down(tmp_path):
     }
 
 
-# ------------------------------------------------------------------------------------------ duplicates and leaks
+# ----------------------------------------------------------------------------- duplicates and leaks
 
 
 def test_exact_duplicates_are_found_by_content(make_root):
@@ -321,7 +369,7 @@ def test_many_equal_hashes_are_compared_within_memory():
     assert len(pairs) == 1500 * 1499 // 2
 
 
-# ----------------------------------------------------------------------------------------------------- cleaning
+# ----------------------------------------------------------------------------------------- cleaning
 
 
 def photographed(products):

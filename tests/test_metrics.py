@@ -39,7 +39,7 @@ def random_problem(seed, queries=200, gallery=60, products=25, k=5):
 
 
 def slow_apk(actual, predicted, k):
-    """`apk` of benhamner/Metrics, which Kaggle scored with, word for word (None for an empty `actual`)."""
+    """`apk` of benhamner/Metrics, Kaggle's scorer, word for word (None for an empty `actual`)."""
     if not actual:
         return None
     predicted = predicted[:k]
@@ -258,8 +258,6 @@ def test_bootstrap_repeats_with_its_seed_ignores_nan_and_takes_names_as_products
     assert metrics.bootstrap_interval(many, np.arange(50), seed=3) != metrics.bootstrap_interval(
         many, np.arange(50), seed=4
     )
-    narrow = metrics.bootstrap_interval(many, np.arange(50), level=0.5)
-    assert np.ptp(narrow) < np.ptp(metrics.bootstrap_interval(many, np.arange(50)))
 
 
 def test_one_product_alone_has_no_interval():
@@ -291,13 +289,23 @@ def test_paired_difference_refuses_runs_that_count_other_queries():
         ([[True] * 5], [5], 0, "k is 0, expected a whole number of at least 1"),
         ([[True] * 5], [5], 2.0, "k is 2.0"),
         ([[True] * 5], [5], True, "k is True"),
-        ([True] * 5, [5], 5, r"hits has shape \(5,\).*expected \(Q, k\)"),
-        ([[True] * 5], [5, 5], 5, r"n_relevant \(2,\).*one count for each query"),
-        ([[True] * 3], [5], 5, "hits has 3 ranks, expected at least k = 5"),
-        ([[True] * 5], [np.nan], 5, "n_relevant has type float64 and smallest value nan"),
-        ([[False] * 5], [-1], 5, "smallest value -1, expected whole numbers >= 0"),
-        ([[0.3, 0, 0, 0, 0]], [1], 5, r"hits holds .*0\.3.*not scores"),
-        ([[np.nan, 0, 0, 0, 0]], [1], 5, "hits holds .*nan"),
+        ([True] * 5, [5], 5, r"hits has shape \(5,\).*expected .* of shape \(Q, 5\)"),
+        ([[True] * 5], [5, 5], 5, r"n_relevant has shape \(2,\).*one count for each query"),
+        (
+            [[True] * 3],
+            [5],
+            5,
+            r"hits has shape \(1, 3\) .*expected True and False of shape \(Q, 5\) or wider",
+        ),
+        (
+            [[True] * 5],
+            [np.nan],
+            5,
+            r"n_relevant has shape \(1,\) and type float64, expected integers",
+        ),
+        ([[False] * 5], [-1], 5, "query 0 has 0 hits but n_relevant = -1"),
+        ([[0.3, 0, 0, 0, 0]], [1], 5, "type float64, expected True and False .* not scores"),
+        ([[1, 0, 0, 0, 0]], [1], 5, "type int64, expected True and False"),
         (
             [[False] * 5, [True, True, False, False, False]],
             [0, 1],
@@ -313,7 +321,9 @@ def test_arrays_that_do_not_fit_are_refused_with_value_expectation_and_remedy(hi
 
 
 def test_r_precision_refuses_lists_shorter_than_the_largest_n():
-    with pytest.raises(ValueError, match="hits has 5 ranks, expected at least k = 14"):
+    with pytest.raises(
+        ValueError, match=r"hits has shape \(5, 5\) .*expected .* \(Q, 14\) or wider"
+    ):
         metrics.r_precision(HITS, N)
 
 
@@ -322,13 +332,24 @@ def test_r_precision_refuses_lists_shorter_than_the_largest_n():
     [
         ([[0, 3]], [7], [7, 8, 9], r"ranks run from 0 to 3, expected -1 to 2 for 3 rows"),
         ([[-2, 0]], [7], [7, 8, 9], "ranks run from -2 to 0"),
+        (
+            [0, 1],
+            [7, 8],
+            [7, 8, 9],
+            r"ranks has shape \(2,\) .*expected integers of shape \(2, 2\)",
+        ),
         ([[0.0, 1.0]], [7], [7, 8, 9], "type float64, expected integers"),
-        ([[0], [1]], [7], [7, 8, 9], r"expected integers of shape \(1, k\)"),
+        (
+            [[0], [1]],
+            [7],
+            [7, 8, 9],
+            r"ranks has shape \(2, 1\) .*expected integers of shape \(1, 1\)",
+        ),
         (
             [[0]],
             ["7"],
             [7, 8, 9],
-            "query_ids has shape .* expected a vector of integer product ids",
+            "query_ids has shape .* expected integers .* Pass catalog.product_id",
         ),
         ([[0]], [7], [[7, 8, 9]], r"gallery_ids has shape \(1, 3\)"),
         ([[0]], [7.5], [7], "query_ids .* float64"),
@@ -339,10 +360,8 @@ def test_ranks_and_ids_that_do_not_fit_are_refused(ranks, query_ids, gallery_ids
         metrics.hits_from_ranks(ranks, query_ids, gallery_ids)
 
 
-def test_bootstrap_refuses_shapes_infinities_and_levels_that_make_no_sense():
+def test_bootstrap_refuses_shapes_and_infinities_that_make_no_sense():
     with pytest.raises(ValueError, match="expected finite numbers"):
         metrics.bootstrap_interval([0.1, np.inf], [1, 2])
     with pytest.raises(ValueError, match=r"values has shape \(2,\) .* products \(3,\)"):
         metrics.bootstrap_interval([0.1, 0.2], [1, 2, 3])
-    with pytest.raises(ValueError, match="level 95, expected .* 0 < level < 1"):
-        metrics.bootstrap_interval([0.1, 0.2], [1, 2], level=95)

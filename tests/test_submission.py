@@ -1,4 +1,4 @@
-"""The file that gets scored: written whole, refused when wrong, scored the same by a scorer of its own."""
+"""The file that gets scored: written whole, refused when wrong, scored alike by its own scorer."""
 
 import csv
 import re
@@ -17,7 +17,8 @@ TRAIN = "name,class,domain\n" + "".join(
 )
 TEST = "name,class\nq0.jpg,0\nq1.jpg,1\nq2.jpg,9\n"
 GOOD = (
-    "id,images\nq0.jpg,g0.jpg g1.jpg g3.jpg g4.jpg g6.jpg\nq1.jpg,g0.jpg g2.jpg g3.jpg g4.jpg g5.jpg\n"
+    "id,images\nq0.jpg,g0.jpg g1.jpg g3.jpg g4.jpg g6.jpg\n"
+    "q1.jpg,g0.jpg g2.jpg g3.jpg g4.jpg g5.jpg\n"
     "q2.jpg,g0.jpg g1.jpg g2.jpg g3.jpg g4.jpg\n"
 )
 
@@ -96,25 +97,30 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (" g6.jpg", "", r"row 1 \(q0.jpg\): 4 images, expected 5. Rank the best 5"),
-        (" g6.jpg", " g6.jpg g7.jpg", r"row 1 \(q0.jpg\): 6 images, expected 5"),
+        (" g6.jpg", "", r"row 2 \(q0.jpg\): 4 images, expected 5. Rank the best 5"),
+        (" g6.jpg", " g6.jpg g7.jpg", r"row 2 \(q0.jpg\): 6 images, expected 5"),
         (
             " g6.jpg",
             " g0.jpg",
-            r"row 1 \(q0.jpg\): g0.jpg is listed more than once. Rank each image once",
+            r"row 2 \(q0.jpg\): g0.jpg is listed more than once. Rank each image once",
         ),
-        (" g6.jpg", " h6.jpg", r"row 1 \(q0.jpg\): unknown image h6.jpg, not in train.csv"),
-        (" g6.jpg", "  g6.jpg", r"row 1 \(q0.jpg\): an empty name in"),
-        ("q2.jpg,g0", "q1.jpg,g0", r"row 3 \(q1.jpg\): this query already has a row above"),
-        ("q2.jpg,g0", "q9.jpg,g0", r"row 3 \(q9.jpg\): unknown query, not in test.csv"),
+        (" g6.jpg", " h6.jpg", r"row 2 \(q0.jpg\): unknown image 'h6.jpg', not in train.csv"),
+        (" g6.jpg", "  g6.jpg", r"row 2 \(q0.jpg\): unknown image '', .* exactly one space"),
+        ("q2.jpg,g0", "q1.jpg,g0", r"row 4 \(q1.jpg\): this name already has a row above"),
+        ("q2.jpg,g0", "q9.jpg,g0", r"row 4 \(q9.jpg\): unknown query, not in test.csv"),
         (
             GOOD[GOOD.index("q2.jpg") :],
             "",
-            r"\(q2.jpg\): no row for this query of test.csv \(1 of 3 missing\)",
+            r"row 4 \(q2.jpg\): no row for this query of test.csv. Write a row for every query",
+        ),
+        (
+            GOOD[GOOD.index("q1.jpg") :],
+            "",
+            r"row 3 \(q1.jpg\): no row for this query of test.csv \(and 1 more rows\)",
         ),
         ("id,images", "id,ranked", r"header 'id,ranked', expected 'id,images' or 'name,class'"),
-        (" g6.jpg", ",g6.jpg", r"row 1 \(q0.jpg\): 3 fields, expected 2"),
-        (GOOD, "", r"the file is empty"),
+        (" g6.jpg", ",g6.jpg", r"row 2 \(q0.jpg\): 3 fields, expected 2"),
+        (GOOD, "", r"no readable CSV \(no rows below a header\)"),
     ],
 )
 def test_wrong_file_names_row_query_fault_and_remedy(root, old, new, message):
@@ -126,7 +132,7 @@ def test_image_of_another_domain_is_unknown_to_a_narrowed_gallery(root):
     with pytest.raises(SubmissionError, match="4 images|5 images, expected 3|unknown image"):
         submission.validate(changed(root, "q0", "q0"), root, gallery_domain="shop")
     with pytest.raises(
-        SubmissionError, match="no image of domain 'studio', only of .*customer.*shop"
+        SubmissionError, match="gallery_domain 'studio' leaves no photo .*customer.*shop"
     ):
         submission.validate(changed(root, "q0", "q0"), root, gallery_domain="studio")
 
@@ -139,8 +145,9 @@ def test_absent_file_says_which_notebook_writes_it(root):
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ([["a", "a", "b", "c", "d"]], "5 images, 4 different"),
-        ([["a", "b", "c", "d", "e", "f"]], "6 images"),
+        ([["a", "a", "b", "c", "d"]], "a is listed more than once"),
+        ([["a", "b", "c", "d", "e", "f"]], "6 images, expected 5"),
+        ([[]], "0 images, expected 1"),
         ([["a b", "c", "d", "e", "f"]], "image name 'a b' has a space"),
         ([list("abcde"), list("abcde")], "1 queries, 2 answers"),
     ],
@@ -155,7 +162,7 @@ def test_doubled_query_is_not_written_and_an_older_file_stays(tmp_path):
     path = submission.write_ranking(tmp_path / "s.csv", ["q"], [list("abcde")])
     before = path.read_bytes()
     with pytest.raises(
-        SubmissionError, match=re.escape("row 2 (q): this query already has a row above")
+        SubmissionError, match=re.escape("row 3 (q): this name already has a row above")
     ):
         submission.write_ranking(path, ["q", "q"], [list("abcde")] * 2)
     assert path.read_bytes() == before
@@ -170,7 +177,7 @@ def test_classification_form_is_written_checked_and_scored(root):
     assert scored["top_1_accuracy"] == pytest.approx(1 / 3) and "map_at_5" not in scored
     path.write_text(path.read_text().replace("q1.jpg,2", "q1.jpg,77"))
     with pytest.raises(
-        SubmissionError, match=r"row 2 \(q1.jpg\): class '77' is no class of train.csv"
+        SubmissionError, match=r"row 3 \(q1.jpg\): class '77' is no class of train.csv"
     ):
         submission.validate(path, root)
     with pytest.raises(SubmissionError, match=r"class nan, expected a whole number"):

@@ -1,8 +1,9 @@
-"""How good a ranking is: average precision at k and its relatives, each with an interval. No model, no file.
+"""How good a ranking is: average precision at k and its relatives, each with an interval.
 
-Everything stands on two arrays: `hits` (Q, k) bool, "the image at this rank shows the query's product", best
-rank first, and `n_relevant` (Q,) int, the gallery images that could have been found. A query with n = 0 has
-no right answer: its value is NaN, means leave it out, and `summary` counts it.
+Everything stands on two arrays, no model and no file: `hits` (Q, k) bool, "the image at this rank
+shows the query's product", best rank first, and `n_relevant` (Q,) int, the gallery images that
+could have been found. A query with n = 0 has no right answer: its value is NaN, means leave it out,
+and `summary` counts it.
 
 >>> hits = [[True, False, False, True, True], [True, False, False, False, False]]
 >>> average_precision_at_k(hits, n_relevant=[3, 14]).round(3).tolist()
@@ -12,6 +13,7 @@ no right answer: its value is NaN, means leave it out, and `summary` counts it.
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 DEFINITION = (
     "AP@5 = (1 / min(n, 5)) * sum over ranks i <= 5 of P(i) * rel(i); n = relevant gallery images "
@@ -19,50 +21,47 @@ DEFINITION = (
 )
 
 
-def _ids(ids, name: str) -> np.ndarray:
-    """Product ids as an integer vector (N,)."""
-    ids = np.asarray(ids)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+def _integers(values, name: str, shape: tuple, remedy: str) -> np.ndarray:
+    """values as int64; raises ValueError where they have another shape or are no integers."""
+    values = np.asarray(values)
+    if values.shape != shape or (values.size and values.dtype.kind not in "iu"):
         raise ValueError(
-            f"{name} has shape {ids.shape} and type {ids.dtype}, expected a vector of integer "
-            f"product ids (-1 = unknown). Pass catalog.product_id, or factorize names."
+            f"{name} has shape {values.shape} and type {values.dtype}, expected integers of shape "
+            f"{shape}. {remedy}"
         )
-    return ids.astype(np.int64)
+    return values.astype(np.int64)
+
+
+def _product_ids(ids, name: str) -> np.ndarray:
+    return _integers(ids, name, (np.size(ids),), "Pass catalog.product_id, or factorize names.")
 
 
 def hits_from_ranks(ranks, query_ids, gallery_ids) -> np.ndarray:
     """Hits (Q, k) bool: does the gallery row at this rank show the query's product?
 
-    ranks (Q, k) int are row numbers into gallery_ids (G,), best first; -1 = nothing there, never a hit.
-    query_ids (Q,) and gallery_ids (G,) are product ids; -1 = unknown, matches nothing. A row listed twice
-    scores at its first rank only and leaves its later ranks empty, as in Kaggle's `apk`.
-    Raises ValueError for a rank outside -1..G-1, which would silently point at another image.
+    ranks (Q, k) int are row numbers into gallery_ids (G,), best first; -1 = nothing there, never a
+    hit. query_ids (Q,) and gallery_ids (G,) are product ids; -1 = unknown, matches nothing. A row
+    listed twice scores at its first rank only and leaves its later ranks empty, as in Kaggle's
+    `apk`. Raises ValueError for a rank outside -1..G-1, which would point at another image.
 
     >>> hits_from_ranks([[0, 2, 2, -1]], [7], [7, 8, 7]).tolist()
     [[True, True, False, False]]
     """
-    ranks, query_ids = np.asarray(ranks), _ids(query_ids, "query_ids")
-    gallery_ids = _ids(gallery_ids, "gallery_ids")
-    if (
-        ranks.ndim != 2
-        or len(ranks) != len(query_ids)
-        or (ranks.size and ranks.dtype.kind not in "iu")
-    ):
-        raise ValueError(
-            f"ranks has shape {ranks.shape} and type {ranks.dtype}, expected integers of shape "
-            f"({len(query_ids)}, k), one row for each query id. Pass the ranks of search.top_k."
-        )
-    if ranks.size and not -1 <= ranks.min() <= ranks.max() < len(gallery_ids):
+    query_ids = _product_ids(query_ids, "query_ids")
+    gallery_ids = _product_ids(gallery_ids, "gallery_ids")
+    shape = (len(query_ids), *np.shape(ranks)[-1:])  # (Q, k)
+    ranks = _integers(
+        ranks, "ranks", shape, "Pass the ranks of search.top_k, a row for each query."
+    )
+    if not ((ranks >= -1) & (ranks < len(gallery_ids))).all():
         raise ValueError(
             f"ranks run from {ranks.min()} to {ranks.max()}, expected -1 to "
             f"{len(gallery_ids) - 1} for {len(gallery_ids)} rows. Pass the gallery_ids searched."
         )
-    ranks = ranks.astype(np.int64)
     found = np.append(gallery_ids, -1)[ranks]  # (Q, k); rank -1 reads the -1 appended here
-    order = np.argsort(ranks, axis=1, kind="stable")
-    in_order = np.take_along_axis(ranks, order, axis=1)
-    repeated = np.zeros(ranks.shape, dtype=bool)  # equal neighbours in order: the later one
-    np.put_along_axis(repeated, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
+    query, _ = np.indices(ranks.shape)
+    listed = pd.DataFrame({"query": query.ravel(), "row": ranks.ravel()})
+    repeated = listed.duplicated().to_numpy().reshape(ranks.shape)
     return (found == query_ids[:, None]) & (found != -1) & ~repeated
 
 
@@ -71,63 +70,48 @@ def count_relevant(query_ids, gallery_ids) -> np.ndarray:
 
     Where the query itself is in the gallery (leave one out), subtract it: it cannot be found.
     """
-    query_ids, gallery_ids = _ids(query_ids, "query_ids"), np.sort(_ids(gallery_ids, "gallery_ids"))
-    first, last = (np.searchsorted(gallery_ids, query_ids, side=side) for side in ("left", "right"))
-    return np.where(query_ids == -1, 0, last - first)
+    query_ids = _product_ids(query_ids, "query_ids")
+    counts = pd.Series(_product_ids(gallery_ids, "gallery_ids")).value_counts()
+    return counts.drop(-1, errors="ignore").reindex(query_ids, fill_value=0).to_numpy()
 
 
-def _checked(hits, n_relevant, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """hits (Q, k) bool and n_relevant (Q,) int64, or a ValueError that says what is wrong with them."""
-    hits, n = np.asarray(hits), np.asarray(n_relevant)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+def _checked(hits, n_relevant, k: int) -> tuple:
+    """hits (Q, k) bool and n_relevant (Q,) float64, NaN for 0, or a ValueError that says why."""
+    hits = np.asarray(hits)
+    if k is True or not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k is {k!r}, expected a whole number of at least 1.")
-    if hits.ndim != 2 or n.shape != hits.shape[:1]:
+    if hits.dtype != bool or hits.ndim != 2 or hits.shape[1] < k:
         raise ValueError(
-            f"hits has shape {hits.shape} and n_relevant {n.shape}, expected (Q, k) and (Q,): "
-            f"one row and one count for each query."
+            f"hits has shape {hits.shape} and type {hits.dtype}, expected True and False of shape "
+            f"(Q, {k}) or wider. Pass the result of hits_from_ranks, not scores, of a search with "
+            f"k={k}; where the gallery is smaller, fill up with False (rank -1)."
         )
-    if hits.shape[1] < k:
-        raise ValueError(
-            f"hits has {hits.shape[1]} ranks, expected at least k = {k}. Search with k={k}; "
-            f"where the gallery is smaller, fill up with False (rank -1)."
-        )
-    if n.size and (n.dtype.kind not in "iu" or n.min() < 0):
-        raise ValueError(
-            f"n_relevant has type {n.dtype} and smallest value {n.min()}, expected whole "
-            f"numbers >= 0 (0 = no relevant image). Pass the result of count_relevant."
-        )
-    if hits.dtype != bool and not np.isin(hits, (0, 1)).all():
-        raise ValueError(
-            f"hits holds {hits[~np.isin(hits, (0, 1))][0]!r}, expected only True and False. "
-            f"Pass the result of hits_from_ranks, not scores."
-        )
-    hits, n = hits.astype(bool), n.astype(np.int64)
-    if (over := np.flatnonzero(hits.sum(axis=1) > n)).size:
-        raise ValueError(
-            f"query {over[0]} has {hits[over[0]].sum()} hits but n_relevant = {n[over[0]]}, "
-            f"expected no more hits than relevant images. Count them over the gallery searched."
-        )
-    return hits[:, :k], n
-
-
-def _ratio(total, denominator) -> np.ndarray:
-    """total / denominator, float64 (Q,), NaN where the denominator is 0."""
-    return np.divide(
-        total, denominator, out=np.full(len(denominator), np.nan), where=denominator > 0
+    remedy = (
+        "Pass the result of count_relevant over the gallery searched, one count for each query."
     )
+    n = _integers(n_relevant, "n_relevant", (len(hits),), remedy)
+    found = hits.sum(axis=1)
+    if (over := np.flatnonzero(found > n)).size:
+        raise ValueError(
+            f"query {over[0]} has {found[over[0]]} hits but n_relevant = {n[over[0]]}, expected "
+            f"no more hits than relevant images. {remedy}"
+        )
+    return hits[:, :k], np.where(n > 0, n, np.nan)
 
 
 def average_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
-    """AP@k (Q,) float64 in 0..1, NaN where n = 0: (1 / min(n, k)) * sum over ranks i <= k of P(i) * rel(i).
+    """AP@k (Q,) float64 in 0..1, NaN where n = 0.
 
-    P(i) is the share of hits in the first i ranks. With min(n, k) a perfect list scores 1 whatever n is.
-    Others call "mAP@5" the same sum divided by the hits found (torchmetrics, open-metric-learning: one hit at
-    rank 1 scores 1) or by n (pytorch-metric-learning: five hits of 14 score 0.357). Raises ValueError for
-    arrays that do not fit. Source: Kaggle's `apk` (benhamner/Metrics); Google Landmark Retrieval.
+    AP@k = (1 / min(n, k)) * sum over ranks i <= k of P(i) * rel(i), where P(i) is the share of hits
+    in the first i ranks. With min(n, k) a perfect list scores 1 whatever n is. Others call "mAP@5"
+    the same sum divided by the hits found (torchmetrics, open-metric-learning: one hit at rank 1
+    scores 1) or by n (pytorch-metric-learning: five hits of 14 score 0.357).
+    Raises ValueError for arrays that do not fit.
+    Source: Kaggle's `apk` (benhamner/Metrics); Google Landmark Retrieval.
     """
     hits, n = _checked(hits, n_relevant, k)
     precision = np.cumsum(hits, axis=1) / np.arange(1, k + 1)  # (Q, k) P(i)
-    return _ratio((precision * hits).sum(axis=1), np.minimum(n, k))
+    return (precision * hits).sum(axis=1) / np.minimum(n, k)
 
 
 def map_at_k(hits, n_relevant, k: int = 5) -> float:
@@ -143,27 +127,28 @@ def precision_at_1(hits, n_relevant) -> np.ndarray:
 def recall_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
     """R@k (Q,) in {0, 1}, NaN where n = 0: is there a hit in the first k ranks?
 
-    This is the Recall@K of metric learning (Oh Song 2016, arXiv 1511.06452), elsewhere "hit rate"; it is not
-    the share hits / n of text retrieval, which cannot pass k / n.
+    This is the Recall@K of metric learning (Oh Song 2016, arXiv 1511.06452), elsewhere "hit rate";
+    it is not the share hits / n of text retrieval, which cannot pass k / n.
     """
     hits, n = _checked(hits, n_relevant, k)
-    return _ratio(hits.any(axis=1), np.minimum(n, 1))
+    return hits.any(axis=1) / np.minimum(n, 1)
 
 
 def mrr_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
-    """Reciprocal rank (Q,) in 0..1, NaN where n = 0: 1 / rank of the first hit, 0 for none up to rank k."""
+    """Reciprocal rank (Q,) in 0..1, NaN where n = 0: 1 / rank of the first hit, 0 for none to k."""
     hits, n = _checked(hits, n_relevant, k)
-    return _ratio(hits.any(axis=1) / (1 + hits.argmax(axis=1)), np.minimum(n, 1))
+    return hits.any(axis=1) / (1 + hits.argmax(axis=1)) / np.minimum(n, 1)
 
 
 def guie_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
-    """mP@k of Google Universal Image Embedding (Q,), NaN where n = 0: hits in ranks 1..min(n, k) / min(n, k).
+    """mP@k of Google Universal Image Embedding (Q,), NaN where n = 0.
 
-    Not an average precision: a hit behind rank min(n, k) is worth nothing. Source: Kaggle, GUIE 2022.
+    mP@k = hits in ranks 1..min(n, k) / min(n, k). Not an average precision: a hit behind rank
+    min(n, k) is worth nothing. Source: Kaggle, GUIE 2022.
     """
     hits, n = _checked(hits, n_relevant, k)
-    inside = np.arange(1, k + 1) <= np.minimum(n, k)[:, None]  # (Q, k)
-    return _ratio((hits & inside).sum(axis=1), np.minimum(n, k))
+    inside = np.arange(1, k + 1) <= n[:, None]  # (Q, k)
+    return (hits & inside).sum(axis=1) / np.minimum(n, k)
 
 
 def r_precision(hits, n_relevant) -> np.ndarray:
@@ -172,60 +157,55 @@ def r_precision(hits, n_relevant) -> np.ndarray:
     Raises ValueError when hits has fewer than max(n) ranks: the missing ones cannot be guessed.
     Source: Musgrave 2020 (arXiv 2003.08505).
     """
-    return guie_precision_at_k(hits, n_relevant, k=max(1, int(np.max(n_relevant, initial=1))))
+    return guie_precision_at_k(hits, n_relevant, k=int(np.max(n_relevant, initial=1)))
 
 
 def _mean(values: np.ndarray) -> float:
     """Mean of the values that are not NaN; NaN when there is none."""
     counted = values[~np.isnan(values)]
-    return float(counted.mean()) if counted.size else float("nan")
+    return float(counted.mean()) if counted.size else np.nan
 
 
 def bootstrap_interval(
-    values, products, *, seed: int = 0, n_boot: int = 1000, level: float = 0.95
+    values, products, *, seed: int = 0, n_boot: int = 1000
 ) -> tuple[float, float]:
-    """(low, high): percentile interval of the mean of values (Q,), resampling products, not queries.
+    """(low, high): 95 % percentile interval of the mean of values (Q,), by resampling products.
 
-    The queries of one product stand or fall together, so whole products (Q,) are drawn with replacement; the
-    mean is over all queries drawn: sum of values / number of values. NaN values are left out; with fewer than
-    two products left nothing can be resampled and both ends are NaN. The same seed gives the same interval.
+    The queries of one product stand or fall together, so whole products (Q,) are drawn with
+    replacement, n_boot times; the mean is over all queries drawn: sum of values / number of values.
+    NaN values are left out; with fewer than two products left nothing can be resampled and both
+    ends are NaN. The same seed gives the same interval.
     Source: Field and Welsh, Bootstrapping clustered data, JRSS B 69 (2007).
     """
-    values, products = np.asarray(values, dtype=np.float64), np.asarray(products)
-    if values.ndim != 1 or values.shape != products.shape or np.isinf(values).any():
+    values, products = np.asarray(values, dtype=float), np.asarray(products)
+    if values.shape != products.shape or np.isinf(values).any():
         raise ValueError(
-            f"values has shape {values.shape} ({np.isinf(values).sum()} infinite) and products "
-            f"{products.shape}, expected finite numbers (or NaN) and one product for each."
+            f"values has shape {values.shape} and products {products.shape}, expected finite "
+            "numbers (or NaN) and one product for each."
         )
-    if n_boot < 1 or not 0 < level < 1:
-        raise ValueError(
-            f"n_boot is {n_boot} and level {level}, expected n_boot >= 1 and 0 < level < 1, "
-            f"for example 1000 and 0.95."
-        )
-    counted = ~np.isnan(values)
-    names, product = np.unique(products[counted], return_inverse=True)
-    if len(names) < 2:
-        return float("nan"), float("nan")
-    totals = np.stack(
-        [np.bincount(product, weights=values[counted]), np.bincount(product)], axis=1
-    )  # (P, 2)
-    rng, n = np.random.default_rng(seed), len(names)
-    # one bincount a draw: at 10,000 products 8 times as fast as a multinomial matrix, in 1/1000 of its memory
-    drawn = np.array(
-        [np.bincount(rng.integers(n, size=n), minlength=n) @ totals for _ in range(n_boot)]
-    )
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    values, products = values[~np.isnan(values)], products[~np.isnan(values)]
+    names, product = np.unique(products, return_inverse=True)
+    n = len(names)
+    if n < 2:
+        return np.nan, np.nan
+    totals = np.column_stack([np.bincount(product, values), np.bincount(product)])  # (P, 2)
+    rng = np.random.default_rng(seed)
+    # one bincount a draw: at 10,000 products 8 times as fast as a multinomial matrix, in 1/1000 of
+    # its memory
+    drawn = [np.bincount(rng.integers(n, size=n), minlength=n) @ totals for _ in range(n_boot)]
+    sums, counts = np.transpose(drawn)
+    return tuple(np.quantile(sums / counts, [(1 - 0.95) / 2, (1 + 0.95) / 2]).tolist())
 
 
 def paired_difference(a, b, products, *, seed: int = 0) -> tuple[float, float, float]:
-    """(difference, low, high): mean of a - b over the same queries, with its 95 % interval over products.
+    """(difference, low, high): mean of a - b over the same queries, with its 95 % interval.
 
-    a and b (Q,) are per-query values of two runs, row by row the same query. Hard queries are hard for both:
-    this interval is narrower than the runs' own. Raises ValueError where only one of the runs counts a query.
+    a and b (Q,) are values of two runs, row by row the same query; products (Q,) are theirs. Hard
+    queries are hard for both: this interval is narrower than the runs' own. Raises ValueError where
+    only one of the runs counts a query.
     """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if not np.array_equal(np.isnan(a), np.isnan(b)):
         raise ValueError(
             f"a {a.shape} counts {(~np.isnan(a)).sum()} queries and b {b.shape} "
             f"{(~np.isnan(b)).sum()}, expected the same queries in both. Compare runs of one "
@@ -235,10 +215,11 @@ def paired_difference(a, b, products, *, seed: int = 0) -> tuple[float, float, f
 
 
 def summary(hits, n_relevant, products, *, seed: int = 0) -> dict:
-    """The figures of a run: mAP@5 its 95 % interval over products (Q,), P@1, MRR@5, R@5, sizes, definition.
+    """The figures of a run: mAP@5, its 95 % interval over products (Q,), P@1, MRR@5, R@5, sizes.
 
-    Means are over the n_queries with n > 0, NaN when there is none; n_excluded counts the others, n_products
-    the products of the counted ones. hits has 5 ranks or more. The caller adds n_gallery.
+    Means are over the n_queries with n > 0, NaN when there is none; n_excluded counts the others,
+    n_products the products of the counted ones. hits has 5 ranks or more. The caller adds
+    n_gallery.
     """
     ap = average_precision_at_k(hits, n_relevant)
     low, high = bootstrap_interval(ap, products, seed=seed)
@@ -252,18 +233,18 @@ def summary(hits, n_relevant, products, *, seed: int = 0) -> dict:
         "recall_at_5": _mean(recall_at_k(hits, n_relevant)),
         "n_queries": int(counted.sum()),
         "n_excluded": int((~counted).sum()),
-        "n_products": len(np.unique(np.asarray(products)[counted])),
+        "n_products": pd.Series(products)[counted].nunique(),
         "definition": DEFINITION,
     }
 
 
 def chance_map_at_k(n_relevant, n_gallery: int, k: int = 5) -> float:
-    """Expected mAP@k in 0..1 of a ranking drawn at random from n_gallery images; queries with n = 0 left out.
+    """Expected mAP@k in 0..1 of a ranking at random of n_gallery images; n = 0 is left out.
 
-    For one query (1 / min(n, k)) * sum over i <= k of p * (1 + (i - 1) * (n - 1) / (G - 1)) / i with p = n / G: a hit at
-    rank i, and the expected hits before it.
+    For one query (1 / min(n, k)) * sum over i <= k of p * (1 + (i - 1) * (n - 1) / (G - 1)) / i
+    with p = n / G: a hit at rank i, and the expected hits before it.
     """
-    n = np.asarray(n_relevant, dtype=np.float64)
+    n = np.asarray(n_relevant, dtype=float)
     n = n[n > 0]
     i = np.arange(1, min(k, n_gallery) + 1)[:, None]
     before = (i - 1) * (n - 1) / max(1, n_gallery - 1)  # (k, Q) expected hits above rank i
