@@ -1,4 +1,4 @@
-"""What is wrong with a catalog, or alike in it: copies, leaks, visits, photos that do not belong."""
+"""What is alike in a catalog, or does not belong there: copies, leaks, visits, odd ones out."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from vipr_utils.host.files import whole_file
 
 
 def difference_hash(image: np.ndarray) -> np.uint64:
-    """64 bits, one per pair of horizontal neighbours of the 9 x 8 grey thumbnail: near duplicates differ in few.
-    Source: Krawetz 2013, "Kind of Like That"."""
-    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)[0]
+    """64 bits, one per pair of horizontal neighbours of the 9 x 8 grey thumbnail.
+
+    Near duplicates differ in few of them. Source: Krawetz 2013, "Kind of Like That".
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    thumbnail = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
+    return np.packbits(np.diff(thumbnail.astype(int)) > 0).view(np.uint64)[0]
 
 
 def colour_layout(image: np.ndarray) -> np.ndarray:
-    """(256,) uint16: how many of 1,024 pixels in each quarter of the picture (H, W, 3) have each of 64 colours.
+    """(256,) uint16: how many of 1,024 pixels in each quarter of a picture have each of 64 colours.
 
-    64 x 64 pixels are picked evenly and their channels cut to 2 bits. All of it is in whole numbers: any processor finds the
-    same. Source: Swain, Ballard 1991, "Color indexing".
+    64 x 64 pixels are picked evenly and their channels cut to 2 bits. All of it is in whole
+    numbers: any processor finds the same. Source: Swain, Ballard 1991, "Color indexing".
     """
     y, x = ((2 * np.arange(64) + 1) * side // 128 for side in image.shape[:2])
     colours = (image[y[:, None], x] >> 6) @ np.array([16, 4, 1], np.uint8)  # (64, 64) of 0..63
@@ -39,127 +42,120 @@ def colour_layout(image: np.ndarray) -> np.ndarray:
 
 
 def colour_layouts(photos: pd.DataFrame, *, cache_dir: Path) -> np.ndarray:
-    """(N, 256) uint16: the `colour_layout` of each catalog row given, of its file as it came; kept in cache_dir."""
+    """(N, 256) uint16: the `colour_layout` of each catalog row's own file; kept in cache_dir."""
     root = Path(photos.attrs["root"])
-    files = hashlib.sha256("\n".join(photos["path"]).encode()).hexdigest()[:16]
-    kept = Path(cache_dir) / "layouts" / f"{photos.attrs['fingerprint']}-{files}.npy"
-    if kept.is_file():
-        return np.load(kept)
+    paths = hashlib.sha256("\n".join(photos["path"]).encode()).hexdigest()[:16]
+    cached = Path(cache_dir) / "layouts" / f"{photos.attrs['fingerprint']}-{paths}.npy"
+    if cached.is_file():
+        return np.load(cached)
 
     def layout(path: str) -> np.ndarray:
         return colour_layout(read_image(root / path, least_px=64))
 
     with ThreadPoolExecutor(cores()) as pool:
         layouts = np.stack(list(pool.map(layout, photos["path"])))
-    with whole_file(kept) as part, open(part, "wb") as file:
+    with whole_file(cached) as part, open(part, "wb") as file:
         np.save(file, layouts)
     return layouts
 
 
-def border_whiteness(image: np.ndarray, *, width: float = 0.04) -> float:
-    """Share of the picture's border (4 % of each side) that is nearly white and nearly grey, in 0..1."""
-    small = cv2.resize(image, (128, 128), interpolation=cv2.INTER_AREA).astype(np.int16)
-    w = max(1, round(128 * width))
-    border = np.concatenate(
-        [side.reshape(-1, 3) for side in (small[:w], small[-w:], small[:, :w], small[:, -w:])]
-    )
-    return float(((border.min(1) > 225) & (np.ptp(border, axis=1) < 20)).mean())
+def border_whiteness(image: np.ndarray) -> float:
+    """Share of the picture's border, 4 % of each side, that is nearly white, in 0..1."""
+    small = cv2.resize(image, (128, 128), interpolation=cv2.INTER_AREA)
+    border = np.ones((128, 128), bool)
+    border[5:-5, 5:-5] = False
+    pixels = small[border]
+    return float(((pixels.min(1) > 225) & (np.ptp(pixels, axis=1) < 20)).mean())
 
 
 def similar(rows: pd.DataFrame, embeddings: np.ndarray, *, similarity: float = 0.8) -> pd.Series:
-    """A number for each row: photos of one product that a chain of cosine similarities over `similarity` connects.
+    """A number for each row: photos of a product that a chain of like embeddings connects.
 
-    embeddings (N, D), L2-normalised, one for each row. For cleaning: the last digits of a processor may move a photo.
+    embeddings (N, D), L2-normalised, one for each row; two are alike over this cosine. For
+    cleaning: the last digits of a processor may move a photo.
     """
     return catalog.chains(rows, lambda at: embeddings[at] @ embeddings[at].T > similarity)
 
 
 def linked(rows: pd.DataFrame, pairs: np.ndarray) -> pd.Series:
-    """A number for each row: photos of one product that a chain of pairs (M, 2) of row numbers connects.
+    """A number for each row: photos of a product that a chain of pairs (M, 2) of rows connects.
 
-    The pairs are those that passed a test, such as enough inliers of a spatial verification; pairs across products and of
-    other rows count for nothing.
+    The pairs are those that passed a test, such as enough inliers of a spatial verification; pairs
+    across products and of other rows count for nothing.
     """
-    at = rows.index.get_indexer(np.asarray(pairs, np.int64).ravel()).reshape(-1, 2)
+    i, j = rows.index.get_indexer(np.ravel(pairs)).reshape(-1, 2).T
     product = rows["product_id"].to_numpy()
-    i, j = at[(at >= 0).all(1) & (product[at[:, 0]] == product[at[:, 1]])].T
-    graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(rows), len(rows)))
-    return pd.Series(connected_components(graph, directed=False)[1], rows.index)
+    inside = (i >= 0) & (j >= 0) & (product[i] == product[j])
+    i, j = i[inside], j[inside]
+    links = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(rows), len(rows)))
+    return pd.Series(connected_components(links, directed=False)[1], rows.index)
 
 
 def clean(rows: pd.DataFrame, groups: pd.Series) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(kept, dropped) of the rows: a photo is dropped when its group is smaller than the largest one of its product.
+    """(kept, dropped): a photo is dropped when its group is not the largest of its product.
 
-    groups: a number for each row, from `similar` (like photos) or `linked` (verified pairs). Where no group is the
-    largest alone, as when nothing was linked, all of the largest stay. dropped also holds in_group, in_main (photos) and
-    reason. Source: Gordo et al. 2017, arXiv:1610.07940 (the main component of the graph of verified photos of a class).
-    Mislabelled photos go, and right ones that no chain reaches go with them (the back of a box): look at what is dropped.
-    On the grocery set with 5 % of the train labels made wrong, `similar` of frozen EfficientNet-Lite0 embeddings at similarity
-    0.5, 0.6, 0.7 drop 62, 74, 89 % of the wrong photos and 1, 4, 11 % of the right ones.
-    Pairs of `verification.verified_pairs` drop 98 % of the wrong ones there and 43 % of the right ones, most of them fruit: on
-    drawn packages they drop 78 % and none.
+    groups: a number for each row, from `similar` (like photos) or `linked` (verified pairs). Where
+    several are the largest, as when nothing was linked, all of them stay. dropped also holds
+    in_group, in_main (photos) and reason.
+    Mislabelled photos go, and right ones that no chain reaches go with them (the back of a box):
+    look at what is dropped. On the grocery set with 5 % of the train labels made wrong, `similar`
+    of frozen EfficientNet-Lite0 embeddings at 0.5, 0.6, 0.7 drops 62, 74, 89 % of the wrong photos
+    and 1, 4, 11 % of the right ones. Verified pairs drop 98 % of the wrong ones there and 43 % of
+    the right ones, most of them fruit: on drawn packages they drop 78 % and none.
+    Source: Gordo et al. 2017, arXiv:1610.07940 (the main component of a class's verified photos).
     """
-    size = rows.groupby([rows["product_id"], groups.loc[rows.index]])["product_id"].transform(
-        "size"
-    )
-    main = size.groupby(rows["product_id"]).transform("max")
-    small = size < main
-    dropped = rows[small].assign(in_group=size[small], in_main=main[small])
-    count = (
-        dropped["in_group"].astype(str)
-        + " linked, the product's main group has "
-        + dropped["in_main"].astype(str)
-    )
-    return rows[~small], dropped.assign(reason=count)
+    product = rows["product_id"]
+    in_group = product.groupby([product, groups.loc[rows.index]]).transform("size")
+    in_main = in_group.groupby(product).transform("max")
+    small = in_group < in_main
+    dropped = rows.assign(in_group=in_group, in_main=in_main)[small]
+    counts = zip(dropped["in_group"], dropped["in_main"])
+    reasons = [f"{n} linked, the product's main group has {most}" for n, most in counts]
+    return rows[~small], dropped.assign(reason=reasons)
 
 
-def exact_duplicates(catalog: pd.DataFrame) -> pd.DataFrame:
-    """Photos whose files are equal byte by byte: row, copy_of (rows of the catalog). Hashes only files of equal size."""
-    root = Path(catalog.attrs["root"])
-    sizes = pd.Series([os.path.getsize(root / p) for p in catalog["path"]], catalog.index)
-    same_size = sizes[sizes.duplicated(keep=False)].index
-    hashes = pd.Series(
-        [
-            hashlib.sha256((root / p).read_bytes()).hexdigest()
-            for p in catalog.loc[same_size, "path"]
-        ],
-        same_size,
-        dtype=object,
-    )
-    first = {h: row for row, h in reversed(list(hashes.items()))}
-    pairs = [(row, first[h]) for row, h in hashes.items() if first[h] != row]
-    return pd.DataFrame(pairs, columns=["row", "copy_of"], dtype=np.int64)
+def exact_duplicates(photos: pd.DataFrame) -> pd.DataFrame:
+    """Photos whose files are equal byte by byte: row, copy_of (rows of the catalog).
+
+    Only files of equal size are read.
+    """
+    root = Path(photos.attrs["root"])
+    sizes = photos["path"].map(lambda path: os.path.getsize(root / path))
+    paths = photos["path"][sizes.duplicated(keep=False)]
+    hashes = paths.map(lambda path: hashlib.sha256((root / path).read_bytes()).hexdigest())
+    first = hashes.groupby(hashes).transform(lambda same: same.index[0])
+    copies = first[first != first.index].astype(np.int64)
+    return pd.DataFrame({"row": copies.index.to_numpy(np.int64), "copy_of": copies.to_numpy()})
 
 
 def near_duplicates(hashes: np.ndarray, max_bits: int = 4) -> np.ndarray:
-    """Pairs (M, 2) of positions i < j whose 64-bit hashes (N,) uint64 differ in at most max_bits bits. Exact.
+    """Pairs (M, 2) of positions i < j whose 64-bit hashes (N,) differ in at most max_bits bits.
 
-    Hashes that differ in b bits agree in at least one of b + 1 bands, so only photos that share a band are compared:
-    Manku et al. 2007. A crowded band (blank photos) is compared in blocks and stays within memory.
+    Exact: hashes that differ in b bits agree in at least one of b + 1 bands, so only photos that
+    share a band are compared (Manku et al. 2007). A crowded band (blank photos) is compared in
+    blocks and stays within memory.
     """
-    hashes, found = np.asarray(hashes, np.uint64), []
-    edges = np.linspace(0, 64, max_bits + 2).astype(int)
+    hashes = np.asarray(hashes, np.uint64)
+    pairs = [np.empty((0, 2), int)]
+    edges = np.linspace(0, 64, max_bits + 2).astype(np.uint64)
     for low, high in zip(edges, edges[1:]):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        for shared in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
+        band = (hashes >> low) & ((np.uint64(1) << (high - low)) - np.uint64(1))
+        for shared in pd.Series(band).groupby(band).indices.values():
             for start in range(0, len(shared) if len(shared) > 1 else 0, 1024):
-                rows = shared[start : start + 1024]
-                close = np.bitwise_count(hashes[rows][:, None] ^ hashes[shared]) <= max_bits
-                i, j = np.nonzero(close)
-                found.append(np.stack([rows[i], shared[j]], 1))
-    pairs = np.concatenate(found) if found else np.empty((0, 2), int)
-    return np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0)
+                block = shared[start : start + 1024]
+                bits = np.bitwise_count(hashes[block][:, None] ^ hashes[shared])
+                i, j = np.nonzero(bits <= max_bits)
+                pairs.append(np.stack([block[i], shared[j]], 1))
+    found = np.concatenate(pairs)
+    return np.unique(found[found[:, 0] < found[:, 1]], axis=0)
 
 
-def leaks(catalog: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
+def leaks(photos: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
     """Of pairs (M, 2) of catalog rows, those between train and test: train, test, same_product."""
-    pairs = np.asarray(pairs, int).reshape(-1, 2)
-    splits = catalog["split"].to_numpy()[pairs]
-    pairs, splits = pairs[splits[:, 0] != splits[:, 1]], splits[splits[:, 0] != splits[:, 1]]
-    train = np.where(splits[:, 0] == "train", pairs[:, 0], pairs[:, 1])
-    test = np.where(splits[:, 0] == "train", pairs[:, 1], pairs[:, 0])
-    product = catalog["product_id"].to_numpy()
-    return pd.DataFrame(
-        {"train": train, "test": test, "same_product": product[train] == product[test]}
-    )
+    found = pd.DataFrame(np.reshape(pairs, (-1, 2)).astype(int), columns=["train", "test"])
+    is_test = photos["split"].to_numpy() == "test"
+    swapped = is_test[found["train"]]
+    found[swapped] = found.loc[swapped, ["test", "train"]].to_numpy()
+    found = found[~is_test[found["train"]] & is_test[found["test"]]].reset_index(drop=True)
+    product = photos["product_id"].to_numpy()
+    return found.assign(same_product=product[found["train"]] == product[found["test"]])
