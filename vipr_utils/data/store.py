@@ -30,10 +30,12 @@ class BrokenImage(ValueError):
 
 
 def read_image(path: Path | str, *, least_px: int = 0) -> np.ndarray:
-    """(H, W, 3) uint8 RGB as a person would see it: EXIF rotation applied, transparency on white, 16 bit scaled to 8.
+    """(H, W, 3) uint8 RGB as a person would see it: EXIF rotation applied, transparency on white,
+    16 bit scaled to 8.
 
-    least_px: the decoder may reduce a larger JPEG as long as its shorter side keeps this many pixels; 0: full size.
-    Raises BrokenImage for empty, truncated, non-image files and ones over MAX_PIXELS.
+    least_px: the decoder may reduce a larger JPEG as long as its shorter side keeps this many
+    pixels; 0: full size. Raises BrokenImage for empty, truncated, non-image files and ones over
+    MAX_PIXELS.
     """
     try:
         with open(path, "rb") as file:
@@ -53,7 +55,8 @@ def _decode(data: bytes, path: Path, least_px: int) -> np.ndarray:
             picture = Image.open(io.BytesIO(data))
             if picture.width * picture.height > MAX_PIXELS:
                 raise BrokenImage(
-                    f"{path}: {picture.width} x {picture.height} is over {MAX_PIXELS // 10**6} megapixels; make it smaller"
+                    f"{path}: {picture.width} x {picture.height} is over "
+                    f"{MAX_PIXELS // 10**6} megapixels; make it smaller"
                 )
             if least_px and picture.format == "JPEG":
                 picture.draft("RGB" if picture.mode == "YCbCr" else None, (least_px, least_px))
@@ -111,7 +114,8 @@ class Store:
         start, end = int(self.offsets[row]), int(self.offsets[row + 1])
         if start == end:
             raise BrokenImage(
-                f"row {row} could not be read when the store was built; leave it out (store.readable)"
+                f"row {row} could not be read when the store was built; leave it out "
+                "(store.readable)"
             )
         if self._file[0] != os.getpid():
             self._file = (os.getpid(), os.open(self.folder / "images.bin", os.O_RDONLY))
@@ -123,11 +127,12 @@ class Store:
 
 
 def build_store(catalog: pd.DataFrame, *, cache_dir: Path, store_px: int = 256) -> Store:
-    """The Store of a catalog, built once in `cache_dir` and found again by data fingerprint and size.
+    """The Store of a catalog, built once in `cache_dir` and found again by data fingerprint and
+    size.
 
-    A photo whose shorter side is up to 1.5 * store_px keeps its JPEG bytes; larger ones are reduced to store_px
-    (JPEG, quality 95). Unreadable photos are listed in `problems` and have no record. Written whole: the folder appears
-    when it is complete, a damaged one is built anew.
+    A photo whose shorter side is up to 1.5 * store_px keeps its JPEG bytes; larger ones are reduced
+    to store_px (JPEG, quality 95). Unreadable photos are listed in `problems` and have no record.
+    Written whole: the folder appears when it is complete, a damaged one is built anew.
     """
     folder = (
         Path(cache_dir) / "stores" / f"{catalog.attrs['fingerprint']}-{len(catalog)}-{store_px}"
@@ -175,11 +180,14 @@ def _build(catalog: pd.DataFrame, folder: Path, store_px: int) -> None:
 def open_data(
     data_root: str, cache_dir: str, *, px: int = 256
 ) -> tuple[pd.DataFrame, Store, pd.DataFrame]:
-    """(photos, store, lost): the catalog of what can be read, its packed store, and what was left out.
+    """(photos, store, lost): the catalog of what can be read, its packed store, and what was left
+    out.
 
-    px: the size networks will see; the store keeps 8/7 of it, room for the study's crop of 224 out of 256.
+    px: the size networks will see; the store keeps 8/7 of it, room for the study's crop of 224 out
+    of 256.
 
-    The data root: the one given, $VIPR_DATA, one attached, else the toy set; attrs["said"] names it.
+    The data root: the one given, $VIPR_DATA, one attached, else the toy set; attrs["said"] names
+    it.
     """
     root, said = toy.data_root_or_toy(data_root, cache_dir)
     photos, absent = catalog.read(root)
@@ -195,7 +203,7 @@ def open_data(
 
 
 def _packed(path: Path, store_px: int) -> bytes:
-    """JPEG bytes of a photo at store size: the file's own where it is a small, plain, upright JPEG."""
+    """JPEG bytes of a photo at store size: the file's own where it is small, plain, upright."""
     pixels = read_image(path, least_px=2 * store_px)
     with Image.open(path) as picture:
         plain = (
@@ -221,9 +229,10 @@ def _packed(path: Path, store_px: int) -> bytes:
 class Photos(torch.utils.data.Dataset):
     """Items (image (3, S, S), label, row) of the catalog rows given; labels default to -1.
 
-    Random transforms are seeded by (seed, epoch, row): the same photo looks the same in the same epoch whatever the
-    order, the number of workers, or where a run was interrupted.
-    shop (N,) bool: with probability `clutter` such a photo is made customer_like, on the ground of another of the rows.
+    Random transforms are seeded by (seed, epoch, row): the same photo looks the same in the same
+    epoch whatever the order, the number of workers, or where a run was interrupted. shop (N,) bool:
+    with probability `clutter` such a photo is made customer_like, on the ground of another of the
+    rows.
     """
 
     def __init__(
@@ -272,7 +281,8 @@ class Photos(torch.utils.data.Dataset):
 def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, workers: int = -1):
     """A DataLoader in order (batch_size) or by batch_sampler (a list of index lists).
 
-    workers -1: on a GPU one process per core; on a CPU none where the cores are busy with the network anyway.
+    workers -1: on a GPU one process per core; on a CPU none where the cores are busy with the
+    network anyway.
     """
     on_gpu = torch.device(device).type == "cuda"
     if workers < 0:

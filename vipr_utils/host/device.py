@@ -16,11 +16,12 @@ import torch
 
 
 def working_device(name: str = "auto") -> torch.device:
-    """A device that was seen to work: 'auto' takes CUDA, Apple's MPS, else the CPU; a named one must work.
+    """A device that was seen to work; 'auto' takes CUDA, Apple's MPS, else the CPU.
 
-    `cuda.is_available()` is also true for cards that the installed torch has no kernels for (Kaggle's P100): here
-    a real operation runs and the card's capability is held against torch's list.
-    Raises RuntimeError when a named device does not work; 'auto' warns and goes on with the CPU.
+    `cuda.is_available()` is also true for cards that the installed torch has no kernels for
+    (Kaggle's P100): here a real operation runs and the card's capability is held against torch's
+    list. Raises RuntimeError when a named device does not work; 'auto' warns and goes on with the
+    CPU.
     """
     if name != "auto":
         if problem := _problem(name):
@@ -43,9 +44,9 @@ def _problem(name: str) -> str:
             capability, built = torch.cuda.get_device_capability(dev), torch.cuda.get_arch_list()
             if not _has_kernels(capability, built):
                 return (
-                    f"{torch.cuda.get_device_name(dev)} is sm_{capability[0]}{capability[1]}, torch "
-                    f"{torch.__version__} has kernels for {', '.join(built)}. On Kaggle choose Settings > "
-                    "Accelerator > GPU T4 x2"
+                    f"{torch.cuda.get_device_name(dev)} is sm_{capability[0]}{capability[1]}, "
+                    f"torch {torch.__version__} has kernels for {', '.join(built)}. On Kaggle "
+                    "choose Settings > Accelerator > GPU T4 x2"
                 )
         x = torch.ones(8, 8, device=dev)
         if float((x @ x).sum()) != 512.0:
@@ -56,7 +57,10 @@ def _problem(name: str) -> str:
 
 
 def _has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether a card of this capability runs what was built: same major for sm_*, PTX (compute_*) also later ones."""
+    """Whether a card of this capability runs what was built.
+
+    sm_* runs on the same major, PTX (compute_*) on later ones too.
+    """
     listed = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch) for arch in built]
     listed = [
         (m[1], (int(m[2]), int(m[3]))) for m in listed if m
@@ -68,10 +72,12 @@ def _has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def tune(threads: int = 0) -> None:
-    """Set torch's threads (0: $OMP_NUM_THREADS, else the cores of this process) and keep freed memory.
+    """Set torch's threads and keep freed memory.
 
-    glibc gives large blocks back to the system after every step and faults them in again at the next: two thirds
-    of the time of a naive CPU loop. Does nothing elsewhere; may be called twice.
+    threads 0: $OMP_NUM_THREADS, else the cores of this process.
+
+    glibc gives large blocks back to the system after every step and faults them in again at the
+    next: two thirds of the time of a naive CPU loop. Does nothing elsewhere; may be called twice.
     """
     warnings.filterwarnings(
         "ignore", message="IProgress not found"
@@ -80,7 +86,8 @@ def tune(threads: int = 0) -> None:
     torch.set_num_threads(threads or (int(asked) if asked.isdigit() else 0) or cores())
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        # M_MMAP_THRESHOLD first: older glibc refuses more than 32 MiB, and without it the next line makes it worse
+        # M_MMAP_THRESHOLD first: older glibc refuses more than 32 MiB, and without it the next line
+        # makes it worse
         if mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25):
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
             mallopt(-2, 1 << 26)  # M_TOP_PAD
@@ -92,12 +99,14 @@ def cores() -> int:
 
 
 def compute_dtype(name: str, device: torch.device, *, training: bool = False) -> torch.dtype:
-    """The format in which networks compute: the one named; 'auto' takes $VIPR_PRECISION, else what pays on this device.
+    """The format in which networks compute.
 
-    That is bfloat16 on GPUs from Ampere on, float16 on older ones (T4), float32 on a CPU without units for halves. With
-    AMX it is bfloat16, with AVX512-BF16 bfloat16 for embedding alone (EfficientNet-Lite0 at 160 px on an EPYC: 10.8
-    against 17.4 ms an image, but 80 against 71 in training). Emulated halves are ten times slower.
-    Raises ValueError for another name.
+    The one named; 'auto' takes $VIPR_PRECISION, else what pays on this device.
+
+    That is bfloat16 on GPUs from Ampere on, float16 on older ones (T4), float32 on a CPU without
+    units for halves. With AMX it is bfloat16, with AVX512-BF16 bfloat16 for embedding alone
+    (EfficientNet-Lite0 at 160 px on an EPYC: 10.8 against 17.4 ms an image, but 80 against 71 in
+    training). Emulated halves are ten times slower. Raises ValueError for another name.
     """
     asked = os.environ.get("VIPR_PRECISION") or "auto" if name == "auto" else name
     if asked not in ("auto", "float32", "bfloat16", "float16"):
@@ -119,7 +128,7 @@ def compute_dtype(name: str, device: torch.device, *, training: bool = False) ->
 
 
 def precision_used(name: str, device: torch.device) -> dict[str, str]:
-    """The `precision` entry of run.json: what `compute_dtype` gives for embedding and for training."""
+    """The `precision` entry of run.json: what `compute_dtype` gives for either use."""
     uses = ("embedding", "training")
     return {
         use: str(compute_dtype(name, device, training=use == "training")).removeprefix("torch.")

@@ -19,7 +19,9 @@ except ImportError:  # Windows
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time in here, by a lock file in `folder` that ends with its process; on Windows no lock."""
+    """One process at a time in here, by a lock file in `folder` that ends with its process; on
+    Windows no lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         if fcntl:
@@ -29,10 +31,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes its place, on any error the old file stays.
+    """Yield a temporary path beside `path`; on success it takes its place, on any error the old
+    file stays.
 
-    Raises OSError (no space) with the file, what was written, the room left and the remedy; in /kaggle/working also
-    when the file would pass the 20 GB that Kaggle keeps.
+    Raises OSError (no space) with the file, what was written, the room left and the remedy; in
+    /kaggle/working also when the file would pass the 20 GB that Kaggle keeps.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +64,9 @@ def whole_file(path: Path) -> Iterator[Path]:
             )
             raise OSError(
                 errno.ENOSPC,
-                f"disk full while writing {path.name} ({written:.2f} GB written, {free:.2f} GB free{limit}): the file "
-                f"before it is untouched. Free space in {path.parent} or give another output_dir or cache_dir",
+                f"disk full while writing {path.name} ({written:.2f} GB written, {free:.2f} GB "
+                f"free{limit}): the file before it is untouched. Free space in {path.parent} or "
+                "give another output_dir or cache_dir",
             ) from error
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Where the kit runs: Kaggle, Colab or a machine of yours, its folders, and what will be met there."""
+"""Where the kit runs: Kaggle, Colab or a machine of yours, its folders, what is met there."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ SESSION_HOURS = {"kaggle": 12, "colab": 12}
 
 
 def where() -> str:
-    """'kaggle', 'colab' or 'local', from the environment variables that also reach a papermill kernel."""
+    """'kaggle', 'colab' or 'local', from the environment variables that also reach a papermill
+    kernel.
+    """
     if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
         return "kaggle"
     return "colab" if os.environ.get("COLAB_RELEASE_TAG") else "local"
@@ -62,7 +64,8 @@ def repository() -> Path | None:
 
 
 def find_data_root(given: str = "") -> tuple[Path | None, str]:
-    """(data root, how it was found): the parameter, $VIPR_DATA, one attached on Kaggle or Colab, else (None, 'toy').
+    """(data root, how it was found): the parameter, $VIPR_DATA, one attached on Kaggle or Colab,
+    else (None, 'toy').
 
     Raises FileNotFoundError when a folder was named and holds no train.csv.
     """
@@ -77,15 +80,18 @@ def find_data_root(given: str = "") -> tuple[Path | None, str]:
             if not (folder / MARKER).is_file():
                 what = f"has no {MARKER}" if folder.is_dir() else "does not exist"
                 raise FileNotFoundError(
-                    f"{how}: {value} {what}. Expected a folder with train.csv (name,class,group), test.csv and the "
-                    "image folders train/ and test/; leave it empty for the toy set."
+                    f"{how}: {value} {what}. Expected a folder with train.csv (name,class,group), "
+                    "test.csv and the image folders train/ and test/; leave it empty for the toy "
+                    "set."
                 )
             return folder.resolve(), how
     return _attached() or (None, "toy")
 
 
 def _attached() -> tuple[Path, str] | None:
-    """A data root mounted by the platform; one that has its images goes before one that is only tables."""
+    """A data root mounted by the platform; one that has its images goes before one that is only
+    tables.
+    """
     kagglehub = Path(os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub")
     drive = COLAB_CONTENT / "drive" / "MyDrive"
     places = {
@@ -110,9 +116,11 @@ def _attached() -> tuple[Path, str] | None:
 
 
 def attached(name: str) -> list[Path]:
-    """Files or folders of this (relative) name in what the platform has mounted: at the root of an input, or one below.
+    """Files or folders of this (relative) name in what the platform has mounted: at the root of an
+    input, or one below.
 
-    Both mount schemes of datasets, the outputs of notebooks, and models; image folders are not listed.
+    Both mount schemes of datasets, the outputs of notebooks, and models; image folders are not
+    listed.
     """
     mounts = ("*", "datasets/*/*", "notebooks/*/*", "models/*/*/*/*/*")
     patterns = (
@@ -142,7 +150,9 @@ def _is_data_root(folder: Path) -> bool:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Folders in it but image folders, as far as the first 500 entries tell: more are images by another name."""
+    """Folders in it but image folders, as far as the first 500 entries tell: more are images by
+    another name.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -155,7 +165,9 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def cache_folder(given: str = "") -> Path:
-    """Scratch that may be lost: the parameter, $VIPR_CACHE, the platform's scratch disk, ~/.cache/vipr. Created."""
+    """Scratch that may be lost: the parameter, $VIPR_CACHE, the platform's scratch disk,
+    ~/.cache/vipr. Created.
+    """
     usual = {"kaggle": KAGGLE_TEMP / "vipr", "colab": COLAB_CONTENT / "vipr_cache"}
     default = usual.get(where(), Path.home() / ".cache" / "vipr")
     folder = Path(given or os.environ.get("VIPR_CACHE") or default).expanduser()
@@ -164,8 +176,9 @@ def cache_folder(given: str = "") -> Path:
 
 
 def output_folder(given: str = "submissions") -> Path:
-    """Where runs are kept; a relative one lies in /kaggle/working, on Colab in the mounted Drive's vipr/ or in /content,
-    elsewhere in the checkout, else in here. Created."""
+    """Where runs are kept; a relative one lies in /kaggle/working, on Colab in the mounted Drive's
+    vipr/ or in /content, elsewhere in the checkout, else in here. Created.
+    """
     drive = COLAB_CONTENT / "drive" / "MyDrive"
     kept = {"kaggle": KAGGLE_WORKING, "colab": drive / "vipr" if drive.is_dir() else COLAB_CONTENT}
     folder = kept.get(where(), repository() or Path.cwd()) / Path(given).expanduser()
@@ -174,7 +187,7 @@ def output_folder(given: str = "submissions") -> Path:
 
 
 def run_folder(output_dir: str, run_name: str) -> Path:
-    """<output_dir>/<run_name>/, created. Raises ValueError when the name is no plain folder name."""
+    """<output_dir>/<run_name>/, created. Raises ValueError for no plain folder name."""
     if not run_name or run_name in (".", "..") or set(run_name) & set('/\\:*?"<>|\0\n'):
         raise ValueError(
             f"run_name {run_name!r} is no plain folder name: use letters, digits, '-', '_' and '.'"
@@ -185,14 +198,18 @@ def run_folder(output_dir: str, run_name: str) -> Path:
 
 
 def find_run(model_run: str, *, output_dir: str = "submissions") -> Path:
-    """Folder of an earlier run with a model.pt: by name in output_dir, by its path, or among attached notebooks' outputs."""
+    """Folder of an earlier run with a model.pt: by name in output_dir, by its path, or among
+    attached notebooks' outputs.
+    """
     own = output_folder(output_dir) / model_run
     places = [own, Path(model_run), *attached(f"submissions/{model_run}"), *attached(model_run)]
     return next((folder for folder in places if (folder / "model.pt").is_file()), own)
 
 
 def room_gb(folder: Path) -> float:
-    """GB (1e9 bytes) that may still be written below `folder`: its disk, and in /kaggle/working what is left of 20 GB."""
+    """GB (1e9 bytes) that may still be written below `folder`: its disk, and in /kaggle/working
+    what is left of 20 GB.
+    """
     free = shutil.disk_usage(folder).free / 1e9
     return min(free, KEPT_GB - _size_gb(KAGGLE_WORKING)) if is_kept(folder) else free
 
@@ -234,8 +251,9 @@ def preflight(params: dict) -> pd.DataFrame:
 
     (8 rows) item -> found, to do; what would cost hours is also warned of.
 
-    `params` are the notebook's. The device by a real operation, memory, room for outputs and caches, data, weights, and
-    the time that the same parameters took here before, by the run.json of that run.
+    `params` are the notebook's. The device by a real operation, memory, room for outputs and
+    caches, data, weights, and the time that the same parameters took here before, by the run.json
+    of that run.
     """
     tune()
     given = {
@@ -273,7 +291,8 @@ def preflight(params: dict) -> pd.DataFrame:
 
 def _machine() -> tuple[str, str]:
     return (
-        f"{where()}, Python {platform.python_version()}, torch {torch.__version__}, {cores()} cores",
+        f"{where()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{cores()} cores",
         "",
     )
 
@@ -324,7 +343,9 @@ def _weights(weights: str) -> str:
 
 
 def _time(params: dict, data: Path | None, out: Path) -> tuple[str, str]:
-    """What the same parameters took on this hardware before; without that max_minutes, or that there is no limit."""
+    """What the same parameters took on this hardware before; without that max_minutes, or that
+    there is no limit.
+    """
     for file in sorted(
         [*out.glob("*/run.json"), *out.glob("reference/*/run.json")],
         key=lambda f: -f.stat().st_mtime,
@@ -354,6 +375,8 @@ def _time(params: dict, data: Path | None, out: Path) -> tuple[str, str]:
 
 
 def _settings(params: dict) -> dict:
-    """Parameters that time hangs on. No two notebooks have the same names: equal ones are of the same notebook."""
+    """Parameters that time hangs on. No two notebooks have the same names: equal ones are of the
+    same notebook.
+    """
     place = {"output_dir", "cache_dir", "data_root", "run_name", "device"}
     return {name: value for name, value in params.items() if name not in place}

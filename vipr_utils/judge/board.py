@@ -180,7 +180,7 @@ class Board:
         }
 
     def by_view(self) -> pd.DataFrame:
-        """A row for each view and entry: metrics, and the difference to the entry's baseline there."""
+        """A row for each view and entry: metrics, and the difference to its baseline there."""
         whole = f"{self.task.gallery_domain} photos only"
         names = {"test": whole if self.task.gallery_domain else "whole gallery"}
         rows = {}

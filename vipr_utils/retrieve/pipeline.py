@@ -139,7 +139,7 @@ def verified_expansion(search: Search, k: int) -> Search:
     return replace(search, queries=queries).searched(depth)
 
 
-METHODS = {  # step -> what it is called in tables; projections first, then other steps on embeddings
+METHODS = {  # step -> what it is called in tables
     centring: "centring",
     pca: "PCA",
     whitening: "whitening",

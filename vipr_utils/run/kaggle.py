@@ -1,10 +1,10 @@
-"""The kit on Kaggle: itself as an attachable dataset, notebooks as kernels, weights for sessions without a network.
+"""The kit on Kaggle: itself as a dataset, notebooks as kernels, weights for want of a network.
 
-    python -m vipr_utils kaggle bundle  --owner NAME [--output kaggle]         kaggle/vipr-kit/: the dataset, one zip
-    python -m vipr_utils kaggle weights --owner NAME MODEL [MODEL ...]         kaggle/vipr-weights/: a file a model
-    python -m vipr_utils kaggle prepare --owner NAME params/kaggle_t4          kaggle/<kernel>/: one a parameter file
-    python -m vipr_utils kaggle push    kaggle/vipr-kit kaggle/vipr-06-submission
-    python -m vipr_utils kaggle collect kaggle/vipr-06-submission [--output submissions]
+    vipr kaggle bundle  --owner NAME [--output kaggle]     kaggle/vipr-kit/: the dataset, one zip
+    vipr kaggle weights --owner NAME MODEL [MODEL ...]     kaggle/vipr-weights/: a file a model
+    vipr kaggle prepare --owner NAME params/kaggle_t4      kaggle/<kernel>/: one a parameter file
+    vipr kaggle push    kaggle/vipr-kit kaggle/vipr-06-submission
+    vipr kaggle collect kaggle/vipr-06-submission [--output submissions]
 
 Only push and collect need the network and the official `kaggle` client, installed and configured.
 """
@@ -57,7 +57,8 @@ def bundle(folder: Path, *, owner: str) -> Path:
     """
     if not (root := platform.repository()):
         raise KaggleError(
-            "bundle needs the repository (pyproject.toml and notebooks/), not an installed package alone"
+            "bundle needs the repository (pyproject.toml and notebooks/), not an installed "
+            "package alone"
         )
     folder = Path(folder) / KIT
     with (
@@ -75,10 +76,11 @@ def bundle(folder: Path, *, owner: str) -> Path:
 
 
 def weights(names: list[str], folder: Path, *, owner: str) -> Path:
-    """Folder with the pretrained weights of each backbone as <name>.safetensors, SHA256SUMS and dataset metadata.
+    """Folder with the pretrained weights of each backbone as <name>.safetensors, SHA256SUMS and
+    dataset metadata.
 
-    Attached on Kaggle, or named by $VIPR_WEIGHTS, `models.create` finds them; `sha256sum -c SHA256SUMS` checks them.
-    Raises models.WeightsError when a backbone's weights cannot be had.
+    Attached on Kaggle, or named by $VIPR_WEIGHTS, `models.create` finds them; `sha256sum -c
+    SHA256SUMS` checks them. Raises models.WeightsError when a backbone's weights cannot be had.
     """
     folder, sums = Path(folder) / WEIGHTS, {}
     for name in names:
@@ -87,7 +89,8 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
             raise models.WeightsError(
                 f"{name} starts at random: it has no pretrained weights to carry along"
             )
-        # the kit's own names: no architecture's translation of foreign checkpoints touches them again
+        # the kit's own names: no architecture's translation of foreign checkpoints touches them
+        # again
         state = {
             k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("backbone.")
         }
@@ -128,7 +131,7 @@ def _owner(name: str) -> str:
     return name
 
 
-# ----------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
 
 
 def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
@@ -152,11 +155,12 @@ def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
 def kernel_metadata(
     run: Run, *, owner: str, internet: bool = False, data: str = "", upstream: tuple = ()
 ) -> dict:
-    """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook computes, its sources.
+    """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook
+    computes, its sources.
 
-    Sources: the kit, the weights' dataset where "auto" asks for some and there is no network, the competition (or
-    `data`, owner/slug of a dataset), and the kernels of the runs it builds on: its model_run, and `upstream`.
-    Raises KaggleError for a name that Kaggle would refuse.
+    Sources: the kit, the weights' dataset where "auto" asks for some and there is no network, the
+    competition (or `data`, owner/slug of a dataset), and the kernels of the runs it builds on: its
+    model_run, and `upstream`. Raises KaggleError for a name that Kaggle would refuse.
     """
     slug, given = kernel_slug(run.name), run.defaults | run.params
     computes = "device" in run.defaults
@@ -182,20 +186,23 @@ def kernel_metadata(
 
 
 def kernel_slug(run_name: str) -> str:
-    """'vipr-06-submission': lower-case letters, digits and single hyphens, at most 50 characters."""
+    """'vipr-06-submission': lower-case letters, digits, single hyphens, at most 50 characters."""
     slug = "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
     if not 5 < len(slug) <= 50:
         raise KaggleError(
-            f"run_name {run_name!r} gives the kernel {slug!r} of {len(slug)} characters, 6 to 50 are allowed"
+            f"run_name {run_name!r} gives the kernel {slug!r} of {len(slug)} characters, "
+            "6 to 50 are allowed"
         )
     return slug
 
 
-# ------------------------------------------------------------------------------------- through the official client
+# ---------------------------------------------------------------------- through the official client
 
 
 def push(folder: Path) -> str:
-    """Upload a prepared folder, a kernel (which then runs) or a dataset (new, or a new version); what Kaggle said."""
+    """Upload a prepared folder, a kernel (which then runs) or a dataset (new, or a new version);
+    what Kaggle said.
+    """
     if (folder / KERNEL).is_file():
         said = client("kernels", "push", "-p", str(folder))
         if "successfully pushed" not in said:  # the client ends with 0 also when Kaggle refuses
@@ -215,7 +222,8 @@ def push(folder: Path) -> str:
 
 
 def collect(folder: Path, output_dir: Path) -> list[Path]:
-    """Run folders that a pushed kernel left under submissions/, copied into `output_dir`; [] while it still runs.
+    """Run folders that a pushed kernel left under submissions/, copied into `output_dir`; [] while
+    it still runs.
 
     Raises KaggleError when the kernel failed, with its status.
     """
@@ -236,10 +244,13 @@ def collect(folder: Path, output_dir: Path) -> list[Path]:
 
 
 def client(*arguments: str) -> str:
-    """What the official client printed. Raises KaggleError when it is absent, not configured, or fails."""
+    """What the official client printed. Raises KaggleError when it is absent, not configured, or
+    fails.
+    """
     if not (program := shutil.which("kaggle")):
         raise KaggleError(
-            "the kaggle client is not installed: pip install kaggle, then create an API token on kaggle.com"
+            "the kaggle client is not installed: pip install kaggle, then create an API token "
+            "on kaggle.com"
         )
     done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -249,9 +260,7 @@ def client(*arguments: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """One command; exit code 0, or 2 with what is wrong."""
-    parser = argparse.ArgumentParser(
-        "python -m vipr_utils kaggle", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser("vipr kaggle", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["bundle", "weights", "prepare", "push", "collect"])
     parser.add_argument("names", nargs="*", help="backbones, parameter files, or prepared folders")
     parser.add_argument(
