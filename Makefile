@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps processors test-kaggle test-colab stamp notebooks readme clean
+.PHONY: demo test lint unit smoke nbval sweeps processors test-kaggle test-colab stamp notebooks results clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m vipr_utils run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
@@ -82,7 +82,8 @@ stamp:
 notebooks: .venv/test.stamp
 	$(BIN)/python tests/refresh_notebooks.py $(NOTEBOOKS)
 
-readme: .venv/demo.stamp
+# Write the tables of RESULTS.md from submissions/reference.
+results: .venv/demo.stamp
 	$(BIN)/python tests/tables.py
 
 .venv/bin/python:
