@@ -57,13 +57,13 @@ FIGURES = {
     ),
     "matches": (
         lambda: plots.matches(
-            picture(0), picture(1, 90, 50), (np.eye(100, 2), np.eye(100, 2) / 2), **WORDS
+            picture(0), picture(1, 90, 50), (np.eye(100, 2), np.eye(100, 2) / 2), title="Title"
         ),
         "Title: 100 matches between a query and a gallery photo, 50 of them drawn",
     ),
     "no matches": (
         lambda: plots.matches(
-            picture(0), picture(1), (np.zeros((0, 2)), np.zeros((0, 2))), **WORDS
+            picture(0), picture(1), (np.zeros((0, 2)), np.zeros((0, 2))), title="Title"
         ),
         "Title: 0 matches between a query and a gallery photo",
     ),

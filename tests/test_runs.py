@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 from pathlib import Path
@@ -49,11 +50,10 @@ def test_record_names_folders_without_their_place(tmp_path):
     }
 
 
-def test_readme_shows_the_reference_records_as_they_are():
-    root = Path(__file__).resolve().parents[1]
-    reference = root / "submissions" / "reference"
-    table, readme = runs.tables(reference), (root / "README.md").read_text()
-    assert table.count("\n") > 5 and tables.inserted(readme, table) == readme
+def test_results_page_shows_the_reference_records_as_they_are():
+    page = (Path(__file__).resolve().parents[1] / "RESULTS.md").read_text(encoding="utf-8")
+    made = tables.results()
+    assert made.count("\n") > 50 and tables.inserted(page, made) == page, "make results"
 
 
 def test_a_saved_run_holds_every_key_of_the_contract(tmp_path):
@@ -119,12 +119,20 @@ def test_the_scoreboard_sorts_best_first_expands_systems_and_survives_damage(tmp
     assert runs.write_runs_csv(tmp_path).read_text().count("\n") == 5
 
 
-def test_markdown_gives_interval_data_sizes_time_and_hardware_and_skips_unscored_runs(tmp_path):
+def test_table_gives_interval_data_sizes_time_and_hardware_and_skips_unscored_runs(tmp_path):
     saved(tmp_path / "one")
     saved(tmp_path / "eda", metrics={})
-    lines = runs.markdown(runs.scoreboard(tmp_path)).splitlines()
-    assert len(lines) == 3
-    assert "| one | toy, test | 20 × 30 | 0.458 [0.441, 0.476] | 1 | 0.564 | 61 s |" in lines[2]
+    board = runs.scoreboard(tmp_path)
+    printed = runs.table(board).splitlines()
+    assert len(printed) == 2
+    shown = dict(zip(printed[0].split(), printed[1].split()))
+    expected = {"run": "one", "map_at_5": "0.458", "map_at_5_low": "0.441", "seconds": "61"}
+    assert expected.items() <= shown.items()
+    header, rule, row = runs.markdown(board).splitlines()
+    assert header.startswith("run|map_at_5|") and rule == "|".join(
+        ["---"] * (header.count("|") + 1)
+    )
+    assert row.startswith("one|0.458|0.441|0.476|0.564|1|toy|test|20|30|61|")
 
 
 def test_only_what_stands_between_the_marks_is_replaced():
@@ -153,13 +161,9 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_range(tmp_path
     merged = runs.over_seeds(runs.scoreboard(tmp_path)).set_index("run")
     row = merged.loc["study_scratch-triplet-cosine"]
     assert row.map_at_5 == pytest.approx(0.4) and (row.seeds, row.least, row.most) == (3, 0.3, 0.5)
-    text = runs.tables(tmp_path)
-    assert (
-        "**study_scratch**" in text
-        and "| 0.400 [0.441, 0.476] | 3: 0.300–0.500 |" in text
-        and "| 0.023 |" in text
-    )
-    assert text.index("**study_scratch**") < text.index("**single runs**")
+    row = runs.readable(runs.scoreboard(tmp_path)).set_index("run").loc[row.name]
+    assert row.study == 0.023
+    assert "| 0.400, 0.300 to 0.500 over 3 seeds |" in tables.results(tmp_path)
 
 
 def answered(folder, values, names=("a.jpg", "b.jpg", "c.jpg", "d.jpg")):
@@ -180,18 +184,30 @@ def test_levers_are_compared_with_the_baseline_of_their_sweep_query_by_query(tmp
     )
     assert row.high == pytest.approx(0.2)
     assert table.loc["gap-clutter", "customer"].difference == 0
-    line = "| gap-clutter | shop | 0.300 | 0.450 | +0.150 [+0.100, +0.200] |"
-    assert line in runs.paired_markdown(table.reset_index())
-    saved(tmp_path / "toy" / "gap-baseline")
-    for name in ("gap-baseline", "gap-clutter"):
-        (tmp_path / "toy" / name).mkdir(exist_ok=True)
-        (tmp_path / "toy" / name / "average_precision.csv").write_bytes(
-            (tmp_path / name / "average_precision.csv").read_bytes()
-        )
-    assert (
-        "**toy: paired differences to the baseline**" in runs.tables(tmp_path)
-        and runs.tables(tmp_path).count(line) == 2
+    assert "gap-clutter|shop|0.300|0.450|0.150|0.100|0.200" in runs.paired_markdown(
+        table.reset_index()
     )
+    assert runs.paired_markdown(runs.against_baselines(tmp_path / "nothing")) == ""
+
+
+def test_per_query_scores_are_read_compressed_too(tmp_path):
+    answered(tmp_path / "gap-baseline", [0.0, 0.2, 0.4, 0.6])
+    answered(tmp_path / "gap-clutter", [0.1, 0.3, 0.6, 0.8])
+    plain = runs.against_baselines(tmp_path)
+    for file in tmp_path.glob("*/average_precision.csv"):
+        file.with_suffix(".csv.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    pd.testing.assert_frame_equal(runs.against_baselines(tmp_path), plain)
+
+
+def test_paired_differences_stand_beside_each_other_by_gallery(tmp_path):
+    answered(tmp_path / "gap-baseline", [0.0, 0.2, 0.4, 0.6])
+    answered(tmp_path / "gap-clutter", [0.1, 0.3, 0.6, 0.8])
+    pairs = runs.against_baselines(tmp_path)
+    pairs = pd.concat([pairs, pairs[pairs["view"] == "shop"].assign(view="test")])
+    wide = tables.differences(pairs).set_index("run")
+    assert wide.loc["gap-clutter", "shop photos"] == "+0.150 [+0.100, +0.200]"
+    assert wide.loc["gap-clutter", "customer photos"] == "+0.000 [+0.000, +0.000]"
 
 
 def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp_path):
@@ -207,42 +223,38 @@ def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp
         runs.compare(tmp_path, "gap-baseline", ["nothing"])
 
 
-def test_an_ablation_shows_each_method_with_its_difference_and_long_tables_are_folded(tmp_path):
-    extra = {
+def test_an_ablation_shows_each_method_with_its_difference():
+    plain = SCORES | {
+        "name": "plain search",
         "setting": "",
         "difference": 0.0,
         "difference_low": 0.0,
         "difference_high": 0.0,
         "verdict": "does not help",
+        "seconds": 0.26,
+        "peak_mb": 40.6,
+        "ms_per_image": 8.04,
     }
-    plain = (
-        {"name": "plain search"}
-        | SCORES
-        | extra
-        | {"seconds": 0.26, "peak_mb": 40.6, "ms_per_image": 8.04}
-    )
     other = plain | {
         "name": "k",
         "setting": "k:20",
         "difference": 0.072,
         "difference_low": 0.061,
         "difference_high": 0.084,
+        "verdict": "helps",
+        "ms_per_image": None,
+        "seconds": 400.0,
     }
-    other |= {"verdict": "helps", "ms_per_image": float("nan"), "seconds": 400.0}
-    saved(tmp_path / "07", metrics=SCORES | {"rows": [plain, other]})
-    text = runs.tables(tmp_path)
-    assert (
-        text.startswith("**07**")
-        and "single runs" not in text
-        and "20 queries × 30 gallery photos of toy, lite0" in text
-    )
-    assert "| plain search |  | 0.458 [0.441, 0.476] |  |  | 8.0 | 0.3 s | 41 MB |" in text
-    assert (
-        "| k | k:20 | 0.458 [0.441, 0.476] | +0.072 [+0.061, +0.084] | helps | – | 7 min | 41 MB |"
-        in text
-    )
-    saved(tmp_path / "07", metrics=SCORES | {"rows": [plain] + [other] * 12})
-    assert runs.tables(tmp_path).startswith("<details><summary><b>07</b> (13 rows)</summary>\n\n")
+    shown = tables.markdown(tables.ablation({"metrics": {"rows": [plain, other]}}))
+    assert "| plain search |  | – | – | 8.0 | 0.3 |" in shown
+    assert "| k | k:20 | +0.072 [+0.061, +0.084] | helps | – | 400.0 |" in shown
+
+
+def test_columns_that_never_vary_are_left_out_and_long_tables_folded():
+    table = pd.DataFrame({"a": range(13), "b": 1})
+    assert tables.markdown(table).splitlines()[:3] == ["| a |", "| --- |", "| 0 |"]
+    assert "<details><summary>13 rows</summary>" in tables.section("T", "All have b 1.", table)
+    assert "<details>" not in tables.section("T", "All have b 1.", table.head(12))
 
 
 # ------------------------------------------------------------------------------------- validation, trainings cut short
@@ -288,4 +300,5 @@ def test_training_cut_short_is_marked_in_record_and_table(tmp_path):
         "sweep-seed0": "in epoch 3 of 8",
         "sweep-seed1: whole": "",
     }
-    assert "| sweep **cut short in epoch 3 of 8** |" in runs.markdown(runs.scoreboard(tmp_path))
+    assert "in epoch 3 of 8" in runs.table(runs.scoreboard(tmp_path))
+    assert "| sweep **(cut short in epoch 3 of 8)** |" in tables.results(tmp_path)

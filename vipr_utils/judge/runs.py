@@ -33,7 +33,25 @@ KEYS = [
     "device",
     "git",
 ]
-# mAP@5 that the reference study reports on Products-10K, over galleries it does not describe, by the run that repeats it.
+SCORES = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
+COLUMNS = [
+    "run",
+    "cut_short",
+    "notebook",
+    "model",
+    "data",
+    "protocol",
+    "gallery",
+    *SCORES,
+    "n_queries",
+    "n_gallery",
+    "image_size",
+    "seed",
+    "seconds",
+    "hardware",
+]
+# mAP@5 that the reference study reports on Products-10K, over galleries it does not describe, by
+# the run that repeats it.
 STUDY = {
     "study_scratch-contrastive-cosine": 0.069,
     "study_scratch-contrastive-euclidean": 0.070,
@@ -47,7 +65,6 @@ STUDY = {
     "study_subset-efficientnet_b1": 0.6366,
     "study_subset-scratch": 0.9704,
 }
-FOLD = 12  # lines of a table that are still shown open
 
 
 class RunError(ValueError):
@@ -69,17 +86,18 @@ def save(
     validation: dict | None = None,
     cut_short: str = "",
 ) -> Path:
-    """Write <folder>/run.json whole and return its path. NaN becomes null; metrics may hold `rows`, one per system.
+    """Write <folder>/run.json whole and return its path. NaN becomes null.
 
-    precision: `precision_used`; validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
-    Of data_root, output_dir and cache_dir in params only the folder's name is kept: a record may be published.
+    metrics: may hold `rows`, one per system; precision: `precision_used`;
+    validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
+    Of data_root, output_dir and cache_dir in params only the folder's name is kept: a record may
+    be published.
 
     Raises TypeError for a value that JSON has no form for, naming where it stands.
     """
-    params = {
-        k: Path(v).name if k in ("data_root", "output_dir", "cache_dir") else v
-        for k, v in params.items()
-    }
+    params = dict(params)
+    for name in params.keys() & {"data_root", "output_dir", "cache_dir"}:
+        params[name] = Path(params[name]).name
     record = {
         "run": Path(folder).name,
         "notebook": notebook,
@@ -99,27 +117,29 @@ def save(
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     text = json.dumps(_plain(record, "run"), indent=1, allow_nan=False, ensure_ascii=False)
-    with whole_file(Path(folder) / "run.json") as part:
+    path = Path(folder) / "run.json"
+    with whole_file(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
-    return Path(folder) / "run.json"
+    return path
 
 
 def _plain(value, at: str):
     """The value in JSON's own types."""
     if isinstance(value, dict):
         return {str(k): _plain(v, f"{at}.{k}") for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
         return [_plain(v, f"{at}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
     if isinstance(value, Path):
         return value.as_posix()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (str, int, float, type(None))):
+        return value
     raise TypeError(
-        f"{at} is a {type(value).__name__}: run.json holds text, numbers, lists and dictionaries; convert it"
+        f"{at} is a {type(value).__name__}: run.json holds text, numbers, lists and dictionaries; "
+        "convert it"
     )
 
 
@@ -128,111 +148,86 @@ def load(folder: Path) -> dict:
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise RunError(f"{path} does not exist: the run has not finished; run its notebook again")
+    remedy = "remove it and run the notebook again"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} is no readable JSON ({error}): remove the folder and run the notebook again"
-        ) from error
-    if not isinstance(record, dict) or (missing := [k for k in KEYS if k not in record]):
-        what = f"lacks {', '.join(missing)}" if isinstance(record, dict) else "is no object"
-        raise RunError(
-            f"{path} {what}: it was written by something else; remove it or run the notebook again"
-        )
+        raise RunError(f"{path} is no readable JSON ({error}): {remedy}") from error
+    if not isinstance(record, dict):
+        raise RunError(f"{path} is no object, so no run wrote it: {remedy}")
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise RunError(f"{path} lacks {', '.join(missing)}, so no run wrote it: {remedy}")
     return record
 
 
 def best_on_validation(output_dir: Path, fingerprint: str) -> str:
-    """Name of the run whose model has the highest validation mAP@5, of those on the data of this fingerprint.
+    """Name of the run whose model has the highest validation mAP@5, on the data of this fingerprint.
 
-    Raises RunError where there is none, and where they held out different photos: such scores do not compare.
+    Raises RunError where there is none, and where runs held out different photos: such scores do
+    not compare.
     """
-    models = [
-        load(file.parent)
-        for file in sorted(Path(output_dir).glob("*/run.json"))
-        if file.with_name("model.pt").is_file()
-    ]
-    records = {
-        r["run"]: r
-        for r in models
-        if r.get("validation") and r["data"].get("fingerprint") == fingerprint
-    }
-    if not records:
+    validated = {}
+    for file in sorted(Path(output_dir).glob("*/model.pt")):
+        if not file.with_name("run.json").is_file():
+            continue
+        record = load(file.parent)
+        if record.get("validation") and record["data"].get("fingerprint") == fingerprint:
+            validated[record["run"]] = record["validation"]
+    if not validated:
         raise RunError(
-            f"no run in {Path(output_dir).name} has a model validated on this data: run notebook 03, 04 or 05 first"
+            f"no run in {Path(output_dir).name} has a model validated on this data: "
+            "run notebook 03, 04 or 05 first"
         )
-    splits = {name: record["validation"]["split"] for name, record in records.items()}
+    splits = {name: validation["split"] for name, validation in validated.items()}
     if len(set(splits.values())) > 1:
         raise RunError(
-            f"runs held out different photos ({splits}): name one as model_run, or run them with the same holdout"
+            f"runs held out different photos ({splits}): "
+            "name one as model_run, or run them with the same holdout"
         )
-    return max(records, key=lambda name: records[name]["validation"]["map_at_5"] or 0.0)
+    return max(validated, key=lambda name: validated[name]["map_at_5"] or 0.0)
 
 
 def scoreboard(output_dir: Path) -> pd.DataFrame:
-    """One row a scored run or system, best first; attrs['problems'] lists the run.json that could not be read.
+    """COLUMNS of the runs, one row a scored run or system, best first.
 
-    Also the runs that attached notebooks left, on Kaggle and Colab.
+    Also of the runs that attached notebooks left, on Kaggle and Colab. attrs["problems"] lists the
+    run.json that could not be read.
     """
     rows, problems = [], []
-    folders = [Path(output_dir), *platform.attached("submissions")]
-    for path in [path for folder in folders for path in sorted(folder.glob("*/run.json"))]:
-        try:
-            rows += _rows(load(path.parent))
-        except RunError as error:
-            problems.append(str(error))
-    table = pd.DataFrame(rows, columns=list(_rows(_EMPTY)[0]))
-    table = table.sort_values(
-        "map_at_5", ascending=False, kind="stable", na_position="last", ignore_index=True
-    )
+    for folder in [Path(output_dir), *platform.attached("submissions")]:
+        for path in sorted(folder.glob("*/run.json")):
+            try:
+                rows += _rows(load(path.parent))
+            except RunError as error:
+                problems.append(str(error))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = table.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
     table.attrs["problems"] = problems
     return table
 
 
-_EMPTY = {
-    "run": "",
-    "notebook": "",
-    "params": {},
-    "data": {},
-    "protocol": "",
-    "metrics": {},
-    "model": None,
-    "seconds": 0.0,
-    "device": "",
-}
-
-
 def _rows(record: dict) -> list[dict]:
     """A row for the run's headline, or one for each of its systems."""
-    metrics, params, model = record["metrics"] or {}, record["params"], record["model"] or {}
-    systems = metrics.get("rows") or [metrics]
-    return [
-        {
-            "run": record["run"] + (f": {m['name']}" if "name" in m else ""),
-            "cut_short": m.get("cut_short", record.get("cut_short") or ""),
-            "notebook": record["notebook"],
-            "model": model.get("name", ""),
-            "data": record["data"].get("root", ""),
-            "protocol": record["protocol"],
-            "gallery": params.get("gallery_domain") or "all",
-            **{
-                k: m.get(k)
-                for k in (
-                    "map_at_5",
-                    "map_at_5_low",
-                    "map_at_5_high",
-                    "precision_at_1",
-                    "n_queries",
-                    "n_gallery",
-                )
-            },
-            "image_size": params.get("image_size"),
-            "seed": params.get("seed"),
-            "seconds": record["seconds"],
-            "hardware": record.get("hardware", record["device"]),
-        }
-        for m in systems
-    ]
+    scores, params = record["metrics"] or {}, record["params"]
+    systems = scores.get("rows") or [scores]
+    shared = {
+        "notebook": record["notebook"],
+        "model": (record["model"] or {}).get("name", ""),
+        "data": record["data"].get("root", ""),
+        "protocol": record["protocol"],
+        "gallery": params.get("gallery_domain") or "all",
+        "image_size": params.get("image_size"),
+        "seed": params.get("seed"),
+        "seconds": record["seconds"],
+        "hardware": record.get("hardware", record["device"]),
+    }
+    rows = []
+    for system in systems:
+        name = f": {system['name']}" if "name" in system else ""
+        cut_short = system.get("cut_short", record.get("cut_short")) or ""
+        rows.append({**system, **shared, "run": record["run"] + name, "cut_short": cut_short})
+    return rows
 
 
 def write_runs_csv(output_dir: Path) -> Path:
@@ -244,174 +239,113 @@ def write_runs_csv(output_dir: Path) -> Path:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The scoreboard with runs that differ in their seed alone (names ending in -seed0, -seed1, ...) as one row: means of
-    the scores and ends of intervals and seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5."""
-    scores = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
-    how = {c: "mean" if c in (*scores, "seconds") else "first" for c in table if c != "run"}
-    table = table.assign(run=table["run"].str.replace(r"-seed\d+", "", regex=True)).dropna(
-        subset="map_at_5"
+    """The scored rows of a scoreboard, runs that differ in their seed alone as one, best first.
+
+    Such runs have names ending in -seed0, -seed1, ...; their row has the means of the scores, ends
+    of intervals and seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5.
+    """
+    scored = table.dropna(subset="map_at_5")
+    scored = scored.assign(
+        run=scored["run"].str.replace(r"-seed\d+", "", regex=True),
+        seeds=1,
+        least=scored["map_at_5"],
+        most=scored["map_at_5"],
     )
-    extra = {
-        "seeds": ("map_at_5", "size"),
-        "least": ("map_at_5", "min"),
-        "most": ("map_at_5", "max"),
-        "cut_short": ("cut_short", "max"),
-    }
-    named = {c: (c, kind) for c, kind in how.items()} | extra
-    merged = table.groupby("run", sort=False, as_index=False).agg(**named)
+    merging = dict.fromkeys(scored.columns.drop("run"), "first")
+    merging |= dict.fromkeys([*SCORES, "seconds"], "mean")
+    merging |= {"seeds": "sum", "least": "min", "most": "max", "cut_short": "max"}
+    merged = scored.groupby("run", sort=False, as_index=False).agg(merging)
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The scored rows of a scoreboard as a Markdown table, seeds merged, with the interval beside each mAP@5 and what the
-    reference study reports for that setting."""
-    head = "| run | data, protocol | queries × gallery | mAP@5 [95 %] | seeds | P@1 | time | hardware | the study |"
-    lines = [head, "|" + "---|" * 9]
-    for row in over_seeds(table).itertuples():
-        mark = f" **cut short {row.cut_short}**" if row.cut_short else ""
-        seeds = f"{row.seeds}: {row.least:.3f}–{row.most:.3f}" if row.seeds > 1 else "1"
-        lines.append(
-            f"| {row.run}{mark} | {row.data}, {row.protocol} | {_number(row.n_queries, ',.0f')} × {_number(row.n_gallery, ',.0f')} "
-            f"| {row.map_at_5:.3f} [{_number(row.map_at_5_low)}, {_number(row.map_at_5_high)}] | {seeds} "
-            f"| {_number(row.precision_at_1)} | {_duration(row.seconds)} | {row.hardware} "
-            f"| {_number(STUDY.get(row.run.split(':')[0], math.nan), '.4g')} |"
-        )
-    return "\n".join(lines)
+def readable(board: pd.DataFrame) -> pd.DataFrame:
+    """The scored rows of a scoreboard, seeds merged, with the columns a person compares by.
+
+    `study` is what the reference study reports for a row's setting.
+    """
+    merged = over_seeds(board).round({"seconds": 0})
+    merged["study"] = merged["run"].str.split(":").str[0].map(STUDY)
+    whole = ["n_queries", "n_gallery", "seconds"]
+    columns = ["run", *SCORES, "seeds", "data", "protocol", *whole, "hardware", "cut_short"]
+    return merged.astype(dict.fromkeys(whole, "Int64"))[[*columns, "study"]]
 
 
-def tables(output_dir: Path) -> str:
-    """All runs of a folder in Markdown: a table for each sweep (the word before the dash of a run's name), one for each
-    ablation (a run whose rows hold a difference), the paired differences to the sweeps' baselines, single runs; last the
-    paired differences of each folder of runs inside it. Long tables are folded."""
-    board, single, folder = scoreboard(output_dir), "single runs", Path(output_dir)
-    name = board["run"].str.split(":").str[0]
-    ablations = {n: text for n in sorted(name.unique()) if (text := _ablation(folder / n))}
-    sweep = (
-        name.where(lambda s: s.str.contains("-") | s.isin(list(ablations)), single)
-        .str.split("-")
-        .str[0]
-    )
-    parts = [
-        (n, markdown(board[sweep == n]))
-        for n in sorted(sweep.unique())
-        if n not in {single, *ablations}
-    ]
-    if paired := paired_markdown(against_baselines(output_dir)):
-        parts.append(("paired differences to the baseline", paired))
-    parts += ablations.items()
-    parts += [(single, markdown(board[sweep == single]))] if (sweep == single).any() else []
-    for inside in sorted({f.parents[1] for f in folder.glob("*/*-baseline/run.json")}):
-        parts.append(
-            (
-                f"{inside.name}: paired differences to the baseline",
-                paired_markdown(against_baselines(inside)),
-            )
-        )
-    return "\n\n".join(
-        _folded(n, text) if text.count("\n") > FOLD else f"**{n}**\n\n{text}" for n, text in parts
-    )
+def table(board: pd.DataFrame) -> str:
+    """`readable` in plain text."""
+    return readable(board).to_string(index=False, float_format="%.3f", na_rep="")
 
 
-def _folded(title: str, text: str) -> str:
-    rows = sum(line.startswith("|") for line in text.splitlines()) - 2
-    return f"<details><summary><b>{title}</b> ({rows} rows)</summary>\n\n{text}\n\n</details>"
+def markdown(board: pd.DataFrame) -> str:
+    """`readable` as a Markdown table."""
+    return _markdown(readable(board))
 
 
-def _ablation(folder: Path) -> str:
-    """One row a method with its difference to the first, of a run whose rows hold one; '' for other runs."""
-    record = load(folder) if (folder / "run.json").is_file() else {"metrics": None}
-    rows = (record["metrics"] or {}).get("rows") or [{}]
-    if "difference" not in rows[0]:
-        return ""
-    lines = [
-        "| method | setting | mAP@5 [95 %] | difference [95 %] | verdict | ms an image | time | memory |",
-        "|" + "---|" * 8,
-    ]
-    for i, r in enumerate(rows):
-        score = f"{r['map_at_5']:.3f} [{r['map_at_5_low']:.3f}, {r['map_at_5_high']:.3f}]"
-        gain = f"{r['difference']:+.3f} [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}] | {r['verdict']}"
-        cost = f"{_number(r['ms_per_image'] or math.nan, '.1f')} | {_duration(r['seconds'])} | {r['peak_mb']:.0f} MB"
-        lines.append(
-            f"| {r['name']} | {r['setting']} | {score} | {gain if i else ' | '} | {cost} |"
-        )
-    head = f"{rows[0]['n_queries']:,} queries × {rows[0]['n_gallery']:,} gallery photos of {record['data'].get('root', '')}"
-    return (
-        f"{head}, {record['model']['name']}, {_duration(record['seconds'])} in all, {record['hardware']}.\n\n"
-        + "\n".join(lines)
-    )
+def paired_markdown(differences: pd.DataFrame) -> str:
+    """The rows of `against_baselines` as a Markdown table; "" when there is none."""
+    return _markdown(differences) if len(differences) else ""
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    header, *rows = frame.to_csv(sep="|", index=False, float_format="%.3f").splitlines()
+    rule = "|".join(["---"] * frame.shape[1])
+    return "\n".join([header, rule, *rows])
 
 
 def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
-    """Paired differences of mAP@5 to a baseline run, a row for each other run and view: run, view, baseline, map_at_5,
-    difference, low, high (95 % over products). Runs need not have searched the same gallery, only answered the same
-    queries: their average_precision.csv holds name, product_id and one column of AP@5 for each view.
+    """Paired differences of mAP@5 to a baseline run, a row for each other run and view.
+
+    Columns: run, view, baseline, map_at_5, difference, low, high (95 % over products). Runs need
+    not have searched the same gallery, only answered the same queries: their average_precision.csv
+    (or .csv.gz) holds name, product_id and one column of AP@5 for each view.
 
     Raises RunError where a run has no such file or answered other queries.
     """
-    base, rows = _average_precision(Path(output_dir) / baseline), []
+    base = _average_precision(Path(output_dir) / baseline)
+    products = base.index.get_level_values("product_id")
+    rows = []
     for name in others:
-        table = _average_precision(Path(output_dir) / name)
-        if not table["name"].equals(base["name"]):
+        other = _average_precision(Path(output_dir) / name)
+        if not other.index.equals(base.index):
             raise RunError(
-                f"{name} and {baseline} answered different queries: compare runs of one protocol, seed and data set"
+                f"{name} and {baseline} answered different queries: "
+                "compare runs of one protocol, seed and data set"
             )
-        for view in [c for c in base if c in table and c not in ("name", "product_id")]:
-            difference = metrics.paired_difference(table[view], base[view], base["product_id"])
-            scores = {"baseline": base[view].mean(), "map_at_5": table[view].mean()}
-            rows.append(
-                {"run": name, "view": view}
-                | scores
-                | dict(zip(("difference", "low", "high"), difference))
-            )
-    return pd.DataFrame(rows)
+        for view in base.columns.intersection(other.columns, sort=False):
+            difference = metrics.paired_difference(other[view], base[view], products)
+            rows.append([name, view, base[view].mean(), other[view].mean(), *difference])
+    columns = ["run", "view", "baseline", "map_at_5", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def against_baselines(output_dir: Path) -> pd.DataFrame:
     """`compare` for every sweep that has a run named <sweep>-baseline; empty where there is none."""
-    tables = []
+    tables = [pd.DataFrame()]
     for folder in sorted(Path(output_dir).glob("*-baseline")):
         sweep = folder.name.removesuffix("baseline")
-        others = sorted(
-            f.parent.name
-            for f in Path(output_dir).glob(f"{sweep}*/average_precision.csv")
-            if f.parent != folder
-        )
-        tables.append(compare(output_dir, folder.name, others))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def paired_markdown(table: pd.DataFrame) -> str:
-    """The rows of `against_baselines` as a Markdown table; '' when there is none."""
-    lines = ["| run | gallery | baseline mAP@5 | mAP@5 | difference [95 %] |", "|" + "---|" * 5]
-    for row in table.itertuples():
-        difference = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-        lines.append(
-            f"| {row.run} | {row.view} | {row.baseline:.3f} | {row.map_at_5:.3f} | {difference} |"
-        )
-    return "\n".join(lines) if len(table) else ""
+        files = Path(output_dir).glob(f"{sweep}*/average_precision.csv*")
+        others = {file.parent.name for file in files} - {folder.name}
+        tables.append(compare(output_dir, folder.name, sorted(others)))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _average_precision(folder: Path) -> pd.DataFrame:
-    if not (path := folder / "average_precision.csv").is_file():
-        raise RunError(f"{path} does not exist: run notebook 04 or 06 under that run_name first")
-    return pd.read_csv(path, dtype={"name": str})
-
-
-def _number(value, form: str = ".3f") -> str:
-    return "–" if pd.isna(value) else format(value, form)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.{int(seconds < 10)}f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    """AP@5 by view, indexed by the query's name and product."""
+    for path in sorted(folder.glob("average_precision.csv*")):
+        return pd.read_csv(path, dtype={"name": str}, index_col=["name", "product_id"])
+    raise RunError(
+        f"{folder / 'average_precision.csv'} does not exist: "
+        "run notebook 04 or 06 under that run_name first"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the scoreboard of a folder; 1 when it is empty."""
     parser = argparse.ArgumentParser(
-        prog="python -m vipr_utils board", description="the scoreboard of a folder of runs"
+        prog="python -m vipr_utils board",
+        description="the scoreboard of a folder of runs",
     )
     parser.add_argument("output_dir", type=Path)
-    given = parser.parse_args(arguments)
-    table = scoreboard(given.output_dir)
-    print(markdown(table))
-    print(*table.attrs["problems"], sep="\n", file=sys.stderr)
-    return int(table.empty)
+    board = scoreboard(parser.parse_args(arguments).output_dir)
+    print(table(board))
+    print(*board.attrs["problems"], sep="\n", file=sys.stderr)
+    return int(board.empty)
