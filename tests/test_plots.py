@@ -1,4 +1,4 @@
-"""Figures: the same bytes every time, numbers in the alternative text, the right frame around the right image."""
+"""Figures: the same bytes every time, numbers in the alt text, the right frame on each image."""
 
 import numpy as np
 import pandas as pd

@@ -257,7 +257,7 @@ def test_columns_that_never_vary_are_left_out_and_long_tables_folded():
     assert "<details>" not in tables.section("T", "All have b 1.", table.head(12))
 
 
-# ------------------------------------------------------------------------------------- validation, trainings cut short
+# ----------------------------------------------------------- validation, trainings cut short
 
 
 def validated(folder, score, split, fingerprint="f"):

@@ -48,7 +48,7 @@ styled = rc_context(STYLE)  # decorates every function that draws
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with its alt text, shown as a cell's last expression; the alt text is its text/plain."""
+    """A PNG with its alt text, which is its text/plain: a cell's last expression to look at."""
 
     png: bytes
     alt: str
@@ -69,8 +69,20 @@ def _picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
     width = max(figure.get_figwidth(), 4.5)  # inches
     title = textwrap.fill(title, int(width * 11))
     caption = textwrap.fill(caption, int(width * 15))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=9, color="#444444")
+    figure.suptitle(
+        title,
+        x=0.01,
+        ha="left",
+        fontsize=12,
+        weight="bold",
+    )
+    figure.supxlabel(
+        caption,
+        x=0.01,
+        ha="left",
+        fontsize=9,
+        color="#444444",
+    )
     full = io.BytesIO()
     figure.savefig(full, bbox_inches="tight", pad_inches=0.12)
     picture = Image.open(full).convert("RGB")
@@ -87,10 +99,16 @@ def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: st
     """
     ax = Figure((min(9, 2.5 + 0.45 * len(values)), 3.6)).subplots()
     named = values.rename(lambda name: textwrap.fill(str(name), 12))
-    named.plot.bar(ax=ax, width=0.7, rot=0, xlabel=xlabel, ylabel=ylabel)
+    named.plot.bar(
+        ax=ax,
+        width=0.7,
+        rot=0,
+        xlabel=xlabel,
+        ylabel=ylabel,
+    )
     ax.grid(False, axis="x")
     if len(values) <= 14:
-        ax.bar_label(ax.containers[0], fmt="{:,g}", fontsize=8)
+        ax.bar_label(ax.containers[0], fmt="{:,g}")
     listed = ", ".join(f"{name} {value:,g}" for name, value in values.head(12).items())
     more = " ..." if len(values) > 12 else ""
     alt = f"Bar chart: {ylabel} by {xlabel}: {listed}{more}"
@@ -99,12 +117,20 @@ def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: st
 
 @styled
 def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
-    """Images per product, most first, on a log axis, with the median."""
+    """Images per product, most first, on a log axis, with the median.
+
+    counts: a number of images for each product, in any order.
+    """
     images = np.sort(counts.to_numpy())[::-1]
     median = np.median(images)
     ax = Figure((7.2, 3.6)).subplots()
     ax.stairs(images, baseline=0.8, fill=True, color=SKY)
-    ax.axhline(median, color=RED, linestyle="--", label=f"median {median:g}")
+    ax.axhline(
+        median,
+        color=RED,
+        linestyle="--",
+        label=f"median {median:g}",
+    )
     ax.legend()
     ax.set(xlabel="products, most images first", ylabel="training images (log)", yscale="log")
     ax.yaxis.set(
@@ -138,7 +164,10 @@ def _percentages(series: dict[str, np.ndarray], bins, colours=None):
 
 @styled
 def histogram(series: dict[str, np.ndarray], *, title: str, xlabel: str, caption: str) -> Picture:
-    """Overlaid histograms as shares of each series."""
+    """Overlaid histograms in percent of each series.
+
+    series: values by name; an empty one is drawn as nothing.
+    """
     ax = _percentages({f"{name} ({len(values):,})": values for name, values in series.items()}, 30)
     ax.set(xlabel=xlabel, ylabel="% of images")
     medians = ", ".join(
@@ -153,12 +182,18 @@ def histogram(series: dict[str, np.ndarray], *, title: str, xlabel: str, caption
 def sizes(
     width: np.ndarray, height: np.ndarray, domain: np.ndarray, *, title: str, caption: str
 ) -> Picture:
-    """Width against height of every photo, coloured by domain."""
+    """Width against height (N,) in pixels of every photo, coloured by domain (N,)."""
     ax = Figure((4.6, 4.6)).subplots()
     for name in np.unique(domain):
         chosen = domain == name
         label = f"{name or 'unknown'} ({chosen.sum():,})"
-        ax.scatter(width[chosen], height[chosen], s=12, alpha=0.5, label=label)
+        ax.scatter(
+            width[chosen],
+            height[chosen],
+            s=12,
+            alpha=0.5,
+            label=label,
+        )
     ax.legend()
     ax.set(xlabel="width (px)", ylabel="height (px)")
     alt = (
@@ -179,14 +214,15 @@ def training_curves(history: pd.DataFrame, *, title: str) -> Picture:
     }
     history = history.reindex(columns=["epoch", *panels])
     figure = Figure((9, 3.3))
-    for ax, column in zip(figure.subplots(1, 3), panels):
+    for ax, column in zip(figure.subplots(1, 3, sharex=True), panels):
         known = history.dropna(subset=column)
-        ax.plot(known["epoch"], known[column], marker="o", markersize=3)
-        ax.set(
-            xlabel="epoch",
-            ylabel=panels[column],
-            xlim=(0.5, len(history) + 0.5),
+        ax.plot(
+            known["epoch"],
+            known[column],
+            marker="o",
+            markersize=3,
         )
+        ax.set(xlabel="epoch", ylabel=panels[column])
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss = history["loss"].iloc
     alt = f"Training curves over {len(history)} epochs: loss {loss[0]:.2f} to {loss[-1]:.2f}"
@@ -214,11 +250,17 @@ def similarity_histogram(similarity: np.ndarray, query_products, gallery_product
     pairs = {"different products": different, "same product": same}
     ax = _percentages(pairs, edges, [GREY, BLUE])
     ax.set(xlabel="cosine similarity", ylabel="% of pairs")
-    auc, medians = float("nan"), "no same pairs"
-    if len(same):
+    auc = float("nan")
+    medians = "no different pairs" if len(same) else "no same pairs"
+    if len(same) and len(different):
         auc = roc_auc_score(is_same.ravel(), similarity.ravel())
         middle = np.median(same), np.median(different)
-        ax.vlines(middle, *ax.get_ylim(), [BLUE, GREY], linestyles="--")
+        ax.vlines(
+            middle,
+            *ax.get_ylim(),
+            [BLUE, GREY],
+            linestyles="--",
+        )
         medians = f"median {middle[0]:.2f} for the same product, {middle[1]:.2f} for different ones"
     caption = (
         "All query x gallery pairs; dashed: medians. "
@@ -230,7 +272,10 @@ def similarity_histogram(similarity: np.ndarray, query_products, gallery_product
 
 @styled
 def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
-    """A map (N, 2) of embeddings; the seven largest groups in colour, the rest grey."""
+    """A map (N, 2) of embeddings; the seven largest groups in colour, the rest grey.
+
+    groups: a product group for each embedding; of equally large ones the smaller number goes first.
+    """
     groups = np.asarray(groups)
     names, counts = np.unique(groups, return_counts=True)
     largest = names[np.argsort(-counts, kind="stable")[:7]]
@@ -260,7 +305,7 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
     labels = [f"{name} {score:.3f}" for name, score in zip(table.index, scores)]
     ax.hlines(places, low, high, color=SKY, linewidth=4)
     ax.plot(scores, places, "o", markersize=5)
-    if low.min() < 0:  # differences
+    if np.nanmin(low) < 0:  # differences
         ax.axvline(0, color=GREY)
     ax.set_yticks(places, labels)
     ax.set(xlabel=xlabel, ylim=(len(table) - 0.5, -0.5))
@@ -276,17 +321,28 @@ def lines(
     ax = Figure((7.2, 3.7)).subplots()
     ends = []
     for name, (x, y, *band) in series.items():
-        (line,) = ax.plot(x, y, marker="o", markersize=4, label=name)
+        (line,) = ax.plot(
+            x,
+            y,
+            marker="o",
+            markersize=4,
+            label=name,
+        )
         if band:
-            ax.fill_between(x, *band, color=line.get_color(), alpha=0.18, linewidth=0)
+            ax.fill_between(
+                x,
+                *band,
+                color=line.get_color(),
+                alpha=0.18,
+                linewidth=0,
+            )
         (start, first), *_, (end, last) = line.get_xydata()
         ends.append(f"{name} from {first:.2f} at {start:g} to {last:.2f} at {end:g}")
     if len(series) > 1:
         ax.legend()
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    return _picture(
-        ax.figure, title, caption, f"Curves of {ylabel} over {xlabel}: {'; '.join(ends)}"
-    )
+    alt = f"Curves of {ylabel} over {xlabel}: {'; '.join(ends)}"
+    return _picture(ax.figure, title, caption, alt)
 
 
 def denormalised(image, *, mean, std) -> np.ndarray:
@@ -296,13 +352,21 @@ def denormalised(image, *, mean, std) -> np.ndarray:
 
 
 def _grid(tiles: list, columns: int, side: float) -> Figure:
-    """Photos of `side` inches in rows. A tile: (picture or None, label above, colour of the frame
-    or None)."""
+    """Photos of `side` inches in rows.
+
+    tiles: (picture or None for an empty place, label above, colour of the frame or None).
+    """
     rows = -(-len(tiles) // columns)
     figure = Figure((side * columns, (side + 0.4) * rows + 0.6), layout="compressed")
     for place, (picture, label, colour) in enumerate(tiles, start=1):
         if picture is not None:
-            ax = figure.add_subplot(rows, columns, place, xticks=[], yticks=[])
+            ax = figure.add_subplot(
+                rows,
+                columns,
+                place,
+                xticks=[],
+                yticks=[],
+            )
             ax.set_title(label, color=colour or "black", pad=4)
             ax.spines[:].set(visible=True, color=colour or "none", linewidth=3)
             ax.imshow(picture)
@@ -383,7 +447,13 @@ def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str) 
     drawn = np.argsort(starts[:, 1], kind="stable")[:: -(-len(starts) // 60) or 1]
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(drawn)))
     for start, end, colour in zip(starts[drawn], ends[drawn], colours):
-        ax.plot(*zip(start, end), "o-", color=colour, linewidth=0.9, markersize=3)
+        ax.plot(
+            *zip(start, end),
+            "o-",
+            color=colour,
+            linewidth=0.9,
+            markersize=3,
+        )
     count = len(starts)
     shown = f", {len(drawn)} of them drawn" if len(drawn) < count else ""
     caption = (

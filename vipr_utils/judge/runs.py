@@ -90,18 +90,12 @@ def save(
 
     metrics: may hold `rows`, one per system; precision: `precision_used`;
     validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
-    Of data_root, output_dir and cache_dir in params only the folder's name is kept: a record may
-    be published.
-
     Raises TypeError for a value that JSON has no form for, naming where it stands.
     """
-    params = dict(params)
-    for name in params.keys() & {"data_root", "output_dir", "cache_dir"}:
-        params[name] = Path(params[name]).name
     record = {
         "run": Path(folder).name,
         "notebook": notebook,
-        "params": params,
+        "params": _published(params),
         "data": data,
         "protocol": protocol,
         "validation": validation,
@@ -116,11 +110,22 @@ def save(
         "git": platform.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    return _written(Path(folder) / "run.json", record)
+
+
+def _written(path: Path, record: dict) -> Path:
     text = json.dumps(_plain(record, "run"), indent=1, allow_nan=False, ensure_ascii=False)
-    path = Path(folder) / "run.json"
     with whole_file(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _published(params: dict) -> dict:
+    """Parameters with folders by name alone, for a record may be published."""
+    shown = dict(params)
+    for name in params.keys() & {"data_root", "output_dir", "cache_dir"}:
+        shown[name] = Path(params[name]).name
+    return shown
 
 
 def _plain(value, at: str):
@@ -162,7 +167,7 @@ def load(folder: Path) -> dict:
 
 
 def best_on_validation(output_dir: Path, fingerprint: str) -> str:
-    """Name of the run whose model has the highest validation mAP@5, on the data of this fingerprint.
+    """Name of the run whose model has the highest validation mAP@5 on the data of a fingerprint.
 
     Raises RunError where there is none, and where runs held out different photos: such scores do
     not compare.
@@ -318,7 +323,7 @@ def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
 
 
 def against_baselines(output_dir: Path) -> pd.DataFrame:
-    """`compare` for every sweep that has a run named <sweep>-baseline; empty where there is none."""
+    """`compare` for every sweep that has a run named <sweep>-baseline; empty where none has."""
     tables = [pd.DataFrame()]
     for folder in sorted(Path(output_dir).glob("*-baseline")):
         sweep = folder.name.removesuffix("baseline")
