@@ -15,13 +15,14 @@ STEPS = ["learned_whitening(dim=64)", "verify(top=20)"]
 
 def main() -> None:
     tune()
+    plots.STYLE["figure.dpi"] = 176  # twice as fine as in notebooks
     task = Task.open(image_size=224, holdout=0, precision="float32")
     embeddings = task.embed(models.create("tf_efficientnet_lite0"), image_size=224)
     found = task.retrieve(embeddings, steps=STEPS)
     ap = np.nan_to_num(found.average_precision)
     rng = np.random.default_rng(3)
     perfect, middling = np.flatnonzero(ap == 1), np.flatnonzero((ap > 0.3) & (ap < 0.8))
-    rows = [*rng.choice(perfect, 2, replace=False), *rng.choice(middling, 1)]
+    rows = [*rng.choice(perfect, 1), *rng.choice(middling, 1)]
     view = task.views["test"]
     plots.ranked_lists(
         task.store,
@@ -29,9 +30,7 @@ def main() -> None:
         view.gallery,
         found,
         rows,
-        title="A customer's photo, and the catalogue's five best answers",
-        caption="Left: the query. Frozen EfficientNet-Lite0, learned whitening, spatial verification; "
-        "drawn products of the toy set.",
+        title="A customer's photo, and the catalogue's five best answers (drawn toy set)",
     ).save(ROOT / "docs" / "answers.png")
 
 

@@ -69,20 +69,12 @@ def _picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
     width = max(figure.get_figwidth(), 4.5)  # inches
     title = textwrap.fill(title, int(width * 11))
     caption = textwrap.fill(caption, int(width * 15))
-    figure.suptitle(
-        title,
-        x=0.01,
-        ha="left",
-        fontsize=12,
-        weight="bold",
-    )
-    figure.supxlabel(
-        caption,
-        x=0.01,
-        ha="left",
-        fontsize=9,
-        color="#444444",
-    )
+    figure.draw_without_rendering()  # the layout places what is there; words go around it
+    figure.set_layout_engine("none")
+    height, drawn = figure.get_figheight(), figure.get_tightbbox()  # inches
+    above, below = (drawn.y1 + 0.12) / height, (drawn.y0 - 0.12) / height
+    figure.text(0.01, above, title, va="bottom", fontsize=12, weight="bold")
+    figure.text(0.01, below, caption, va="top", fontsize=9, color="#444444")
     full = io.BytesIO()
     figure.savefig(full, bbox_inches="tight", pad_inches=0.12)
     picture = Image.open(full).convert("RGB")
