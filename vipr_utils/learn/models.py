@@ -67,8 +67,6 @@ def siamese_small() -> ResNet:
         BasicBlock,
         layers=(2, 2, 2, 2),
         channels=(32, 64, 128, 256),
-        stem_type="deep",
-        stem_width=16,
         num_classes=0,
         zero_init_last=False,  # full residual branches from the start: few steps are all it gets
     )
