@@ -27,8 +27,8 @@ from vipr_utils.learn import losses, models, sampling, training
 IMAGES = 141_931
 NETWORKS = {
     "siamese_90m": 32,
-    "torchvision/resnet50": 32,
-    "efficientnet_b4": 32,
+    "resnet50.tv_in1k": 32,
+    "efficientnet_b4.ra2_in1k": 32,
 }  # name: images a step
 
 

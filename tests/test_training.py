@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -42,9 +41,11 @@ def fit(toy_data, folder, **how):
     return model, history
 
 
-def started(model, criterion):
-    optimizer = training._optimizer(model, criterion, "adam", lr=0.1, head_lr=0.1, weight_decay=0.0)
-    return training._State(model, criterion, torch.device("cpu"), torch.float32, optimizer)
+def started(model, criterion, photos, sampler, *, folder=Path("unused"), processes=1):
+    recipe = training.Recipe(epochs=1, lr=0.1)
+    cpu = torch.device("cpu")
+    job = training._Job(model, criterion, photos, sampler, recipe, folder, cpu, processes=processes)
+    return training._Training(job)
 
 
 def equal(a, b):
@@ -116,24 +117,41 @@ def test_frozen_backbone_keeps_weights_and_statistics(toy_data, tmp_path):
     assert all(p.requires_grad for p in model.backbone.parameters())
 
 
+def groups(model, criterion, **recipe):
+    """The optimiser's group of each parameter."""
+    recipe = training.Recipe(epochs=1, lr=1.0, head_lr=2.0, weight_decay=0.5, **recipe)
+    optimizer = training._optimizer(model, criterion, recipe)
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
 def test_criterion_is_trained_and_norms_have_no_weight_decay(toy_data):
     model, criterion, *_ = setting(toy_data)
-    optimizer = training._optimizer(
-        model, criterion, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5
-    )
-    groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    assert groups[id(criterion.centres)]["lr"] == groups[id(model.neck[0].weight)]["lr"] == 2.0
-    assert groups[id(model.neck[1].weight)]["weight_decay"] == 0.0
-    assert groups[id(model.backbone.layers[0].weight)]["weight_decay"] == 0.5
-    assert len(groups) == len(list(model.parameters())) + 1
+    found = groups(model, criterion)
+    head, weight = found[id(criterion.centres)], found[id(model.neck[0].weight)]
+    assert head["base_lr"] == weight["base_lr"] == 2.0
+    assert found[id(model.neck[1].weight)]["weight_decay"] == 0.0
+    first = found[id(model.backbone.conv1.weight)]
+    assert (first["weight_decay"], first["base_lr"]) == (0.5, 1.0)
+    assert len(found) == len(list(model.parameters())) + 1
+
+
+def test_positions_class_tokens_biases_and_the_poolings_power_have_no_weight_decay():
+    model = models.create("vit_tiny_patch16_224", weights="none")
+    for layer_decay in (1.0, 0.5):
+        found = groups(model, None, layer_decay=layer_decay)
+        backbone = model.backbone
+        for spared in (backbone.pos_embed, backbone.cls_token, backbone.blocks[0].mlp.fc1.bias):
+            assert found[id(spared)]["weight_decay"] == 0.0
+        assert found[id(backbone.blocks[0].mlp.fc1.weight)]["weight_decay"] == 0.5
+    model = models.create("siamese_small", pooling="gem")
+    power = groups(model, None)[id(model.pooling.p)]
+    assert (power["weight_decay"], power["base_lr"]) == (0.0, 1.0)
 
 
 def test_layer_decay_lowers_the_rate_from_the_last_layer_to_the_first():
     model = models.create("vit_tiny_patch16_224", weights="none", embedding_dim=8)
-    optimizer = training._optimizer(
-        model, None, "adamw", lr=1.0, head_lr=2.0, weight_decay=0.5, layer_decay=0.5
-    )
-    rates = {id(p): g["base_lr"] for g in optimizer.param_groups for p in g["params"]}
+    found = groups(model, None, layer_decay=0.5)
+    rates = {key: group["base_lr"] for key, group in found.items()}
     blocks = [rates[id(b.mlp.fc1.weight)] for b in model.backbone.blocks]
     assert all(2 * a == pytest.approx(b) for a, b in zip(blocks, blocks[1:]))
     assert rates[id(model.backbone.norm.weight)] == 1.0 and rates[id(model.neck[0].weight)] == 2.0
@@ -196,48 +214,53 @@ def test_head_without_a_neck_says_to_make_one():
         )
 
 
-def test_extras_of_a_recipe_are_typed_and_unknown_ones_are_refused():
-    found = training.extras(["pooling:rmac", "ema_decay:0.99", "frozen_epochs:2"])
-    assert (found.pooling, found.ema_decay, found.frozen_epochs) == ("rmac", 0.99, 2)
-    assert vars(training.extras([])) == training.EXTRAS
-    for wrong in ("emma:0.9", "frozen_epochs:half", "frozen_epochs"):
-        with pytest.raises(
-            ValueError, match=f"extra '{wrong}' is unknown or has a wrong value: use name:value"
-        ):
-            training.extras([wrong])
+def test_unknown_settings_of_a_recipe_are_refused(toy_data, tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'emma'"):
+        fit(toy_data, tmp_path, emma=0.9)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def one_step(rank, processes, address, toy_data, folder):
-    """Gradients of one step in a process of `processes`, without batch statistics, written to <folder>/<rank>.pt."""
+def one_step(toy_data, folder, loss, processes):
+    """Loss and gradients of one step without batch statistics, written to <folder>/<name>.pt."""
     torch.set_num_threads(1)
     if processes > 1:
-        training._join(rank, processes, address, "cpu")
+        training.distributed.init_process_group("gloo")
     model, criterion, photos, sampler = setting(toy_data)
+    if loss == "contrastive":
+        criterion = losses.criterion("contrastive", "cosine", 16)
+    state = started(model, criterion, photos, sampler, processes=processes)
+    state._begin_epoch()
     model.eval()
-    rows = training._share(sampler.batches(0)[0])
+    rows = training._shares(sampler.batches(0), processes)[0]
     pixels, labels = zip(*[photos[i][:2] for i in rows])
-    state = started(model, criterion)
     state.optimizer.step = lambda *_, **__: None
-    state.step(torch.stack(pixels), torch.tensor(labels), 1.0, 0, 0.0)
-    gradients = [p.grad for p in [*model.parameters(), *criterion.parameters()]]
-    torch.save(
-        {"loss": state.sums[0] / len(labels), "gradients": gradients},
-        Path(folder) / f"{processes}-{rank}.pt",
-    )
+    state.step(torch.stack(pixels), torch.tensor(labels))
+    learned = [*model.parameters()]
+    learned += criterion.parameters() if loss == "arcface" else []
+    gradients = [parameter.grad for parameter in learned]
+    name = f"{processes}-{os.environ.get('RANK', 0)}.pt"
+    torch.save({"loss": state.sums[0] / state.sums[3], "gradients": gradients}, folder / name)
 
 
+@pytest.mark.parametrize("loss", ["contrastive", "arcface"])
 def test_two_processes_have_the_loss_and_gradients_of_one_with_the_joint_batch(
-    toy_data, tmp_path, monkeypatch
+    toy_data, tmp_path, monkeypatch, loss
 ):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    torch.multiprocessing.spawn(one_step, (2, address, toy_data, tmp_path), nprocs=2)
-    one_step(0, 1, "", toy_data, tmp_path)
+    config = training.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    training.elastic_launch(config, one_step)(toy_data, tmp_path, loss, 2)
+    one_step(toy_data, tmp_path, loss, 1)
     whole, first, second = (
         torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1")
     )
@@ -247,13 +270,61 @@ def test_two_processes_have_the_loss_and_gradients_of_one_with_the_joint_batch(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_training_by_two_processes_learns_and_only_the_leader_writes(toy_data, tmp_path):
-    model, *rest = setting(toy_data)
-    how = {"folder": tmp_path, "epochs": 6, "lr": 1e-3, "progress": False}
-    history = training.fit_together(2, model, *rest, validate=lambda m: {"map_at_5": 0.5}, **how)
-    assert history.loss.iloc[-1] < 0.9 * history.loss.iloc[0] and len(history) == 6
+def half(model):
+    """A validation that another process can unpickle."""
+    return {"map_at_5": 0.5}
+
+
+def broken(model):
+    raise ZeroDivisionError("no photos to validate on")
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """This file can be imported by the processes that training starts."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+
+
+def test_training_by_two_processes_learns_and_the_weights_come_back(
+    toy_data, tmp_path, importable, capfd
+):
+    model, criterion, *rest = setting(toy_data)
+    handler = signal.getsignal(signal.SIGINT)
+    how = {"folder": tmp_path, "epochs": 16, "lr": 1e-3, "frozen_epochs": 1, "processes": 2}
+    start = criterion.centres.detach().clone()
+    history = training.fit(model, criterion, *rest, validate=half, **how)
+    assert history.loss.iloc[-1] < 0.9 * history.loss.iloc[0]
+    assert list(history.map_at_5) == [0.5] * 16
     assert [f.name for f in tmp_path.iterdir()] == ["history.csv"]
+    assert not equal(model, setting(toy_data)[0]) and not model.training
+    assert not torch.equal(criterion.centres, start)
+    assert capfd.readouterr().out.count("epoch 16/16") == 1
+    assert signal.getsignal(signal.SIGINT) is handler
     assert not training.distributed.is_initialized()
+
+
+def test_a_process_that_dies_ends_training_with_its_error(toy_data, tmp_path, importable):
+    model, criterion, *rest = setting(toy_data)
+    how = {"folder": tmp_path, "epochs": 6, "lr": 1e-3, "processes": 2, "progress": False}
+    with pytest.raises(RuntimeError, match="ended: ZeroDivisionError: no photos to validate on"):
+        training.fit(model, criterion, *rest, validate=broken, **how)
+    assert [f.name for f in tmp_path.iterdir()] == []
+
+
+def test_what_cannot_be_sent_to_other_processes_and_missing_gpus_are_named(toy_data, tmp_path):
+    parts = setting(toy_data)
+    how = {"folder": tmp_path, "epochs": 1, "lr": 1e-3, "processes": 2}
+    with pytest.raises(ValueError, match="validate to other processes by pickle.* or processes=1"):
+        training.fit(*parts, validate=lambda model: {}, **how)
+    assert [f.name for f in tmp_path.iterdir()] == []
+    many = how | {"processes": torch.cuda.device_count() + 2, "device": torch.device("cuda")}
+    with pytest.raises(ValueError, match="need a GPU each, this machine has"):
+        training.fit(*parts, **many)
+
+
+def test_parts_of_a_batch_are_alike_and_what_cannot_be_divided_is_left_out():
+    batches = [np.arange(9), np.arange(3), np.arange(4)]
+    assert [list(b) for b in training._shares(batches, 2)] == [[0, 1, 2, 3], [0, 1]]
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong
@@ -288,10 +359,8 @@ def test_too_few_products_for_a_batch_is_an_error_before_training(toy_data):
 
 
 def test_full_disk_leaves_the_last_checkpoint_usable(toy_data, tmp_path, monkeypatch):
-    model, criterion, *_ = setting(toy_data)
-    state = started(model, criterion)
-    state.identity = "a run"
-    state.save(tmp_path / "checkpoint.pt", 1.0)
+    state = started(*setting(toy_data), folder=tmp_path)
+    state.save()
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
     def full(data, path):
@@ -304,7 +373,7 @@ def test_full_disk_leaves_the_last_checkpoint_usable(toy_data, tmp_path, monkeyp
     with pytest.raises(
         OSError, match="disk full while writing checkpoint.pt .* the file before it is untouched"
     ) as caught:
-        state.save(tmp_path / "checkpoint.pt", 2.0)
+        state.save()
     assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(
         list(tmp_path.iterdir())

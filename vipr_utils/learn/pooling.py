@@ -27,21 +27,17 @@ class GeM(nn.Module):
         return x.pow(self.p).mean((2, 3)).pow(1.0 / self.p)
 
 
-class Max(nn.Module):
-    """The maximum over positions, (B, C, H, W) -> (B, C) (MAC: Tolias et al. 2016, arXiv:1511.05879)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.float().amax((2, 3))
-
-
 class RMAC(nn.Module):
     """Sum over regions of their whitened maxima, (B, C, H, W) -> (B, C), L2-normalised.
 
-    Each region: maximum over its positions, L2, `whitening`, L2. The whitening is a linear layer that starts as the
-    identity: train it, or fit it on photos with `embedding.fit_region_whitening`. On the grocery set's test, frozen
-    EfficientNet-Lite0 at 224 px, mAP@5: own pooling 0.458, GeM 0.425, maximum 0.372, R-MAC with the identity 0.526, with
-    fitted whitening 0.465 (power 1) and 0.541 (power 0.5); `learned_whiten:64` behind the first and the fourth: 0.691, 0.741.
-    Source: Tolias et al. 2016, arXiv:1511.05879 (regions); Gordo et al. 2017, arXiv:1610.07940 (whitening as a layer).
+    Each region: maximum over its positions, L2, `whitening`, L2. The whitening is a linear layer
+    that starts as the identity: train it, or fit it on photos with
+    `embedding.fit_region_whitening`. On the grocery set's test, frozen EfficientNet-Lite0 at
+    224 px, mAP@5: own pooling 0.458, GeM 0.425, maximum 0.372, R-MAC with the identity 0.526, with
+    fitted whitening 0.465 (power 1) and 0.541 (power 0.5); `learned_whiten:64` behind the first
+    and the fourth: 0.691, 0.741.
+    Source: Tolias et al. 2016, arXiv:1511.05879 (regions); Gordo et al. 2017, arXiv:1610.07940
+    (whitening as a layer).
     """
 
     def __init__(self, channels: int, *, scales: int = 3) -> None:
@@ -53,38 +49,38 @@ class RMAC(nn.Module):
 
     def regions(self, x: torch.Tensor) -> torch.Tensor:
         """(B, R, C): the L2-normalised maximum of every region, before whitening."""
-        grid = region_grid(*x.shape[2:], scales=self.scales)
-        maxima = [x[:, :, top : top + px, left : left + px].amax((2, 3)) for top, left, px in grid]
+        maxima = []
+        for top, left, side in region_grid(x.shape[2], x.shape[3], scales=self.scales):
+            region = x[:, :, top : top + side, left : left + side]
+            maxima.append(region.amax((2, 3)))
         return F.normalize(torch.stack(maxima, 1).float(), dim=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # weak directions are raised: half precision is too coarse
-            return F.normalize(F.normalize(self.whitening(self.regions(x)), dim=2).sum(1), dim=1)
+        # Weak directions are raised: half precision is too coarse.
+        with torch.autocast(x.device.type, enabled=False):
+            whitened = F.normalize(self.whitening(self.regions(x)), dim=2)  # (B, R, C)
+            return F.normalize(whitened.sum(1), dim=1)
 
 
 def region_grid(height: int, width: int, *, scales: int = 3) -> list[tuple[int, int, int]]:
     """(top, left, side) of R-MAC's square regions on a map, 14 of them on a square one of 3 scales.
 
-    Scale l has side 2 min(H, W) / (l + 1) and l regions along the shorter side, l + m - 1 along the longer one, spread
-    evenly; m is chosen so that neighbours at scale 1 overlap as close to 40 % as can be. Source: arXiv:1511.05879.
+    Scale l has side 2 min(H, W) / (l + 1) and l regions along the shorter side, l + m along the
+    longer one, spread evenly; m is 0 on a square, else chosen so that neighbours at scale 1 overlap
+    as close to 40 % as can be. Source: arXiv:1511.05879.
     """
     short, long = sorted((height, width))
-    m = (
-        1
-        if short == long
-        else min(range(2, 8), key=lambda m: abs(1 - (long - short) / (m - 1) / short - 0.4))
-    )
+    more = 0
+    if long > short:
+        more = min(range(1, 7), key=lambda m: abs(1 - (long - short) / m / short - 0.4))
     grid = []
     for scale in range(1, scales + 1):
         side = max(1, 2 * short // (scale + 1))
-        n_y, n_x = (scale + (m - 1) * (size == long) for size in (height, width))
-        grid += [
-            (top, left, side)
-            for top in _starts(height, side, n_y)
-            for left in _starts(width, side, n_x)
-        ]
+        rows = scale + more * (height > width)
+        columns = scale + more * (width > height)
+        for top in _starts(height, side, rows):
+            for left in _starts(width, side, columns):
+                grid.append((top, left, side))
     return grid
 
 
@@ -97,5 +93,5 @@ POOLINGS = {  # name -> its layer for a map of so many channels
     "gem": lambda channels: GeM(),
     "gem_fixed": lambda channels: GeM(learned=False),
     "rmac": RMAC,
-    "max": lambda channels: Max(),
+    "max": lambda channels: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
 }

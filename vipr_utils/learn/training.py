@@ -1,28 +1,36 @@
-"""The training loop: mixed precision, schedules, stages, time budget, checkpoints that continue bit for bit.
+"""The training loop, with checkpoints that continue bit for bit.
 
-Everything random is a pure function of (seed, epoch, step): batches come from `sampler.batches(epoch)`, each photo's
-augmentation from (seed, epoch, row), dropout from (seed, step). A checkpoint therefore holds no random state, and a
-run that was killed anywhere ends with the weights of one that never was.
+Everything random is a pure function of (seed, epoch, step): batches come from
+`sampler.batches(epoch)`, each photo's augmentation from (seed, epoch, row), dropout from
+(seed, step). A checkpoint therefore holds no random state, and a run that was killed anywhere ends
+with the weights of one that never was.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
-import socket
+import os
+import pickle
+import signal
+import threading
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import distributed, nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
 
 from vipr_utils.data import store
 from vipr_utils.data.store import Photos
@@ -31,9 +39,51 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler
 
+SAVED = ("identity", "epoch", "batch", "updates", "seconds", "best", "history", "sums")
+
 
 class Diverged(RuntimeError):
     """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the outcome of a training: keyword arguments of `fit`."""
+
+    epochs: int
+    lr: float  # of the backbone
+    head_lr: float = 0.0  # of neck and criterion; 0 takes lr
+    layer_decay: float = 1.0  # each layer's rate over that of the next; 1 is one rate for all
+    optimizer: str = "adamw"  # adamw, adam
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"  # cosine (with warm-up), multistep, constant
+    warmup: float = 0.05  # share of all steps
+    milestones: tuple[int, ...] = ()  # epochs, for multistep
+    gamma: float = 0.1  # factor at each milestone
+    frozen_epochs: int = 0  # epochs in which only neck and criterion learn
+    clip_norm: float = 0.0  # 0 clips nothing
+    ema_decay: float = 0.0  # of the averaged weights that are validated and kept; 0 has none
+    validate_every: int = 1  # epochs
+    precision: str = "auto"  # see compute_dtype
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `fit`, as it is sent to other processes."""
+
+    model: models.Embedder
+    criterion: Callable
+    photos: Photos
+    sampler: object
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    validate: Callable | None = None
+    processes: int = 1
+    max_minutes: float = 0.0
+    checkpoint_minutes: float = 5.0
+    progress: bool = False
 
 
 def fit(
@@ -43,273 +93,429 @@ def fit(
     sampler,
     *,
     folder: Path,
-    epochs: int,
-    lr: float,
     device: torch.device = torch.device("cpu"),
-    precision: str = "auto",  # see compute_dtype
-    head_lr: float = 0.0,  # neck and criterion; 0 takes lr
-    layer_decay: float = 1.0,  # the rate of each layer over that of the next; 1 is one rate for the whole backbone
-    optimizer: str = "adamw",
-    weight_decay: float = 1e-4,
-    schedule: str = "cosine",  # cosine (with warm-up), multistep, constant
-    warmup: float = 0.05,  # share of all steps
-    milestones: tuple[int, ...] = (),  # epochs, for multistep
-    gamma: float = 0.1,
-    frozen_epochs: int = 0,  # epochs in which only neck and criterion learn
-    clip_norm: float = 0.0,
-    ema_decay: float = 0.0,
     validate=None,  # model -> dict with map_at_5
-    validate_every: int = 1,
+    processes: int = 1,
     max_minutes: float = 0.0,
     checkpoint_minutes: float = 5.0,
-    seed: int = 0,
     progress: bool = True,
-    processes: int = 1,
+    **recipe,
 ) -> pd.DataFrame:
     """Train `model` in place and return its history, one row an epoch.
 
-    criterion(embeddings, labels) -> (loss, share of active pairs or accuracy); an nn.Module's parameters are trained.
-    With `validate` the epoch with the best map_at_5 is kept, else the last. max_minutes counts from the first start,
-    over restarts; when it is used up training stops, keeps what it has, and returns: see `cut_short`.
-    Raises Diverged when the loss is not finite; the last checkpoint stays.
+    criterion(embeddings, labels) -> (loss, share of active pairs or accuracy); an nn.Module's
+    parameters are trained. recipe: the fields of `Recipe`; epochs and lr must be given.
+    With `validate` the epoch with the best map_at_5 is kept, else the last. max_minutes counts from
+    the first start, over restarts; when it is used up training stops, keeps what it has, and
+    returns: see `cut_short`.
+    processes: each embeds its part of every batch, on a GPU of its own or on the CPU; embeddings
+    are gathered, so that loss and gradients are those of the whole batch. What is given is sent to
+    them by pickle.
+    Raises Diverged when the loss is not finite; the last checkpoint stays. ValueError for more
+    processes than GPUs, and for what cannot be pickled.
     """
-    dtype = compute_dtype(precision, device, training=True)
-    no_matter = ("max_minutes", "checkpoint_minutes", "progress", "processes")
-    settings = {
-        k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in no_matter
-    }
-    settings["precision"] = str(dtype)
-    settings["milestones"] = list(milestones)
-    start, folder = time.monotonic(), Path(folder)
-    rates = {
-        "lr": lr,
-        "head_lr": head_lr or lr,
-        "layer_decay": layer_decay,
-        "weight_decay": weight_decay,
-    }
-    state = _State(
-        model, criterion, device, dtype, _optimizer(model, criterion, optimizer, **rates), ema_decay
+    job = _Job(
+        *(model, criterion, photos, sampler, Recipe(**recipe), Path(folder), device, validate),
+        *(processes, max_minutes, checkpoint_minutes, progress),
     )
-    state.identity = _identity(
-        settings, model, photos, [sampler.batches(e) for e in (0, max(0, epochs - 1))]
-    )
-    state.resume(folder / "checkpoint.pt")
-    per_epoch = (
-        [len(sampler.batches(e)) for e in range(epochs)]
-        if epochs < 50
-        else [len(sampler.batches(0))] * epochs
-    )
-    if epochs and not per_epoch[0]:
-        raise ValueError("the sampler gives no batch: use a smaller batch_size or more images")
-    last_saved = start
-    for epoch in range(state.epoch, epochs):
-        batches = sampler.batches(epoch)
-        model.train()
-        _freeze_backbone(model, epoch < frozen_epochs)
-        photos.set_epoch(epoch)
-        loader = store.loader(
-            photos, batch_sampler=[_share(b) for b in batches[state.batch :]], device=device
-        )
-        scale, out_of_time = (
-            0.0,
-            False,
-        )  # stay so only if every batch of this epoch was done before a restart
-        for pixels, labels, _ in loader:
-            done = sum(per_epoch[:epoch]) + state.batch
-            scale = rate(
-                done,
-                sum(per_epoch),
-                schedule,
-                warmup,
-                [sum(per_epoch[:m]) for m in milestones],
-                gamma,
-            )
-            state.step(pixels, labels, scale, seed * 1_000_003 + done, clip_norm)
-            now = time.monotonic()
-            spent = state.seconds + now - start
-            if out_of_time := _agreed(bool(max_minutes) and spent > max_minutes * 60, device):
-                break
-            if now - last_saved > checkpoint_minutes * 60:
-                state.save(folder / "checkpoint.pt", spent)
-                last_saved = now
-        row = state.end_epoch(epoch, lr * scale, state.seconds + time.monotonic() - start)
-        row |= {"epochs": epochs, "cut_short": out_of_time and done + 1 < sum(per_epoch)}
-        if validate and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs or out_of_time):
-            scores = validate(state.evaluated())
-            row |= {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
-            state.keep_best(row, folder / "best.pt")
-        state.history.append(row)
-        _warn_of_collapse(row, of_pairs=not isinstance(criterion, nn.Module))
-        if progress:
-            print(_line(row, epochs), flush=True)
-        if out_of_time:
-            break
-        state.save(folder / "checkpoint.pt", state.seconds + time.monotonic() - start)
-        last_saved = time.monotonic()
-    _freeze_backbone(model, False)
-    model.load_state_dict(state.final(folder / "best.pt"))
-    model.eval()
-    if _rank():
-        return pd.DataFrame(state.history)
-    for file in ("checkpoint.pt", "best.pt"):
-        (folder / file).unlink(missing_ok=True)
-    history = pd.DataFrame(state.history)
-    with whole_file(folder / "history.csv") as part:
-        history.to_csv(part, index=False)
-    return history
+    return _train(job) if processes == 1 else _launch(job)
 
 
 def cut_short(history: pd.DataFrame) -> str:
-    """'in epoch 3 of 8' when max_minutes ended this training before its schedule did, '' for a whole one."""
+    """'in epoch 3 of 8' when max_minutes ended this training before its schedule did, '' else."""
     last = history.iloc[-1]
     return f"in epoch {last.epoch:.0f} of {last.epochs:.0f}" if last.cut_short else ""
 
 
-EXTRAS = {  # what a recipe may add, with the value when it does not
-    "weight_decay": 1e-4,
-    "layer_decay": 1.0,
-    "ema_decay": 0.0,
-    "frozen_epochs": 0,
-    "balanced_epochs": 0,
-    "min_images": 1,
-    "max_images": 0,
-    "clutter": 0.0,
-    "learned_whitening": 0,
-    "pooling": "own",
-    "gpus": 1,
-}
+def _train(job: _Job) -> pd.DataFrame:
+    training = _Training(job)
+    training.resume()
+    out_of_time = False
+    while training.epoch < job.recipe.epochs and not out_of_time:
+        out_of_time = training.run_epoch()
+        training.end_epoch(out_of_time)
+        if not out_of_time:
+            training.save()
+    return training.finish()
 
 
-def extras(given: list[str]) -> SimpleNamespace:
-    """EXTRAS with the values given as 'name:value'.
+class _Network(nn.Module):
+    """Model and criterion in one forward pass over the photos of all processes."""
 
-    Raises ValueError for an unknown name or a value of another type.
+    def __init__(self, model: nn.Module, criterion, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.criterion, self.dtype = model, criterion, dtype
 
-    >>> extras(["clutter:0.5", "pooling:gem"]).clutter
-    0.5
-    """
-    values = dict(EXTRAS)
-    for text in given:
-        name, _, value = text.partition(":")
-        try:
-            values[name] = type(EXTRAS[name])(value)
-        except (KeyError, ValueError):
-            what = f"extra {text!r} is unknown or has a wrong value: use name:value"
-            raise ValueError(
-                f"{what} with {', '.join(f'{k} ({type(v).__name__})' for k, v in EXTRAS.items())}"
-            ) from None
-    return SimpleNamespace(**values)
-
-
-def fit_together(
-    processes: int,
-    model,
-    criterion,
-    photos,
-    sampler,
-    *,
-    device=torch.device("cpu"),
-    validate=None,
-    **settings,
-) -> pd.DataFrame:
-    """`fit` by several processes, each on a GPU of its own (or on the CPU), each embedding its share of every batch.
-
-    Embeddings are gathered, so that the loss sees the pairs of the whole batch: same loss and gradients as one process
-    (batch statistics are each process's own). This process leads: it alone validates, prints and writes. With processes=1
-    this is `fit`. Raises ValueError for more processes than GPUs.
-    """
-    if processes == 1:
-        return fit(model, criterion, photos, sampler, device=device, validate=validate, **settings)
-    if device.type == "cuda" and processes > torch.cuda.device_count():
-        raise ValueError(
-            f"{processes} processes need as many GPUs, {torch.cuda.device_count()} are visible: lower it"
-        )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    job = (model, criterion, photos, sampler, settings | {"progress": False})
-    start = torch.multiprocessing.get_context("spawn").Process
-    others = [
-        start(target=_help, args=(rank, processes, address, device.type, job))
-        for rank in range(1, processes)
-    ]
-    try:
-        for other in others:
-            other.start()
-        device = _join(0, processes, address, device.type)
-        return fit(model, criterion, photos, sampler, device=device, validate=validate, **settings)
-    finally:
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor):
+        """(loss, share of active pairs or accuracy, embeddings without gradient)."""
+        with autocast(pixels.device, self.dtype):
+            embeddings = self.model(pixels)
         if distributed.is_initialized():
-            distributed.destroy_process_group()
-        for other in filter(lambda o: o.pid, others):
-            other.join(10)
-            other.kill()
+            # DistributedDataParallel averages over processes. The criterion's gradient is the same
+            # in all of them; the model's is by this process's photos alone, and shall be summed.
+            processes = distributed.get_world_size()
+            embeddings.register_hook(lambda gradient: gradient * processes)
+            embeddings, labels = _gathered(embeddings), _gathered(labels)
+        loss, active = self.criterion(embeddings, labels)
+        return loss, active, embeddings.detach()
 
 
-def _help(rank: int, processes: int, address: str, kind: str, job: tuple) -> None:
-    tune(max(1, cores() // processes))
-    *parts, settings = job
-    fit(*parts, device=_join(rank, processes, address, kind), **settings)
+class _Training:
+    """A training under way: weights, optimiser, scaler, average, position and history."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job, self.recipe, self.device = job, job.recipe, job.device
+        self.leads = not distributed.is_initialized() or distributed.get_rank() == 0
+        self.dtype = compute_dtype(self.recipe.precision, self.device, training=True)
+        self.model = job.model.to(self.device, memory_format=torch.channels_last)
+        self.criterion = job.criterion
+        if isinstance(self.criterion, nn.Module):
+            self.criterion.to(self.device)
+        self.optimizer = _optimizer(self.model, self.criterion, self.recipe)
+        half = self.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.average = None
+        if self.recipe.ema_decay:
+            self.average = ModelEmaV3(self.model, decay=self.recipe.ema_decay, use_warmup=True)
+        self.identity = _identity(job, self.dtype)
+        self.start = self.last_saved = time.monotonic()
+        self.epoch = self.batch = self.updates = 0
+        self.seconds, self.best = 0.0, -1.0  # seconds of the runs before this one
+        self.history: list[dict] = []
+        self.sums = [0.0, 0.0, 0.0, 0.0]  # loss, active, random distance, images of this epoch
+        self.steps = 0  # of this epoch
+        self.network: nn.Module | None = None
+
+    def spent(self) -> float:
+        """Seconds since the first start."""
+        return self.seconds + time.monotonic() - self.start
+
+    def run_epoch(self) -> bool:
+        """Train to the end of the epoch; True when time ran out before or with it."""
+        job = self.job
+        batches = _shares(job.sampler.batches(self.epoch), job.processes)
+        if not batches:
+            raise ValueError("the sampler gives no batch: use a smaller batch_size or more images")
+        self.steps = len(batches)
+        self._begin_epoch()
+        job.photos.set_epoch(self.epoch)
+        rest = batches[self.batch :]
+        for pixels, labels, _ in store.loader(job.photos, batch_sampler=rest, device=self.device):
+            seed = self.recipe.seed * 1_000_003 + self.epoch * self.steps + self.batch
+            self.step(pixels, labels, factor=self._factor(self.batch), seed=seed)
+            if self._out_of_time():
+                return True
+            if time.monotonic() - self.last_saved > job.checkpoint_minutes * 60:
+                self.save()
+        return False
+
+    def _begin_epoch(self) -> None:
+        self.model.train()
+        frozen = self.epoch < self.recipe.frozen_epochs
+        self.model.backbone.requires_grad_(not frozen)
+        if frozen:
+            self.model.backbone.eval()  # batch statistics stay those of pretraining
+        if self.network is None or self.epoch == self.recipe.frozen_epochs:
+            self.network = _Network(self.model, self.criterion, self.dtype)
+            if distributed.is_initialized():
+                unused = self.model.pooling is not None  # layers of the backbone's own head
+                self.network = DistributedDataParallel(self.network, find_unused_parameters=unused)
+
+    def _factor(self, batch: int) -> float:
+        """The factor on the learning rates at a batch of this epoch."""
+        recipe = self.recipe
+        return rate(
+            self.epoch * self.steps + batch,
+            recipe.epochs * self.steps,
+            recipe.schedule,
+            recipe.warmup,
+            [milestone * self.steps for milestone in recipe.milestones],
+            recipe.gamma,
+        )
+
+    def step(
+        self, pixels: torch.Tensor, labels: torch.Tensor, *, factor: float = 1.0, seed: int = 0
+    ) -> None:
+        """One update by the loss of a whole batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        pixels = pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+        loss, active, embeddings = self.network(pixels, labels)
+        self.scaler.scale(loss).backward()
+        if not math.isfinite(loss.item()):
+            raise Diverged(
+                f"loss is {loss.item()} in epoch {self.epoch}, batch {self.batch}: lower lr or set "
+                "clip_norm (1.0 is usual); the last checkpoint is kept"
+            )
+        self.scaler.unscale_(self.optimizer)
+        if self.recipe.clip_norm:
+            groups = self.optimizer.param_groups
+            parameters = [parameter for group in groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += 1
+        if self.average is not None:
+            self.average.update(self.model, step=self.updates)
+        self.batch += 1
+        self._count(loss.item(), active, embeddings)
+
+    def _count(self, loss: float, active: float, embeddings: torch.Tensor) -> None:
+        half = len(embeddings) // 2  # neighbours in a P x K batch are one product
+        similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean().item()
+        values = (loss, active, 1 - similarity, 1.0)
+        self.sums = [old + new * len(embeddings) for old, new in zip(self.sums, values)]
+
+    def _out_of_time(self) -> bool:
+        """Whether max_minutes are used up, by the first process's clock."""
+        if not self.job.max_minutes:
+            return False
+        late = torch.tensor(int(self.spent() > self.job.max_minutes * 60), device=self.device)
+        if distributed.is_initialized():
+            distributed.broadcast(late, 0)
+        return bool(late)
+
+    def end_epoch(self, out_of_time: bool) -> None:
+        """Validate, note the epoch in the history, and go to the next one."""
+        epochs = self.recipe.epochs
+        last = self.epoch + 1 == epochs
+        loss, active, random_distance, _ = (total / self.sums[3] for total in self.sums)
+        row = {
+            "epoch": self.epoch + 1,
+            "loss": loss,
+            "active": active,
+            "random_distance": random_distance,
+            "lr": self.recipe.lr * self._factor(self.batch - 1),
+            "seconds": self.spent(),
+            "epochs": epochs,
+            "cut_short": out_of_time and not (last and self.batch == self.steps),
+        }
+        due = last or out_of_time or (self.epoch + 1) % self.recipe.validate_every == 0
+        if self.leads and self.job.validate and due:
+            self._validate(row)
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0, 0.0]
+        self.history.append(row)
+        if self.leads:
+            _warn_of_collapse(row, of_pairs=not isinstance(self.criterion, nn.Module))
+            if self.job.progress:
+                print(_line(row, epochs), flush=True)
+
+    def evaluated(self) -> nn.Module:
+        """What is validated and kept: the averaged weights where there are some."""
+        return self.model if self.average is None else self.average.module
+
+    def _validate(self, row: dict) -> None:
+        scores = self.job.validate(self.evaluated())
+        for name, value in scores.items():
+            if isinstance(value, (int, float)):
+                row[name] = float(value)
+        if row.get("map_at_5", -1.0) > self.best:
+            self.best = row["map_at_5"]
+            models.save(self.evaluated(), self.job.folder / "best.pt")
+
+    def finish(self) -> pd.DataFrame:
+        """Put the weights to keep into the model; the first process writes the history."""
+        self.model.backbone.requires_grad_(True)
+        history = pd.DataFrame(self.history)
+        if not self.leads:
+            return history
+        best = self.job.folder / "best.pt"
+        kept = models.load(best) if self.best >= 0 and best.exists() else self.evaluated()
+        self.model.load_state_dict(kept.state_dict())
+        self.model.eval()
+        for file in ("checkpoint.pt", "best.pt"):
+            (self.job.folder / file).unlink(missing_ok=True)
+        with whole_file(self.job.folder / "history.csv") as part:
+            history.to_csv(part, index=False)
+        return history
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if not self.leads:
+            return
+        data = {name: getattr(self, name) for name in SAVED} | {"seconds": self.spent()}
+        for name, part in self._parts().items():
+            data[name] = part.state_dict()
+        with whole_file(self.job.folder / "checkpoint.pt") as path:
+            torch.save(data, path)
+        self.last_saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Continue from a checkpoint of the same settings; one of others is left behind."""
+        path = self.job.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        data = torch.load(path, map_location=self.device, weights_only=True)
+        if data["identity"] != self.identity:
+            return
+        for name in SAVED:
+            setattr(self, name, data[name])
+        for name, part in self._parts().items():
+            part.load_state_dict(data[name])
+
+    def _parts(self) -> dict:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        if self.average is not None:
+            parts["average"] = self.average
+        if isinstance(self.criterion, nn.Module):
+            parts["criterion"] = self.criterion
+        return parts
 
 
-def _join(rank: int, processes: int, address: str, kind: str) -> torch.device:
-    """Become one of the processes; returns its device. The others wait as long as the leader validates."""
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    how = {
-        "init_method": address,
-        "rank": rank,
-        "world_size": processes,
-        "timeout": timedelta(hours=3),
-    }
-    distributed.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
-    return device
+def _optimizer(model: models.Embedder, criterion, recipe: Recipe) -> torch.optim.Optimizer:
+    """Groups of parameters with their `base_lr`: neck and criterion at head_lr, the rest at lr.
+
+    No weight decay on biases, norms, GeM's p, class tokens and position embeddings. With
+    layer_decay the backbone's rates fall from its last layer to its first (Clark et al. 2020,
+    arXiv:2003.10555).
+    """
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if recipe.optimizer not in kinds:
+        raise ValueError(f"optimizer {recipe.optimizer!r} is unknown: use one of {tuple(kinds)}")
+    model.requires_grad_(True)  # a training that was stopped may have left the backbone frozen
+    decay, backbone = recipe.weight_decay, model.backbone
+    spared = getattr(backbone, "no_weight_decay", set)()
+    if recipe.layer_decay == 1.0:
+        groups = param_groups_weight_decay(backbone, decay, no_weight_decay_list=spared)
+    else:
+        groups = param_groups_layer_decay(
+            backbone, decay, no_weight_decay_list=spared, layer_decay=recipe.layer_decay
+        )
+    if model.pooling is not None:
+        groups += param_groups_weight_decay(model.pooling, decay)
+    for group in groups:
+        group["base_lr"] = recipe.lr * group.get("lr_scale", 1.0)
+    learns = isinstance(criterion, nn.Module)
+    heads = nn.ModuleList([model.neck, criterion] if learns else [model.neck])
+    head_groups = param_groups_weight_decay(heads, decay)
+    for group in head_groups:
+        group["base_lr"] = recipe.head_lr or recipe.lr
+    return kinds[recipe.optimizer](groups + head_groups, lr=recipe.lr)
 
 
-def _rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
+def _identity(job: _Job, dtype: torch.dtype) -> str:
+    """A hash of all that decides the outcome, so that only its own run continues a checkpoint."""
+    settings = asdict(job.recipe) | {"precision": str(dtype), "processes": job.processes}
+    text = json.dumps([settings, job.model.record], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode())
+    digest.update(np.asarray(job.photos.rows, dtype=np.int64).tobytes())
+    for epoch in (0, max(0, job.recipe.epochs - 1)):
+        for batch in job.sampler.batches(epoch):
+            digest.update(np.asarray(batch, dtype=np.int64).tobytes())
+    for tensor in job.model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _share(batch: np.ndarray) -> np.ndarray:
-    """This process's part of a batch: all parts are of one length, what cannot be divided is left out."""
-    n = distributed.get_world_size() if distributed.is_initialized() else 1
-    return batch[: len(batch) // n * n].reshape(n, -1)[_rank()]
+# ------------------------------------------------------------------------------ several processes
+
+NOT_SENT = (
+    "fit with processes > 1 sends model, criterion, photos, sampler and validate to other "
+    "processes by pickle, which failed ({error}): use functions and classes of an importable "
+    "module, no lambda and nothing defined in a notebook, or processes=1"
+)
 
 
-def _agreed(flag: bool, device: torch.device) -> bool:
-    """What the leader says."""
-    if not distributed.is_initialized():
-        return flag
-    said = torch.tensor([flag], dtype=torch.int32, device=device)
-    distributed.broadcast(said, 0)
-    return bool(said.item())
+def _shares(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
+    """This process's part of every batch: parts are alike, what cannot be divided is left out."""
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    shares = []
+    for batch in batches:
+        length = len(batch) // processes
+        if length > 1:  # batch statistics need two
+            shares.append(batch[rank * length : (rank + 1) * length])
+    return shares
 
 
-def _gathered(embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings and labels of the whole batch; gradients flow to this process's own alone."""
-    if not distributed.is_initialized():
-        return embeddings, labels
-    parts = [
-        [torch.empty_like(x) for _ in range(distributed.get_world_size())]
-        for x in (embeddings, labels)
-    ]
-    for part, x in zip(parts, (embeddings, labels)):
-        distributed.all_gather(part, x.detach().contiguous())
-    parts[0][_rank()] = embeddings
-    return torch.cat(parts[0]), torch.cat(parts[1])
+def _gathered(values: torch.Tensor) -> torch.Tensor:
+    """Those of all processes, (B, ...) -> (P * B, ...), with this process's own in the graph."""
+    parts = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, values.detach().contiguous())
+    parts[distributed.get_rank()] = values
+    return torch.cat(parts)
 
 
-def _sum_gradients(model: nn.Module, criterion) -> None:
-    """Every process has the gradient of the joint loss by its own images: their sum is the whole. The criterion saw all."""
-    if not distributed.is_initialized():
-        return
-    learned = list(criterion.parameters()) if isinstance(criterion, nn.Module) else []
-    for parameter in [*model.parameters(), *learned]:
-        if parameter.grad is not None:
-            distributed.all_reduce(parameter.grad)
-    for parameter in learned:
-        parameter.grad /= distributed.get_world_size()
+def _launch(job: _Job) -> pd.DataFrame:
+    """The history of `job` by several processes; its model and criterion get their weights."""
+    gpus = torch.cuda.device_count()
+    if job.device.type == "cuda" and job.processes > gpus:
+        raise ValueError(
+            f"processes={job.processes} need a GPU each, this machine has {gpus}: "
+            f"use processes={gpus}"
+        )
+    with whole_file(job.folder / "job.pt") as path:
+        try:
+            torch.save(job, path)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(NOT_SENT.format(error=error)) from error
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.processes,
+        run_id="vipr",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    try:
+        history = _launched(config, job.folder)
+    finally:
+        (job.folder / "job.pt").unlink()
+    trained = torch.load(job.folder / "trained.pt", weights_only=True, map_location="cpu")
+    job.model.load_state_dict(trained["model"])
+    job.model.to(job.device).eval()
+    if trained["criterion"]:
+        job.criterion.load_state_dict(trained["criterion"])
+    (job.folder / "trained.pt").unlink()
+    return history
+
+
+def _launched(config: LaunchConfig, folder: Path) -> pd.DataFrame:
+    """Run `_work` in all processes; the first that dies ends the others, with its error."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return elastic_launch(config, _work)(folder)[0]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message = failure.message
+        if isinstance(message, dict):  # of an exception; of a signal it is a text
+            message = message["message"]
+        kind = Diverged if message.startswith("Diverged") else RuntimeError
+        raise kind(f"training process {rank} ended: {message}") from error
+    finally:  # the launcher leaves its own behind
+        for number, handler in handlers.items() if in_main else ():
+            signal.signal(number, handler)
+
+
+def _work(folder: Path) -> pd.DataFrame:
+    """One of the processes that train together; the first leaves trained.pt in the folder."""
+    try:
+        job = torch.load(folder / "job.pt", weights_only=False, map_location="cpu")
+    except AttributeError as error:
+        raise ValueError(NOT_SENT.format(error=error)) from error
+    tune(max(1, cores() // job.processes))
+    backend = "gloo"
+    if job.device.type == "cuda":
+        backend = "nccl"
+        job = replace(job, device=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        torch.cuda.set_device(job.device)
+    # The others wait as long as the first validates.
+    distributed.init_process_group(backend, timeout=timedelta(hours=3))
+    history = _train(job)
+    if distributed.get_rank() == 0:
+        learned = job.criterion.state_dict() if isinstance(job.criterion, nn.Module) else {}
+        with whole_file(folder / "trained.pt") as path:
+            torch.save({"model": job.model.state_dict(), "criterion": learned}, path)
+    distributed.destroy_process_group()
+    return history
+
+
+# ------------------------------------------------------------------------------- the head alone
 
 
 def fit_head(
@@ -323,42 +529,44 @@ def fit_head(
     batch_size: int = 256,
     weight_decay: float = 1e-4,
     seed: int = 0,
-    device="cpu",
+    device: torch.device = torch.device("cpu"),
 ) -> pd.DataFrame:
-    """Train the model's neck and the criterion on cached features (N, C), in place; seconds an epoch.
+    """Train the model's neck and the criterion on cached features (N, C), in place; seconds an
+    epoch. Returns loss and accuracy by epoch.
 
-    features: embedding.embed(..., features=True) of the frozen backbone. The recipe with the best return per GPU hour
-    in Kaggle's Universal Image Embedding (2022). Returns loss and accuracy by epoch.
+    features: embedding.embed(..., features=True) of the frozen backbone. The recipe with the best
+    return per GPU hour in Kaggle's Universal Image Embedding (2022). Neck, criterion and features
+    are moved to `device`; the neck comes back to where the model is.
     """
     if isinstance(model.neck, nn.Identity):
         raise ValueError(
-            "fit_head trains a neck and the model has none: create it with embedding_dim, for example 512"
+            "fit_head trains a neck and the model has none: create it with embedding_dim, for "
+            "example 512"
         )
-    x, y = torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(labels)
-    parameters = [*model.neck.parameters(), *criterion.parameters()]
+    home = next(model.parameters()).device
+    neck = model.neck.to(device).train()
+    criterion.to(device)
+    parameters = [*neck.parameters(), *criterion.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    sampler, history = ShuffledSampler(len(x), batch_size=batch_size, seed=seed), []
-    steps = epochs * len(sampler.batches(0))
-    model.neck.train()
+    inputs = torch.as_tensor(features, dtype=torch.float32, device=device)
+    targets = torch.as_tensor(labels, device=device)
+    sampler = ShuffledSampler(len(inputs), batch_size=batch_size, seed=seed)
+    history = []
     for epoch in range(epochs):
-        losses = []
-        for rows in sampler.batches(epoch):
-            optimizer.param_groups[0]["lr"] = lr * rate(
-                len(losses) + epoch * steps // epochs, steps, "cosine", 0.05, [], 0.1
-            )
-            loss, accuracy = criterion(nn.functional.normalize(model.neck(x[rows]), dim=1), y[rows])
+        batches = [torch.as_tensor(batch, device=device) for batch in sampler.batches(epoch)]
+        results = []
+        for step, rows in enumerate(batches, start=epoch * len(batches)):
+            factor = rate(step, epochs * len(batches), "cosine", 0.05, [], 0.1)
+            optimizer.param_groups[0]["lr"] = lr * factor
+            embeddings = nn.functional.normalize(neck(inputs[rows]), dim=1)
+            loss, accuracy = criterion(embeddings, targets[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            losses.append((loss.item(), accuracy))
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "loss": np.mean([v[0] for v in losses]),
-                "active": np.mean([v[1] for v in losses]),
-            }
-        )
-    model.neck.eval()
+            results.append((loss.item(), accuracy))
+        mean_loss, mean_accuracy = np.mean(results, axis=0)
+        history.append({"epoch": epoch + 1, "loss": mean_loss, "active": mean_accuracy})
+    model.neck.to(home).eval()
     return pd.DataFrame(history)
 
 
@@ -380,194 +588,6 @@ def rate(
             return (step + 1) / (rise + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
     raise ValueError(f"schedule {schedule!r} is unknown: use 'cosine', 'multistep' or 'constant'")
-
-
-class _State:
-    """What a checkpoint holds: weights, optimiser, scaler, averages, position, history."""
-
-    def __init__(self, model, criterion, device, dtype, optimizer, ema_decay: float = 0.0) -> None:
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.criterion = criterion.to(device) if isinstance(criterion, nn.Module) else criterion
-        self.device, self.dtype, self.ema_decay, self.optimizer = (
-            device,
-            dtype,
-            ema_decay,
-            optimizer,
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self.average = copy.deepcopy(model).eval() if ema_decay else None
-        self.epoch = self.batch = self.updates = 0
-        self.seconds, self.history, self.best = 0.0, [], -1.0
-        self.identity, self.sums = "", np.zeros(4)
-
-    def step(self, pixels, labels, scale: float, seed: int, clip_norm: float) -> None:
-        """One update by the loss of a whole batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * scale
-        pixels = pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, active, embeddings = self._backward(pixels, labels, seed)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"loss is {loss} in epoch {self.epoch}, batch {self.batch}: lower lr or set clip_norm (1.0 is usual); "
-                "the last checkpoint is kept"
-            )
-        _sum_gradients(self.model, self.criterion)
-        self.scaler.unscale_(self.optimizer)
-        if clip_norm:
-            nn.utils.clip_grad_norm_(
-                [p for g in self.optimizer.param_groups for p in g["params"]], clip_norm
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self._update_average()
-        half = (
-            len(embeddings) // 2
-        )  # neighbours in a P x K batch are one product: pair across the halves
-        apart = (1 - (embeddings[:half] * embeddings[-half:]).sum(1)).mean().item()
-        self.sums += np.array([loss, active, apart, 1.0]) * len(labels)
-        self.batch += 1
-
-    def _backward(self, pixels, labels, seed: int):
-        torch.manual_seed(seed)
-        with autocast(self.device, self.dtype):
-            embeddings = self.model(pixels)
-        loss, active = self.criterion(*_gathered(embeddings, labels))
-        self.scaler.scale(loss).backward()
-        return loss.item(), active, embeddings.detach()
-
-    def _update_average(self) -> None:
-        if self.average is None:
-            return
-        self.updates += 1
-        decay = min(
-            self.ema_decay, (1 + self.updates) / (10 + self.updates)
-        )  # short memory while young
-        for a, b in zip(self.average.state_dict().values(), self.model.state_dict().values()):
-            a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
-
-    def evaluated(self) -> nn.Module:
-        return self.average or self.model
-
-    def end_epoch(self, epoch: int, lr: float, seconds: float) -> dict:
-        loss, active, apart, _ = (self.sums / max(1.0, self.sums[3])).tolist()
-        row = {
-            "epoch": epoch + 1,
-            "loss": loss,
-            "active": active,
-            "random_distance": apart,
-            "lr": lr,
-            "seconds": seconds,
-        }
-        self.epoch, self.batch, self.sums = epoch + 1, 0, np.zeros(4)
-        return row
-
-    def keep_best(self, row: dict, path: Path) -> None:
-        value = row.get("map_at_5")
-        if value is not None and value > self.best:
-            self.best = value
-            models.save(self.evaluated(), path)
-
-    def final(self, best: Path) -> dict:
-        return (
-            models.load(best).state_dict()
-            if best.exists() and self.best >= 0
-            else self.evaluated().state_dict()
-        )
-
-    def save(self, path: Path, seconds: float) -> None:
-        if _rank():
-            return
-        keep = ("epoch", "batch", "updates", "history", "best", "identity")
-        data = {k: getattr(self, k) for k in keep} | {
-            "seconds": seconds,
-            "sums": self.sums.tolist(),
-        }
-        data |= {k: v.state_dict() for k, v in self._parts().items()}
-        with whole_file(path) as part:
-            torch.save(data, part)
-
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint of the same settings; one of other settings is left behind."""
-        if not path.exists():
-            return
-        data = torch.load(path, map_location=self.device, weights_only=True)
-        if data["identity"] != self.identity:
-            return
-        for key in ("epoch", "batch", "updates", "history", "best", "seconds"):
-            setattr(self, key, data[key])
-        self.sums = np.array(data["sums"])
-        for key, part in self._parts().items():
-            part.load_state_dict(data[key])
-
-    def _parts(self) -> dict:
-        parts = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "scaler": self.scaler,
-            "average": self.average,
-        }
-        parts["criterion"] = self.criterion if isinstance(self.criterion, nn.Module) else None
-        return {k: v for k, v in parts.items() if v is not None}
-
-
-def _optimizer(
-    model,
-    criterion,
-    name: str,
-    *,
-    lr: float,
-    head_lr: float,
-    weight_decay: float,
-    layer_decay: float = 1.0,
-):
-    """Backbone, then neck and criterion, each with and without weight decay (none on biases, norms, GeM's p). With
-    layer_decay the backbone's rates fall from its last layer to its first (Clark et al. 2020, arXiv:2003.10555)."""
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if name not in kinds:
-        raise ValueError(f"optimizer {name!r} is unknown: use one of {tuple(kinds)}")
-    heads = list(model.neck.parameters()) + (
-        list(criterion.parameters()) if isinstance(criterion, nn.Module) else []
-    )
-    layered = set(model.backbone.parameters()) if layer_decay != 1.0 else set()
-    body = [p for p in model.parameters() if p not in layered and not any(p is h for h in heads)]
-    groups = []
-    if layered:
-        for group in param_groups_layer_decay(
-            model.backbone, weight_decay, layer_decay=layer_decay
-        ):
-            decay, base = group["weight_decay"], lr * group["lr_scale"]
-            groups.append(
-                {"params": group["params"], "lr": base, "base_lr": base, "weight_decay": decay}
-            )
-    for parameters, base in ((body, lr), (heads, head_lr)):
-        for decays, decay in ((True, weight_decay), (False, 0.0)):
-            chosen = [p for p in parameters if (p.ndim > 1) == decays]
-            if chosen:
-                groups.append(
-                    {"params": chosen, "lr": base, "base_lr": base, "weight_decay": decay}
-                )
-    return kinds[name](groups)
-
-
-def _identity(settings: dict, model, photos, batches: list[list]) -> str:
-    """A hash of all that decides the outcome, so that a checkpoint is only continued by the run it belongs to."""
-    digest = hashlib.sha256(
-        json.dumps([settings, model.record], sort_keys=True, default=str).encode()
-    )
-    digest.update(np.asarray(photos.rows, dtype=np.int64).tobytes())
-    for epoch in batches:
-        digest.update(np.concatenate(epoch).astype(np.int64).tobytes())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _freeze_backbone(model, frozen: bool) -> None:
-    model.backbone.requires_grad_(not frozen)
-    if frozen:
-        model.backbone.eval()  # batch statistics stay those of pretraining
 
 
 def _warn_of_collapse(row: dict, of_pairs: bool) -> None:
