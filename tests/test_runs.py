@@ -128,11 +128,6 @@ def test_table_gives_interval_data_sizes_time_and_hardware_and_skips_unscored_ru
     shown = dict(zip(printed[0].split(), printed[1].split()))
     expected = {"run": "one", "map_at_5": "0.458", "map_at_5_low": "0.441", "seconds": "61"}
     assert expected.items() <= shown.items()
-    header, rule, row = runs.markdown(board).splitlines()
-    assert header.startswith("run|map_at_5|") and rule == "|".join(
-        ["---"] * (header.count("|") + 1)
-    )
-    assert row.startswith("one|0.458|0.441|0.476|0.564|1|toy|test|20|30|61|")
 
 
 def test_only_what_stands_between_the_marks_is_replaced():
@@ -184,10 +179,7 @@ def test_levers_are_compared_with_the_baseline_of_their_sweep_query_by_query(tmp
     )
     assert row.high == pytest.approx(0.2)
     assert table.loc["gap-clutter", "customer"].difference == 0
-    assert "gap-clutter|shop|0.300|0.450|0.150|0.100|0.200" in runs.paired_markdown(
-        table.reset_index()
-    )
-    assert runs.paired_markdown(runs.against_baselines(tmp_path / "nothing")) == ""
+    assert runs.against_baselines(tmp_path / "nothing").empty
 
 
 def test_per_query_scores_are_read_compressed_too(tmp_path):

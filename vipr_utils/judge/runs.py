@@ -280,22 +280,6 @@ def table(board: pd.DataFrame) -> str:
     return readable(board).to_string(index=False, float_format="%.3f", na_rep="")
 
 
-def markdown(board: pd.DataFrame) -> str:
-    """`readable` as a Markdown table."""
-    return _markdown(readable(board))
-
-
-def paired_markdown(differences: pd.DataFrame) -> str:
-    """The rows of `against_baselines` as a Markdown table; "" when there is none."""
-    return _markdown(differences) if len(differences) else ""
-
-
-def _markdown(frame: pd.DataFrame) -> str:
-    header, *rows = frame.to_csv(sep="|", index=False, float_format="%.3f").splitlines()
-    rule = "|".join(["---"] * frame.shape[1])
-    return "\n".join([header, rule, *rows])
-
-
 def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
     """Paired differences of mAP@5 to a baseline run, a row for each other run and view.
 
