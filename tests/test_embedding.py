@@ -41,26 +41,96 @@ def test_order_and_batch_size_change_nothing(toy_data, network):
     np.testing.assert_allclose(one, other[::-1], atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "rows", "precision"])
-def test_cached_embeddings_are_only_used_for_the_same_question(toy_data, network, tmp_path, change):
+@pytest.fixture
+def passes(monkeypatch):
+    """The rows of every pass through a backbone."""
+    seen, forwarded = [], embedding._forwarded
+
+    def counted(forward, model, store, rows, **settings):
+        seen.append(rows.tolist())
+        return forwarded(forward, model, store, rows, **settings)
+
+    monkeypatch.setattr(embedding, "_forwarded", counted)
+    return seen
+
+
+def test_a_photo_passes_the_backbone_once_whatever_rows_are_asked_for(
+    toy_data, network, tmp_path, passes
+):
+    rows = toy_data[0].index[:9].to_numpy()
+    plain = embedding.embed(network, toy_data[1], rows, image_size=32)
+    passes.clear()
+    for asked in (rows[2:6], rows, rows[::-1], rows[3:4]):
+        found = embedding.embed(network, toy_data[1], asked, image_size=32, cache_dir=tmp_path)
+        expected = plain[[rows.tolist().index(row) for row in asked]]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert passes == [rows[2:6].tolist(), [*rows[:2], *rows[6:]]]
+
+
+def test_another_neck_and_the_features_themselves_come_from_the_same_pass(
+    toy_data, network, tmp_path, passes
+):
+    rows, store = toy_data[0].index[:4].to_numpy(), toy_data[1]
+    settings = {"image_size": 32, "cache_dir": tmp_path}
+    first = embedding.embed(network, store, rows, **settings)
+    with torch.no_grad():
+        network.neck[0].weight[0].mul_(3.0)
+    second = embedding.embed(network, store, rows, **settings)
+    embedding.embed(network, store, rows, features=True, **settings)
+    assert len(passes) == 1 and not np.allclose(first, second)
+    np.testing.assert_allclose(
+        second, embedding.embed(network, store, rows, image_size=32), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "precision"])
+def test_cached_features_are_only_used_for_the_same_question(
+    toy_data, network, tmp_path, change, passes
+):
+    asked = {"image_size": 32, "fit": "squash", "precision": "float32", "cache_dir": tmp_path}
     rows = toy_data[0].index[:4]
-    how = {"image_size": 32, "fit": "squash", "precision": "float32", "cache_dir": tmp_path}
-    first = embedding.embed(network, toy_data[1], rows, **how)
-    np.testing.assert_array_equal(embedding.embed(network, toy_data[1], rows, **how), first)
-    assert len(list((tmp_path / "embeddings").iterdir())) == 1
+    embedding.embed(network, toy_data[1], rows, **asked)
     if change == "weights":
         with torch.no_grad():
-            network.neck[0].weight.mul_(1.5)
-    elif change == "interpolation":
+            next(network.backbone.parameters()).mul_(1.5)
+    if change == "interpolation":
         network.record["interpolation"] = "bicubic"
-    rows = rows[::-1] if change == "rows" else rows
-    how |= {
-        "size": {"image_size": 48},
-        "fit": {"fit": "crop"},
-        "precision": {"precision": "bfloat16"},
-    }.get(change, {})
-    embedding.embed(network, toy_data[1], rows, **how)
-    assert len(list((tmp_path / "embeddings").iterdir())) == 2
+    other = {"size": ("image_size", 48), "fit": ("fit", "crop")}
+    other["precision"] = "precision", "bfloat16"
+    asked.update([other[change]] if change in other else [])
+    embedding.embed(network, toy_data[1], rows, **asked)
+    assert len(passes) == 2
+
+
+def test_damaged_part_of_the_cache_is_computed_anew(toy_data, network, tmp_path, passes):
+    rows, store = toy_data[0].index[:4], toy_data[1]
+    first = embedding.embed(network, store, rows, image_size=32, cache_dir=tmp_path)
+    (part,) = (tmp_path / "pooled").glob("*/*.npz")
+    part.write_bytes(part.read_bytes()[:100])
+    again = embedding.embed(network, store, rows, image_size=32, cache_dir=tmp_path)
+    assert len(passes) == 2 and np.array_equal(first, again)
+
+
+def test_what_was_computed_before_a_kill_is_not_computed_again(
+    toy_data, network, tmp_path, monkeypatch, passes
+):
+    rows, store = toy_data[0].index[:7].to_numpy(), toy_data[1]
+    monkeypatch.setattr(embedding, "BLOCK", 3)
+    counted, done = embedding._forwarded, []
+
+    def killed(*arguments, **settings):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return counted(*arguments, **settings)
+
+    monkeypatch.setattr(embedding, "_forwarded", killed)
+    with pytest.raises(KeyboardInterrupt):
+        embedding.embed(network, store, rows, image_size=32, cache_dir=tmp_path)
+    monkeypatch.setattr(embedding, "_forwarded", counted)
+    passes.clear()
+    embedding.embed(network, store, rows, image_size=32, cache_dir=tmp_path)
+    assert passes == [rows[6:].tolist()]
 
 
 def test_learned_whitening_becomes_part_of_the_model_and_of_its_checkpoint(

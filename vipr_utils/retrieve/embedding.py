@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from vipr_utils.data import transforms
 from vipr_utils.data.store import Photos, loader
@@ -17,6 +20,9 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.pooling import RMAC
 from vipr_utils.retrieve import rerank
+
+VERSION = 1  # of the cached features: rises with the code that computes them
+BLOCK = 4096  # photos whose features are on disk before the next are computed
 
 
 def embed(
@@ -32,45 +38,91 @@ def embed(
     cache_dir: Path | None = None,
     features: bool = False,
 ) -> np.ndarray:
-    """(N, D) float32 embeddings of the catalog rows given, in their order, with the model's own eval transform.
-    features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
+    """(N, D) float32 embeddings of the catalog rows given, by the model's own eval transform.
 
-    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see `compute_dtype`. With
-    cache_dir the result is kept under a key of weights, data, rows, transform and precision. A row that the store could
-    not read gets NaN, which `retrieve` counts and `search.top_k` refuses.
+    features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
+    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see
+    `compute_dtype`. With cache_dir features are kept **per photo**, under the weights of backbone
+    and pooling, transform and precision: whatever rows and necks are asked for, a photo passes
+    the backbone once. A row that the store could not read gets NaN.
     """
     size = image_size or model.record["image_size"]
     dtype = compute_dtype(precision, device)
-    path = (
-        Path(cache_dir)
-        / "embeddings"
-        / f"{_key(model, store, rows, size, fit, features, dtype)}.npy"
-        if cache_dir
-        else None
+    compute = partial(
+        _features,
+        model,
+        store,
+        device=device,
+        batch_size=batch_size,
+        size=size,
+        dtype=dtype,
+        fit=fit,
     )
-    if path and path.exists():
-        return np.load(path)
-    rows = np.asarray(rows)
+    rows = np.asarray(rows, np.int64)
+    if cache_dir:
+        folder = Path(cache_dir) / "pooled" / _key(model, store, size, fit, dtype)
+        pooled = _cached(folder, rows, compute)
+    else:
+        pooled = compute(rows)
+    return pooled if features else _through_neck(model, pooled)
+
+
+def _features(model, store, rows: np.ndarray, **settings) -> np.ndarray:
+    """(N, C) pooled features; NaN for rows that the store could not read."""
     readable = store.readable[rows]
-    forward = model.features if features else model
-    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "dtype": dtype}
-    out = _forwarded(forward, model, store, rows[readable], **how)
-    width = out[0].shape[1] if out else model.record["embedding_dim"]
-    embeddings = np.full((len(rows), width), np.nan, np.float32)
-    if out:
-        embeddings[readable] = np.concatenate(out)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part, open(part, "wb") as file:
-            np.save(file, embeddings)
-    return embeddings
+    if not readable.any():
+        return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
+    found = np.concatenate(_forwarded(model.features, model, store, rows[readable], **settings))
+    pooled = np.full((len(rows), found.shape[1]), np.nan, np.float32)
+    pooled[readable] = found
+    return pooled
+
+
+def _through_neck(model, pooled: np.ndarray) -> np.ndarray:
+    """(N, D) float32, L2-normalised, computed where the model is, in float32."""
+    device = next(model.parameters()).device
+    was_training = model.neck.training
+    model.neck.eval()
+    with torch.inference_mode():
+        blocks = torch.from_numpy(pooled).split(BLOCK)
+        out = [F.normalize(model.neck(x.to(device)), dim=1).cpu().numpy() for x in blocks]
+    model.neck.train(was_training)
+    return np.concatenate(out) if out else np.empty((0, model.record["embedding_dim"]), np.float32)
+
+
+def _cached(folder: Path, rows: np.ndarray, compute) -> np.ndarray:
+    """compute(rows), each photo once; parts of the cache are only added."""
+    parts = [part for file in sorted(folder.glob("*.npz")) if (part := _part(file))]
+    known = np.concatenate([part[0] for part in parts]) if parts else np.empty(0, np.int64)
+    missing = np.setdiff1d(rows, known)
+    for start in range(0, len(missing), BLOCK):
+        block = missing[start : start + BLOCK]
+        parts.append((block, compute(block)))
+        name = hashlib.sha256(block.tobytes()).hexdigest()[:16]
+        with whole_file(folder / f"{name}.npz") as part, open(part, "wb") as file:
+            np.savez(file, rows=parts[-1][0], values=parts[-1][1])
+    if not parts:
+        return compute(rows)
+    known, first = np.unique(np.concatenate([part[0] for part in parts]), return_index=True)
+    values = np.concatenate([part[1] for part in parts])
+    return values[first[np.searchsorted(known, rows)]]
+
+
+def _part(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """(rows, values) of a file of the cache, None where it is damaged: it is computed anew."""
+    try:
+        with np.load(file) as part:
+            return part["rows"], part["values"]
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def embed_at_sizes(model, store, rows, *, image_sizes: tuple[int, ...], **settings) -> np.ndarray:
-    """(N, D) float32, L2-normalised: the sum of the embeddings of the same photos at several sizes in pixels.
+    """(N, D) float32, L2-normalised: the sum of the embeddings of the same photos at several sizes
+    in pixels.
 
-    Settings as in `embed`. Costs as much as the sizes together.
-    Source: Gordo et al. 2017, arXiv:1610.07940 (multi-resolution).
+    Settings as in `embed`. Costs as much as the sizes together. Source: Gordo et al. 2017,
+    arXiv:1610.07940 (multi-resolution).
     """
     return rerank.unit(
         sum(embed(model, store, rows, image_size=px, **settings) for px in image_sizes)
@@ -89,15 +141,17 @@ def fit_region_whitening(
     precision: str = "auto",
     power: float = 1.0,
 ):
-    """The model with the whitening of its R-MAC pooling set to PCA whitening of the regions of these photos.
+    """The model with the whitening of its R-MAC pooling set to PCA whitening of the regions of
+    these photos.
 
-    The layer is filled in place and stays trainable. power and refusals as in `rerank.fit_whitening`: there must be more
-    regions (14 a photo) than channels; a few thousand photos are plenty.
-    Source: Gordo et al. 2017, arXiv:1610.07940.
+    The layer is filled in place and stays trainable. power and refusals as in
+    `rerank.fit_whitening`: there must be more regions (14 a photo) than channels; a few thousand
+    photos are plenty. Source: Gordo et al. 2017, arXiv:1610.07940.
     """
     if not isinstance(model.pooling, RMAC):
         raise ValueError(
-            f"pooling is {model.record['pooling']!r} and has no regions: create the model with pooling='rmac'"
+            f"pooling is {model.record['pooling']!r} and has no regions: create the model with "
+            "pooling='rmac'"
         )
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
     rows = rows[store.readable[rows]]
@@ -116,9 +170,10 @@ def fit_region_whitening(
 
 
 def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **settings):
-    """A copy of the model that ends in a learned whitening to `dim` numbers, fitted on the photos of the catalog rows given
-    and their products (see `rerank.fit_learned_whitening`), in place of its neck. settings as in `embed`, and the image_size
-    at which it will be used: features shift with it.
+    """A copy of the model that ends in a learned whitening to `dim` numbers, fitted on the photos
+    of the catalog rows given and their products (see `rerank.fit_learned_whitening`), in place of
+    its neck. settings as in `embed`, and the image_size at which it will be used: features shift
+    with it.
     """
     features = embed(model, store, rows.index, features=True, **settings)
     seen = ~np.isnan(features).any(1)
@@ -129,7 +184,9 @@ def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **setting
 def _forwarded(
     forward, model, store, rows: np.ndarray, *, device, batch_size, size, dtype, fit="squash"
 ) -> list:
-    """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode meanwhile."""
+    """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode
+    meanwhile.
+    """
     r, out = model.record, []
     transform = transforms.eval_transform(
         size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit
@@ -146,13 +203,13 @@ def _forwarded(
     return out
 
 
-def _key(model, store, rows, size: int, fit: str, features: bool, dtype) -> str:
-    seen_as = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
-    digest = hashlib.sha256(
-        json.dumps([seen_as, size, fit, features, str(dtype), store.key]).encode()
-    )
-    digest.update(np.asarray(rows, dtype=np.int64).tobytes())
+def _key(model, store, size: int, fit: str, dtype) -> str:
+    """What a photo's features depend on beside its pixels; the neck has no part in them."""
+    transform = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
+    settings = [VERSION, *transform, size, fit, str(dtype), store.key]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        if not name.startswith("neck."):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]
