@@ -41,13 +41,6 @@ def test_images_of_one_run_are_different_while_the_product_has_enough():
     assert all(len(np.unique(b)) == 12 for b in full)
 
 
-def test_too_few_images_without_replacement_names_the_smallest_product():
-    with pytest.raises(
-        ValueError, match=r"needs 4 images per product, 8 of 20 .*smallest: 0 with 1.*replace=True"
-    ):
-        PKSampler(LONG_TAIL, products=4, images=4, replace=False)
-
-
 def test_too_few_products_says_how_many_there_are():
     with pytest.raises(ValueError, match="needs 8 products in a batch, the data has 3"):
         PKSampler([0, 0, 1, 1, 2, 2], products=8, images=2)

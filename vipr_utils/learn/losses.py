@@ -1,8 +1,8 @@
 """Contrastive and triplet losses under three distances, and the ArcFace family.
 
-Embeddings (B, D) are L2-normalised by the model; labels (B,) are integers. Every loss is a scalar in float32:
-half precision is left before any distance is taken.
-Margins carry the unit of their distance: cosine in [0, 2], euclidean in [0, 2], manhattan in [0, 2 sqrt(D)].
+Embeddings (B, D) are L2-normalised by the model; labels (B,) are integers. Every loss is a scalar
+in float32: half precision is left before any distance is taken. Margins carry the unit of their
+distance: cosine in [0, 2], euclidean in [0, 2], manhattan in [0, 2 sqrt(D)].
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
+LOSSES = ("contrastive", "triplet", "arcface", "adaptive_arcface", "arcface+triplet")
 
 
 def distance_matrix(x: torch.Tensor, y: torch.Tensor, distance: str = "cosine") -> torch.Tensor:
@@ -35,23 +36,20 @@ def distance_matrix(x: torch.Tensor, y: torch.Tensor, distance: str = "cosine") 
 def default_margin(loss: str, distance: str, embedding_dim: int) -> float:
     """A margin in the distance's own unit.
 
-    Two random unit vectors in many dimensions lie at cosine 1, euclidean sqrt(2), manhattan 1.13 sqrt(D).
-    Contrastive asks for half of that between different products, triplet for a fifth of it.
+    Two random unit vectors in many dimensions lie at cosine 1, euclidean sqrt(2), manhattan
+    1.13 sqrt(D). Contrastive asks for half of that between different products, triplet for a fifth.
     """
-    typical = {
+    random = {
         "cosine": 1.0,
         "euclidean": math.sqrt(2.0),
         "manhattan": math.sqrt(4.0 * embedding_dim / math.pi),
     }
-    if distance not in typical:
-        raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
     share = {"contrastive": 0.5, "triplet": 0.2}
+    if distance not in random:
+        raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
     if loss not in share:
         raise ValueError(f"loss {loss!r} has no margin in a distance: use one of {tuple(share)}")
-    return share[loss] * typical[distance]
-
-
-LOSSES = ("contrastive", "triplet", "arcface", "adaptive_arcface", "arcface+triplet")
+    return share[loss] * random[distance]
 
 
 def criterion(
@@ -65,34 +63,30 @@ def criterion(
     subcentres: int = 3,
     scale: float = 30.0,
 ):
-    """The loss of that name, ready for training.fit: (embeddings, labels) -> (loss, active share or accuracy).
+    """The loss of that name for training.fit: (embeddings, labels) -> (loss, active or accuracy).
 
-    margin 0 takes default_margin, or 0.3 radians for ArcFace; mining is for triplets. counts (C,) images per label
-    are what the ArcFace family needs: adaptive_arcface sets its margins by them; arcface+triplet adds a triplet loss to
-    the classification (metric-guided: Bai 2020, arXiv:2008.10545).
+    margin 0 takes default_margin, or 0.3 radians for ArcFace; mining is for triplets. counts (C,)
+    images per label are what the ArcFace family needs: adaptive_arcface sets its margins by them;
+    arcface+triplet adds a triplet loss to the classification (metric-guided: Bai 2020,
+    arXiv:2008.10545).
     """
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is unknown: use one of {LOSSES}")
     if loss in ("contrastive", "triplet"):
-        settings = {
-            "distance": distance,
-            "margin": margin or default_margin(loss, distance, embedding_dim),
-        }
-        return (
-            partial(contrastive, **settings)
-            if loss == "contrastive"
-            else partial(triplet, mining=mining, **settings)
-        )
+        margin = margin or default_margin(loss, distance, embedding_dim)
+        if loss == "contrastive":
+            return partial(contrastive, distance=distance, margin=margin)
+        return partial(triplet, mining=mining, distance=distance, margin=margin)
     if counts is None:
         raise ValueError(
             f"loss {loss!r} needs counts, the images of each label: np.bincount(labels)"
         )
     margins = adaptive_margins(counts) if loss == "adaptive_arcface" else margin or 0.3
-    arcface = ArcFace(
-        embedding_dim, len(counts), margin=margins, scale=scale, subcentres=subcentres
-    )
-    guide = criterion("triplet", distance, embedding_dim, mining=mining)
-    return Guided(arcface, guide) if loss == "arcface+triplet" else arcface
+    head = {"margin": margins, "scale": scale, "subcentres": subcentres}
+    arcface = ArcFace(embedding_dim, len(counts), **head)
+    if loss != "arcface+triplet":
+        return arcface
+    return Guided(arcface, criterion("triplet", distance, embedding_dim, mining=mining))
 
 
 class Guided(nn.Module):
@@ -112,47 +106,52 @@ def contrastive(
 ) -> tuple[torch.Tensor, float]:
     """(loss, share of negative pairs inside the margin).
 
-    Mean over positive pairs of d^2 / 2 plus mean over negative pairs inside the margin of (margin - d)^2 / 2,
-    all pairs of the batch. Batches with no pair of a kind add 0 for it.
-    Source: Hadsell, Chopra, LeCun 2006; the negative mean runs over active pairs, which are few late in training.
+    Mean over positive pairs of d^2 / 2 plus mean over negative pairs inside the margin of
+    (margin - d)^2 / 2, all pairs of the batch. Batches with no pair of a kind add 0 for it.
+    Source: Hadsell, Chopra, LeCun 2006; the negative mean runs over active pairs, which are few
+    late in training.
     """
     d = distance_matrix(embeddings, embeddings, distance)
     same, different = _pairs(labels)
     hinge = (margin - d).clamp(min=0)
     active = different & (hinge > 0)
     loss = 0.5 * _mean(d.square(), same) + 0.5 * _mean(hinge.square(), active)
-    return loss, float(active.sum() / different.sum().clamp(min=1))
+    return loss, _share(active, different)
 
 
 def triplet(
     embeddings, labels, *, distance: str = "cosine", margin: float, mining: str = "batch_hard"
 ) -> tuple[torch.Tensor, float]:
-    """(loss, share of active triplets): mean over active triplets of max(0, d(a, p) - d(a, n) + margin).
+    """(loss, share of active triplets): mean over the active of max(0, d(a, p) - d(a, n) + margin).
 
-    mining: 'all' valid triplets of the batch; 'semi_hard': for each (a, p) the nearest negative farther than the
-    positive but inside the margin (Schroff et al. 2015, arXiv:1503.03832), pairs without one left out;
-    'batch_hard': farthest positive and nearest negative of each anchor (Hermans et al. 2017, arXiv:1703.07737).
+    mining: 'all' valid triplets of the batch; 'semi_hard': for each (a, p) the nearest negative
+    farther than the positive but inside the margin (Schroff et al. 2015, arXiv:1503.03832), pairs
+    without one left out; 'batch_hard': farthest positive and nearest negative of each anchor
+    (Hermans et al. 2017, arXiv:1703.07737).
     """
     d = distance_matrix(embeddings, embeddings, distance)
     same, different = _pairs(labels)
-    if mining == "batch_hard":
+    if mining == "batch_hard":  # (B,) by anchor
         valid = same.any(1) & different.any(1)
-        farthest = d.masked_fill(~same, -torch.inf).amax(1)
-        nearest = d.masked_fill(~different, torch.inf).amin(1)
-        gap = torch.where(valid, farthest - nearest, -torch.inf)  # (B,)
-    elif mining == "semi_hard":
-        beyond = different[:, None, :] & (d[:, None, :] > d[:, :, None])  # (a, p, n)
-        nearest = d[:, None, :].expand_as(beyond).masked_fill(~beyond, torch.inf).amin(2)
-        valid = same & torch.isfinite(nearest)
-        gap = torch.where(valid, d - torch.where(valid, nearest, 0.0), -torch.inf)  # (a, p)
-    elif mining == "all":
-        valid = same[:, :, None] & different[:, None, :]  # (a, p, n)
-        gap = torch.where(valid, d[:, :, None] - d[:, None, :], -torch.inf)
+        positive = d.masked_fill(~same, -torch.inf).amax(1)
+        negative = d.masked_fill(~different, torch.inf).amin(1)
+    elif mining == "semi_hard":  # (B, B) by anchor and positive
+        beyond = different[:, None, :] & (d[:, None, :] > d[:, :, None])
+        positive = d
+        negative = d[:, None, :].expand_as(beyond).masked_fill(~beyond, torch.inf).amin(2)
+        valid = same & torch.isfinite(negative)
+    elif mining == "all":  # (B, B, B) by anchor, positive and negative
+        valid = same[:, :, None] & different[:, None, :]
+        positive, negative = d[:, :, None], d[:, None, :]
     else:
         raise ValueError(f"mining {mining!r} is unknown: use 'all', 'semi_hard' or 'batch_hard'")
-    active = valid & (gap + margin > 0)
-    loss = _mean(torch.where(active, gap + margin, 0.0), active)
-    return loss, float(active.sum() / valid.sum().clamp(min=1))
+    gap = torch.where(valid, positive, 0.0) - torch.where(valid, negative, 0.0) + margin
+    active = valid & (gap > 0)
+    return _mean(gap, active), _share(active, valid)
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    return float(part.sum() / whole.sum().clamp(min=1))
 
 
 def _pairs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,12 +166,12 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class ArcFace(nn.Module):
-    """Angular-margin softmax over learned class centres; forward(embeddings, labels) -> (loss, accuracy).
+    """Angular-margin softmax over learned class centres: (embeddings, labels) -> (loss, accuracy).
 
-    logits = scale * cos(theta + margin of the true class), cross-entropy. margin in radians, one number or one
-    per class (adaptive margins for long tails: Ha et al. 2020, arXiv:2010.05350). subcentres K > 1: the nearest of
-    K centres speaks for the class (Deng et al. 2020, ECCV). Source: Deng et al. 2019, arXiv:1801.07698.
-    The centres are parameters: they belong into the optimiser.
+    logits = scale * cos(theta + margin of the true class), cross-entropy. margin in radians, one
+    number or one per class (adaptive margins for long tails: Ha et al. 2020, arXiv:2010.05350).
+    subcentres K > 1: the nearest of K centres speaks for the class (Deng et al. 2020, ECCV).
+    Source: Deng et al. 2019, arXiv:1801.07698. The centres are parameters: the optimiser's, too.
     """
 
     def __init__(
@@ -193,28 +192,25 @@ class ArcFace(nn.Module):
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Cosine to the nearest centre of each class, (B, D) -> (B, C)."""
-        cosines = F.linear(
-            F.normalize(embeddings.float(), dim=1), F.normalize(self.centres.float(), dim=1)
-        )
+        directions = F.normalize(embeddings.float(), dim=1)
+        cosines = directions @ F.normalize(self.centres.float(), dim=1).T
         return cosines.view(len(embeddings), self.n_classes, self.subcentres).amax(2)
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
         with torch.autocast(embeddings.device.type, enabled=False):
             cosines = self.cosines(embeddings)
-            row = torch.arange(len(labels), device=labels.device)
-            true = cosines[row, labels].clamp(-1 + 1e-7, 1 - 1e-7)
-            margin = self.margins[labels]
+            true = cosines.gather(1, labels[:, None]).clamp(-1 + 1e-7, 1 - 1e-7)  # (B, 1)
+            margin = self.margins[labels][:, None]
             shifted = torch.cos(true.acos() + margin)
-            # Past theta = pi - margin the cosine would rise again; there the loss goes on as a straight line.
-            straight = true - margin.sin() * margin
-            shifted = torch.where(true > -margin.cos(), shifted, straight)
-            logits = self.scale * cosines.index_put((row, labels), shifted)
+            # Past theta = pi - margin the cosine would rise again: there a straight line goes on.
+            shifted = torch.where(true > -margin.cos(), shifted, true - margin.sin() * margin)
+            logits = self.scale * cosines.scatter(1, labels[:, None], shifted)
             loss = F.cross_entropy(logits, labels)
         return loss, float((cosines.argmax(1) == labels).float().mean())
 
 
 def adaptive_margins(counts, *, low: float = 0.2, high: float = 0.5) -> torch.Tensor:
-    """ArcFace margins (C,) in radians that fall with the number of images: high for the rarest, low for the commonest.
+    """ArcFace margins (C,) in radians: high for the rarest product, low for the commonest.
 
     Proportional to counts^(-1/4), scaled to [low, high]. Source: Ha et al. 2020, arXiv:2010.05350.
     """
