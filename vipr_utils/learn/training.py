@@ -237,7 +237,7 @@ class _Training:
         torch.manual_seed(seed)
         loss, active, embeddings = self.network(pixels, labels)
         self.scaler.scale(loss).backward()
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.item()):
             raise Diverged(
                 f"loss is {loss.item()} in epoch {self.epoch}, batch {self.batch}: lower lr or set "
                 "clip_norm (1.0 is usual); the last checkpoint is kept"
@@ -503,6 +503,7 @@ def _work(folder: Path) -> pd.DataFrame:
     )
     if distributed.get_rank() == 0:
         torch.save((job.model, job.criterion), folder / "trained.pt")
+    distributed.barrier()  # the first still validates and writes
     distributed.destroy_process_group()
     return history
 
@@ -523,17 +524,14 @@ def fit_head(
     seed: int = 0,
     device: torch.device = torch.device("cpu"),
 ) -> pd.DataFrame:
-    """Train the model's neck and the criterion on cached features (N, C), in place; seconds an
-    epoch. Returns loss and accuracy by epoch.
+    """Train neck and criterion on cached features (N, C), in place; loss and accuracy by epoch.
 
-    features: embedding.embed(..., features=True) of the frozen backbone. The recipe with the best
-    return per GPU hour in Kaggle's Universal Image Embedding (2022). Neck, criterion and features
-    are moved to `device`; the neck comes back to where the model is.
+    features: embedding.embed(..., features=True) of the frozen backbone. The best return per GPU
+    hour in Kaggle's Universal Image Embedding (2022). The neck comes back to where the model is.
     """
     if isinstance(model.neck, nn.Identity):
         raise ValueError(
-            "fit_head trains a neck and the model has none: create it with embedding_dim, for "
-            "example 512"
+            "fit_head trains a neck and the model has none: create it with embedding_dim"
         )
     home = next(model.parameters()).device
     neck = model.neck.to(device).train()
@@ -544,21 +542,26 @@ def fit_head(
     targets = torch.as_tensor(labels, device=device)
     sampler = ShuffledSampler(len(inputs), batch_size=batch_size, seed=seed)
     steps = len(sampler.batches(0))
-    history = []
+    results = []
     for epoch in range(epochs):
-        results = []
         for batch, rows in enumerate(sampler.batches(epoch)):
             factor = rate(epoch * steps + batch, epochs * steps, "cosine", 0.05, [], 0.1)
             optimizer.param_groups[0]["lr"] = lr * factor
             embeddings = nn.functional.normalize(neck(inputs[rows]), dim=1)
-            loss, accuracy = criterion(embeddings, targets[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            results.append((epoch + 1, loss.item(), accuracy))
-        history.append(np.mean(results, axis=0))
+            loss, accuracy = _head_step(optimizer, criterion, embeddings, targets[rows])
+            results.append((epoch + 1, loss, accuracy))
     neck.to(home).eval()
-    return pd.DataFrame(history, columns=["epoch", "loss", "active"]).astype({"epoch": int})
+    by_batch = pd.DataFrame(results, columns=["epoch", "loss", "active"])
+    return by_batch.groupby("epoch", as_index=False).mean()
+
+
+def _head_step(optimizer, criterion, embeddings, labels) -> tuple[float, float]:
+    """One update; (loss, accuracy)."""
+    loss, accuracy = criterion(embeddings, labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.item(), accuracy
 
 
 def rate(
