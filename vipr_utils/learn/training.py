@@ -534,10 +534,8 @@ def fit_head(
             "fit_head trains a neck and the model has none: create it with embedding_dim"
         )
     home = next(model.parameters()).device
-    neck = model.neck.to(device).train()
-    criterion.to(device)
-    parameters = [*neck.parameters(), *criterion.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    learned = nn.ModuleList([model.neck.train(), criterion]).to(device)
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=weight_decay)
     inputs = torch.as_tensor(features, dtype=torch.float32, device=device)
     targets = torch.as_tensor(labels, device=device)
     sampler = ShuffledSampler(len(inputs), batch_size=batch_size, seed=seed)
@@ -547,10 +545,10 @@ def fit_head(
         for batch, rows in enumerate(sampler.batches(epoch)):
             factor = rate(epoch * steps + batch, epochs * steps, "cosine", 0.05, [], 0.1)
             optimizer.param_groups[0]["lr"] = lr * factor
-            embeddings = nn.functional.normalize(neck(inputs[rows]), dim=1)
+            embeddings = nn.functional.normalize(model.neck(inputs[rows]), dim=1)
             loss, accuracy = _head_step(optimizer, criterion, embeddings, targets[rows])
             results.append((epoch + 1, loss, accuracy))
-    neck.to(home).eval()
+    model.neck.to(home).eval()
     by_batch = pd.DataFrame(results, columns=["epoch", "loss", "active"])
     return by_batch.groupby("epoch", as_index=False).mean()
 
