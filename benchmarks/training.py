@@ -1,10 +1,11 @@
 """Training at real size: images per second, memory and use of the device, for the study's networks.
 
-    python benchmarks/training.py [--products 400] [--steps 60] [--device cuda] [--out benchmarks/training.json]
+    python benchmarks/training.py [--products 400] [--steps 60] [--device cuda] [--out FILE]
 
-The photos are the generated set; its rows are repeated to the 141,931 of Products-10K, so that sampler, index and loader
-work at that size. Each network trains at 224 px and its study batch, in the half precision that the device takes, with the
-loader's own decoding and augmentation. The first third of the steps warms up and is not counted.
+The photos are the generated set; its rows are repeated to the 141,931 of Products-10K, so that
+sampler, index and loader work at that size. Each network trains at 224 px and its study batch, in
+the half precision that the device takes, with the loader's own decoding and augmentation. The
+first third of the steps warms up and is not counted.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from vipr_utils.data import catalog, toy, transforms
 from vipr_utils.data.store import Photos, build_store, loader
 from vipr_utils.host import platform
-from vipr_utils.host.device import compute_dtype, hardware, tune, working_device
+from vipr_utils.host.device import hardware, tune, working_device
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import losses, models, sampling, training
 
@@ -58,22 +59,23 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
         np.arange(len(rows)) // max(1, len(rows) // 24)
     )  # about 24 times the products
     model = models.create(name, weights="none", embedding_dim=128)
-    data = Photos(store, rows, transforms.study_transform(224), labels=labels)
     criterion = losses.criterion("contrastive", "euclidean", 128)
-    optimizer = training._optimizer(
-        model, criterion, "adam", lr=1e-3, head_lr=1e-3, weight_decay=0.0
-    )
-    dtype = compute_dtype("auto", device, training=True)
-    state = training._State(model.train(), criterion, device, dtype, optimizer)
-    batches = sampling.sampler("products", labels, batch_size=batch_size).batches(0)
+    data = Photos(store, rows, transforms.study_transform(224), labels=labels)
+    sampler = sampling.sampler("products", labels, batch_size=batch_size)
+    recipe = training.Recipe(epochs=1, lr=1e-3, optimizer="adam", weight_decay=0.0)
+    folder = Path("unused")  # nothing is saved
+    job = training._Job(model, criterion, data, sampler, recipe, folder, device, None, 1)
+    state = training._Training(job)
+    state._begin_epoch()
+    batches = sampler.batches(0)
     seen, began, use = 0, time.perf_counter(), []
-    for step, (pixels, its, _) in enumerate(
+    for step, (pixels, targets, _) in enumerate(
         loader(data, batch_sampler=batches[:steps], device=device)
     ):
-        state.step(pixels, its, 1.0, step, 0.0)
+        state.step(pixels, targets, seed=step)
         if step == steps // 3:
             seen, began = 0, time.perf_counter()
-        seen += len(its)
+        seen += len(targets)
         use += [used(device)] if step % 20 == 19 else []
     seconds = time.perf_counter() - began
     of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -82,7 +84,7 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
         "network": name,
         "million_parameters": round(model.record["parameters"] / 1e6, 1),
         "batch_size": batch_size,
-        "precision": str(dtype),
+        "precision": str(state.dtype),
         "images": len(rows),
         "batches_an_epoch": len(batches),
         "images_per_second": round(seen / seconds, 1),

@@ -1,4 +1,4 @@
-"""Architectures, poolings, and above all where weights come from: never a random start under the name pretrained."""
+"""Architectures, and where weights come from: never a random start under the name pretrained."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Poolings against loops of their papers' rules, on every kind of backbone; R-MAC's whitening; a CLIP ViT by name."""
+"""Poolings against loops of their papers' rules, on every kind of backbone; R-MAC's whitening."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def maps(height=7, width=7, channels=6):
     return torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
-# --------------------------------------------------------------------------------------------------- the formulas
+# ------------------------------------------------------------------------------------- the formulas
 
 
 def slow_grid(height, width, scales=3):
@@ -99,7 +99,7 @@ def test_fixed_gem_equals_the_learned_one_and_has_nothing_to_learn():
     )
 
 
-# -------------------------------------------------------------------------------------------------- with backbones
+# ----------------------------------------------------------------------------------- with backbones
 
 
 @pytest.mark.parametrize("pooling", NAMES)
@@ -156,7 +156,7 @@ def test_a_head_that_widens_is_recorded_with_its_own_width():
 def test_unknown_poolings_are_answered_with_the_known_ones():
     with pytest.raises(
         ValueError,
-        match=r"pooling 'mean' is unknown: use 'own' .* one of \['gem', 'gem_fixed', 'rmac', 'max'\]",
+        match=r"pooling 'mean' is unknown: use 'own' .* of \['gem', 'gem_fixed', 'rmac', 'max'\]",
     ):
         models.Embedder("siamese_small", pooling="mean")
 
@@ -175,7 +175,7 @@ def test_a_clip_vit_by_timm_name_brings_its_own_transform():
     torch.testing.assert_close(out.norm(dim=1), torch.ones(2))
 
 
-# ------------------------------------------------------------------------------------------------ on the toy photos
+# -------------------------------------------------------------------------------- on the toy photos
 
 
 @pytest.fixture(scope="module")

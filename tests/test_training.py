@@ -1,4 +1,4 @@
-"""The loop: it learns, stops in time, and continues after any interruption as if there had been none."""
+"""The loop: it learns, stops in time, and continues after any interruption as if without one."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def setting(toy_data, seed=0):
-    """(model, criterion, photos, sampler) of a network small enough for a test, with a trainable criterion."""
+    """(model, criterion, photos, sampler): a small network and a criterion that is trained too."""
     photos, store = toy_data
     train = photos[photos.split == "train"]
     labels = catalog.with_labels(train)
@@ -44,7 +44,7 @@ def fit(toy_data, folder, **how):
 def started(model, criterion, photos, sampler, *, folder=Path("unused"), processes=1):
     recipe = training.Recipe(epochs=1, lr=0.1)
     cpu = torch.device("cpu")
-    job = training._Job(model, criterion, photos, sampler, recipe, folder, cpu, processes=processes)
+    job = training._Job(model, criterion, photos, sampler, recipe, folder, cpu, None, processes)
     return training._Training(job)
 
 
@@ -55,7 +55,7 @@ def equal(a, b):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- learning
+# ----------------------------------------------------------------------------------------- learning
 
 
 def test_training_lowers_the_loss_and_writes_its_history(toy_data, tmp_path):
@@ -219,7 +219,7 @@ def test_unknown_settings_of_a_recipe_are_refused(toy_data, tmp_path):
         fit(toy_data, tmp_path, emma=0.9)
 
 
-# ------------------------------------------------------------------------------------------------ several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 def one_step(toy_data, folder, loss, processes):
@@ -241,7 +241,7 @@ def one_step(toy_data, folder, loss, processes):
     learned += criterion.parameters() if loss == "arcface" else []
     gradients = [parameter.grad for parameter in learned]
     name = f"{processes}-{os.environ.get('RANK', 0)}.pt"
-    torch.save({"loss": state.sums[0] / state.sums[3], "gradients": gradients}, folder / name)
+    torch.save({"loss": state.results[0][0], "gradients": gradients}, folder / name)
 
 
 @pytest.mark.parametrize("loss", ["contrastive", "arcface"])
@@ -327,7 +327,7 @@ def test_parts_of_a_batch_are_alike_and_what_cannot_be_divided_is_left_out():
     assert [list(b) for b in training._shares(batches, 2)] == [[0, 1, 2, 3], [0, 1]]
 
 
-# ------------------------------------------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------------------------- what goes wrong
 
 
 def test_loss_that_is_not_finite_stops_with_the_remedy(toy_data, tmp_path):
@@ -390,7 +390,7 @@ def test_torch_on_a_really_full_disk_is_recognised():
     assert _is_full_disk(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 
 def test_checkpoint_of_other_settings_is_left_behind(toy_data, tmp_path):
@@ -415,7 +415,8 @@ sys.path[:0] = [{tests!r}]
 from test_training import models, setting, training
 toy_data = pickle.load(open({data!r}, "rb"))
 model, *rest = setting(toy_data)
-training.fit(model, *rest, folder={folder!r}, epochs=4, lr=1e-3, ema_decay=0.9, checkpoint_minutes=1e-9)
+how = dict(epochs=4, lr=1e-3, ema_decay=0.9, checkpoint_minutes=1e-9)
+training.fit(model, *rest, folder={folder!r}, **how)
 models.save(model, {folder!r} + "/model.pt")
 """
 
@@ -454,15 +455,16 @@ def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_d
     assert equal(*(models.load(tmp_path / name / "model.pt") for name in ("whole", "killed")))
 
 
-# ----------------------------------------------------------------------------------------------------- half precision
+# ----------------------------------------------------------------------------------- half precision
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("bfloat16", 8), ("float16", 11)])
 def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_bits(
     toy_data, tmp_path, precision, bits
 ):
-    """Each layer rounds its input, weights and output by up to 2 ** -bits, and independent roundings add in squares. The
-    logits are off by as much as the embeddings, times the scale; their cross-entropy by no more than twice that."""
+    """Each layer rounds its input, weights and output by up to 2 ** -bits, independent roundings
+    add in squares. The logits are off by as much as the embeddings, times the scale; their
+    cross-entropy by no more than twice that."""
 
     def loss(precision):
         model, criterion, photos, sampler = setting(toy_data)

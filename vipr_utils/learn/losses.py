@@ -82,8 +82,9 @@ def criterion(
             f"loss {loss!r} needs counts, the images of each label: np.bincount(labels)"
         )
     margins = adaptive_margins(counts) if loss == "adaptive_arcface" else margin or 0.3
-    head = {"margin": margins, "scale": scale, "subcentres": subcentres}
-    arcface = ArcFace(embedding_dim, len(counts), **head)
+    arcface = ArcFace(
+        embedding_dim, len(counts), margin=margins, scale=scale, subcentres=subcentres
+    )
     if loss != "arcface+triplet":
         return arcface
     return Guided(arcface, criterion("triplet", distance, embedding_dim, mining=mining))

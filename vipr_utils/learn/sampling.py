@@ -48,7 +48,8 @@ def sampler(
         return ShuffledSampler(rows, batch_size=batch_size, seed=seed)
     if batch_size % images:
         raise ValueError(
-            f"batch_size {batch_size} is no multiple of the {images} images that each product brings"
+            f"batch_size {batch_size} is no multiple of the {images} images that each product "
+            "brings"
         )
     limits = {"min_images": min_images, "max_images": max_images, "groups": groups}
     balance = {"products": "", "balanced": "product", "groups": "group"}[kind]

@@ -14,7 +14,6 @@ import math
 import os
 import pickle
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler
 
-SAVED = ("identity", "epoch", "batch", "updates", "seconds", "best", "history", "sums")
+SAVED = ("identity", "epoch", "batch", "updates", "seconds", "best", "history", "results")
 
 
 class Diverged(RuntimeError):
@@ -48,7 +47,7 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the outcome of a training: keyword arguments of `fit`."""
+    """What decides the outcome of a training, then how it runs: keyword arguments of `fit`."""
 
     epochs: int
     lr: float  # of the backbone
@@ -66,6 +65,9 @@ class Recipe:
     validate_every: int = 1  # epochs
     precision: str = "auto"  # see compute_dtype
     seed: int = 0
+    max_minutes: float = 0.0  # from the first start, over restarts; 0 is no limit
+    checkpoint_minutes: float = 5.0
+    progress: bool = True  # a line an epoch
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,8 @@ class _Job:
     recipe: Recipe
     folder: Path
     device: torch.device
-    validate: Callable | None = None
-    processes: int = 1
-    max_minutes: float = 0.0
-    checkpoint_minutes: float = 5.0
-    progress: bool = False
+    validate: Callable | None
+    processes: int
 
 
 def fit(
@@ -96,47 +95,40 @@ def fit(
     device: torch.device = torch.device("cpu"),
     validate=None,  # model -> dict with map_at_5
     processes: int = 1,
-    max_minutes: float = 0.0,
-    checkpoint_minutes: float = 5.0,
-    progress: bool = True,
     **recipe,
 ) -> pd.DataFrame:
     """Train `model` in place and return its history, one row an epoch.
 
     criterion(embeddings, labels) -> (loss, share of active pairs or accuracy); an nn.Module's
     parameters are trained. recipe: the fields of `Recipe`; epochs and lr must be given.
-    With `validate` the epoch with the best map_at_5 is kept, else the last. max_minutes counts from
-    the first start, over restarts; when it is used up training stops, keeps what it has, and
-    returns: see `cut_short`.
-    processes: each embeds its part of every batch, on a GPU of its own or on the CPU; embeddings
-    are gathered, so that loss and gradients are those of the whole batch. What is given is sent to
-    them by pickle.
+    With `validate` the epoch with the best map_at_5 is kept, else the last. When max_minutes are
+    used up training stops, keeps what it has, and returns: see `cut_short`.
+    processes: each embeds its part of every batch, on a GPU of its own or on the CPU; loss and
+    gradients are those of the whole batch. All that is given is sent to them by pickle.
     Raises Diverged when the loss is not finite; the last checkpoint stays. ValueError for more
     processes than GPUs, and for what cannot be pickled.
     """
-    job = _Job(
-        *(model, criterion, photos, sampler, Recipe(**recipe), Path(folder), device, validate),
-        *(processes, max_minutes, checkpoint_minutes, progress),
-    )
-    return _train(job) if processes == 1 else _launch(job)
+    parts = (model, criterion, photos, sampler, Recipe(**recipe), Path(folder), device, validate)
+    job = _Job(*parts, processes)
+    if processes > 1 and not distributed.is_initialized():
+        return _launch(job)
+    training = _Training(job)
+    training.resume()
+    out_of_time = False
+    while training.epoch < job.recipe.epochs and not out_of_time:
+        out_of_time = training.run_epoch()
+        row = training.end_epoch(out_of_time)
+        if job.recipe.progress and training.leads:
+            print(_line(row), flush=True)
+        if not out_of_time:
+            training.save()
+    return training.finish()
 
 
 def cut_short(history: pd.DataFrame) -> str:
     """'in epoch 3 of 8' when max_minutes ended this training before its schedule did, '' else."""
     last = history.iloc[-1]
     return f"in epoch {last.epoch:.0f} of {last.epochs:.0f}" if last.cut_short else ""
-
-
-def _train(job: _Job) -> pd.DataFrame:
-    training = _Training(job)
-    training.resume()
-    out_of_time = False
-    while training.epoch < job.recipe.epochs and not out_of_time:
-        out_of_time = training.run_epoch()
-        training.end_epoch(out_of_time)
-        if not out_of_time:
-            training.save()
-    return training.finish()
 
 
 class _Network(nn.Module):
@@ -182,7 +174,7 @@ class _Training:
         self.epoch = self.batch = self.updates = 0
         self.seconds, self.best = 0.0, -1.0  # seconds of the runs before this one
         self.history: list[dict] = []
-        self.sums = [0.0, 0.0, 0.0, 0.0]  # loss, active, random distance, images of this epoch
+        self.results: list[tuple] = []  # (loss, active, random distance) of this epoch's batches
         self.steps = 0  # of this epoch
         self.network: nn.Module | None = None
 
@@ -205,7 +197,7 @@ class _Training:
             self.step(pixels, labels, factor=self._factor(self.batch), seed=seed)
             if self._out_of_time():
                 return True
-            if time.monotonic() - self.last_saved > job.checkpoint_minutes * 60:
+            if time.monotonic() - self.last_saved > self.recipe.checkpoint_minutes * 60:
                 self.save()
         return False
 
@@ -252,37 +244,32 @@ class _Training:
             )
         self.scaler.unscale_(self.optimizer)
         if self.recipe.clip_norm:
-            groups = self.optimizer.param_groups
-            parameters = [parameter for group in groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.batch += 1
         self.updates += 1
         if self.average is not None:
             self.average.update(self.model, step=self.updates)
-        self.batch += 1
-        self._count(loss.item(), active, embeddings)
-
-    def _count(self, loss: float, active: float, embeddings: torch.Tensor) -> None:
         half = len(embeddings) // 2  # neighbours in a P x K batch are one product
-        similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean().item()
-        values = (loss, active, 1 - similarity, 1.0)
-        self.sums = [old + new * len(embeddings) for old, new in zip(self.sums, values)]
+        similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean()
+        self.results.append((loss.item(), active, 1 - similarity.item()))
 
     def _out_of_time(self) -> bool:
         """Whether max_minutes are used up, by the first process's clock."""
-        if not self.job.max_minutes:
+        limit = self.recipe.max_minutes * 60
+        if not limit:
             return False
-        late = torch.tensor(int(self.spent() > self.job.max_minutes * 60), device=self.device)
+        late = torch.tensor(int(self.spent() > limit), device=self.device)
         if distributed.is_initialized():
             distributed.broadcast(late, 0)
         return bool(late)
 
-    def end_epoch(self, out_of_time: bool) -> None:
-        """Validate, note the epoch in the history, and go to the next one."""
+    def end_epoch(self, out_of_time: bool) -> dict:
+        """Validate and go to the next epoch; the row of this one, now in the history."""
         epochs = self.recipe.epochs
         last = self.epoch + 1 == epochs
-        loss, active, random_distance, _ = (total / self.sums[3] for total in self.sums)
+        loss, active, random_distance = np.mean(self.results, axis=0).tolist()
         row = {
             "epoch": self.epoch + 1,
             "loss": loss,
@@ -296,12 +283,11 @@ class _Training:
         due = last or out_of_time or (self.epoch + 1) % self.recipe.validate_every == 0
         if self.leads and self.job.validate and due:
             self._validate(row)
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0, 0.0]
+        self.epoch, self.batch, self.results = self.epoch + 1, 0, []
         self.history.append(row)
         if self.leads:
             _warn_of_collapse(row, of_pairs=not isinstance(self.criterion, nn.Module))
-            if self.job.progress:
-                print(_line(row, epochs), flush=True)
+        return row
 
     def evaluated(self) -> nn.Module:
         """What is validated and kept: the averaged weights where there are some."""
@@ -398,15 +384,16 @@ def _optimizer(model: models.Embedder, criterion, recipe: Recipe) -> torch.optim
 
 def _identity(job: _Job, dtype: torch.dtype) -> str:
     """A hash of all that decides the outcome, so that only its own run continues a checkpoint."""
-    settings = asdict(job.recipe) | {"precision": str(dtype), "processes": job.processes}
-    text = json.dumps([settings, job.model.record], sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode())
-    digest.update(np.asarray(job.photos.rows, dtype=np.int64).tobytes())
+    no_matter = {"max_minutes": 0.0, "checkpoint_minutes": 0.0, "progress": False}
+    recipe = replace(job.recipe, precision=str(dtype), **no_matter)
+    settings = [asdict(recipe), job.processes, job.model.record]
+    arrays = [np.asarray(job.photos.rows)]
     for epoch in (0, max(0, job.recipe.epochs - 1)):
-        for batch in job.sampler.batches(epoch):
-            digest.update(np.asarray(batch, dtype=np.int64).tobytes())
-    for tensor in job.model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        arrays += job.sampler.batches(epoch)
+    arrays += [tensor.cpu().numpy() for tensor in job.model.state_dict().values()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
@@ -465,18 +452,18 @@ def _launch(job: _Job) -> pd.DataFrame:
         history = _launched(config, job.folder)
     finally:
         (job.folder / "job.pt").unlink()
-    trained = torch.load(job.folder / "trained.pt", weights_only=True, map_location="cpu")
-    job.model.load_state_dict(trained["model"])
+    trained = job.folder / "trained.pt"
+    model, criterion = torch.load(trained, weights_only=False, map_location="cpu")
+    trained.unlink()
+    job.model.load_state_dict(model.state_dict())
     job.model.to(job.device).eval()
-    if trained["criterion"]:
-        job.criterion.load_state_dict(trained["criterion"])
-    (job.folder / "trained.pt").unlink()
+    if isinstance(criterion, nn.Module):
+        job.criterion.load_state_dict(criterion.state_dict())
     return history
 
 
 def _launched(config: LaunchConfig, folder: Path) -> pd.DataFrame:
     """Run `_work` in all processes; the first that dies ends the others, with its error."""
-    in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return elastic_launch(config, _work)(folder)[0]
@@ -488,8 +475,9 @@ def _launched(config: LaunchConfig, folder: Path) -> pd.DataFrame:
         kind = Diverged if message.startswith("Diverged") else RuntimeError
         raise kind(f"training process {rank} ended: {message}") from error
     finally:  # the launcher leaves its own behind
-        for number, handler in handlers.items() if in_main else ():
-            signal.signal(number, handler)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def _work(folder: Path) -> pd.DataFrame:
@@ -499,18 +487,23 @@ def _work(folder: Path) -> pd.DataFrame:
     except AttributeError as error:
         raise ValueError(NOT_SENT.format(error=error)) from error
     tune(max(1, cores() // job.processes))
-    backend = "gloo"
-    if job.device.type == "cuda":
-        backend = "nccl"
-        job = replace(job, device=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(job.device)
+    backend, device = "gloo", job.device
+    if device.type == "cuda":
+        backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     # The others wait as long as the first validates.
     distributed.init_process_group(backend, timeout=timedelta(hours=3))
-    history = _train(job)
+    history = fit(
+        *(job.model, job.criterion, job.photos, job.sampler),
+        folder=folder,
+        device=device,
+        validate=job.validate,
+        processes=job.processes,
+        **asdict(job.recipe),
+    )
     if distributed.get_rank() == 0:
-        learned = job.criterion.state_dict() if isinstance(job.criterion, nn.Module) else {}
-        with whole_file(folder / "trained.pt") as path:
-            torch.save({"model": job.model.state_dict(), "criterion": learned}, path)
+        torch.save((job.model, job.criterion), folder / "trained.pt")
+    distributed.barrier()  # the first still validates and writes
     distributed.destroy_process_group()
     return history
 
@@ -531,43 +524,42 @@ def fit_head(
     seed: int = 0,
     device: torch.device = torch.device("cpu"),
 ) -> pd.DataFrame:
-    """Train the model's neck and the criterion on cached features (N, C), in place; seconds an
-    epoch. Returns loss and accuracy by epoch.
+    """Train neck and criterion on cached features (N, C), in place; loss and accuracy by epoch.
 
-    features: embedding.embed(..., features=True) of the frozen backbone. The recipe with the best
-    return per GPU hour in Kaggle's Universal Image Embedding (2022). Neck, criterion and features
-    are moved to `device`; the neck comes back to where the model is.
+    features: embedding.embed(..., features=True) of the frozen backbone. The best return per GPU
+    hour in Kaggle's Universal Image Embedding (2022). The neck comes back to where the model is.
     """
     if isinstance(model.neck, nn.Identity):
         raise ValueError(
-            "fit_head trains a neck and the model has none: create it with embedding_dim, for "
-            "example 512"
+            "fit_head trains a neck and the model has none: create it with embedding_dim"
         )
     home = next(model.parameters()).device
-    neck = model.neck.to(device).train()
-    criterion.to(device)
-    parameters = [*neck.parameters(), *criterion.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    learned = nn.ModuleList([model.neck.train(), criterion]).to(device)
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=weight_decay)
     inputs = torch.as_tensor(features, dtype=torch.float32, device=device)
     targets = torch.as_tensor(labels, device=device)
     sampler = ShuffledSampler(len(inputs), batch_size=batch_size, seed=seed)
-    history = []
+    steps = len(sampler.batches(0))
+    results = []
     for epoch in range(epochs):
-        batches = [torch.as_tensor(batch, device=device) for batch in sampler.batches(epoch)]
-        results = []
-        for step, rows in enumerate(batches, start=epoch * len(batches)):
-            factor = rate(step, epochs * len(batches), "cosine", 0.05, [], 0.1)
+        for batch, rows in enumerate(sampler.batches(epoch)):
+            factor = rate(epoch * steps + batch, epochs * steps, "cosine", 0.05, [], 0.1)
             optimizer.param_groups[0]["lr"] = lr * factor
-            embeddings = nn.functional.normalize(neck(inputs[rows]), dim=1)
-            loss, accuracy = criterion(embeddings, targets[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            results.append((loss.item(), accuracy))
-        mean_loss, mean_accuracy = np.mean(results, axis=0)
-        history.append({"epoch": epoch + 1, "loss": mean_loss, "active": mean_accuracy})
+            embeddings = nn.functional.normalize(model.neck(inputs[rows]), dim=1)
+            loss, accuracy = _head_step(optimizer, criterion, embeddings, targets[rows])
+            results.append((epoch + 1, loss, accuracy))
     model.neck.to(home).eval()
-    return pd.DataFrame(history)
+    by_batch = pd.DataFrame(results, columns=["epoch", "loss", "active"])
+    return by_batch.groupby("epoch", as_index=False).mean()
+
+
+def _head_step(optimizer, criterion, embeddings, labels) -> tuple[float, float]:
+    """One update; (loss, accuracy)."""
+    loss, accuracy = criterion(embeddings, labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.item(), accuracy
 
 
 def rate(
@@ -575,8 +567,9 @@ def rate(
 ) -> float:
     """The factor on the learning rate at a step, in (0, 1].
 
-    cosine: linear warm-up over `warmup * steps`, then half a cosine down to 0 (Loshchilov, Hutter 2017,
-    arXiv:1608.03983). multistep: gamma to the number of milestones (in steps) passed. constant: 1.
+    cosine: linear warm-up over `warmup * steps`, then half a cosine down to 0 (Loshchilov, Hutter
+    2017, arXiv:1608.03983). multistep: gamma to the number of milestones (in steps) passed.
+    constant: 1.
     """
     if schedule == "constant":
         return 1.0
@@ -594,23 +587,26 @@ def _warn_of_collapse(row: dict, of_pairs: bool) -> None:
     """Warn of embeddings that fell together, or (losses of pairs) of nothing left to learn from."""
     if row["random_distance"] < 0.05:
         warnings.warn(
-            f"collapse: random pairs lie {row['random_distance']:.3f} apart (cosine; 1 is usual). Every product looks "
-            "alike to the network: lower lr, use mining='semi_hard' or 'all' at first, or a larger margin.",
+            f"collapse: random pairs lie {row['random_distance']:.3f} apart (cosine; 1 is usual). "
+            "Every product looks alike to the network: lower lr, use mining='semi_hard' or 'all' "
+            "at first, or a larger margin.",
             stacklevel=3,
         )
     elif of_pairs and row["active"] < 0.001:
         warnings.warn(
-            f"only {row['active']:.2%} of the pairs or triplets are still active: the others teach nothing. Use a larger "
-            "margin, mining='batch_hard', or more products in a batch.",
+            f"only {row['active']:.2%} of the pairs or triplets are still active: the others teach "
+            "nothing. Use a larger margin, mining='batch_hard', or more products in a batch.",
             stacklevel=3,
         )
 
 
-def _line(row: dict, epochs: int) -> str:
-    line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  active {row['active']:.2f}  {row['seconds']:.0f} s"
-    line += f"  mAP@5 {row['map_at_5']:.3f}" if "map_at_5" in row else ""
-    return (
-        f"{line}\nCUT SHORT: max_minutes was used up before the schedule ended"
-        if row["cut_short"]
-        else line
+def _line(row: dict) -> str:
+    line = (
+        f"epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}  "
+        f"active {row['active']:.2f}  {row['seconds']:.0f} s"
     )
+    if "map_at_5" in row:
+        line += f"  mAP@5 {row['map_at_5']:.3f}"
+    if row["cut_short"]:
+        line += "\nCUT SHORT: max_minutes was used up before the schedule ended"
+    return line
