@@ -21,7 +21,7 @@ NOT_IN_THE_PACKAGE = {
     "ranx",
     "oml",
 }
-PROGRESS = {("learn/training", "_Training")}  # one line an epoch where no bar can be drawn
+PROGRESS = {("learn/training", "fit")}  # one line an epoch where no bar can be drawn
 
 
 def tree(module: str) -> ast.Module:
@@ -125,4 +125,4 @@ def nodes(module: str) -> int:
 
 def test_package_can_be_read_in_an_evening():
     found = {module: nodes(module) for module in MODULES}
-    assert sum(found.values()) < 40_100, found
+    assert sum(found.values()) < 37_600, found
