@@ -187,7 +187,8 @@ def rmac():
 def test_fitted_region_whitening_gives_round_regions(toy_data, rmac):
     photos, store = toy_data
     rows = photos.index[:40]
-    assert embedding.fit_region_whitening(rmac, store, rows, image_size=96) is rmac
+    fitted = embedding.fit_region_whitening(rmac, store, rows, image_size=96, precision="float32")
+    assert fitted is rmac
     transform = transforms.eval_transform(96, mean=rmac.record["mean"], std=rmac.record["std"])
     batch = torch.stack([Photos(store, rows, transform)[i][0] for i in range(40)])
     with torch.inference_mode():

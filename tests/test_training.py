@@ -42,7 +42,7 @@ def fit(toy_data, folder, **how):
 
 
 def started(model, criterion, photos, sampler, *, folder=Path("unused"), processes=1):
-    recipe = training.Recipe(epochs=1, lr=0.1)
+    recipe = training.Recipe(epochs=1, lr=0.1, precision="float32")
     cpu = torch.device("cpu")
     job = training._Job(model, criterion, photos, sampler, recipe, folder, cpu, None, processes)
     return training._Training(job)
@@ -59,7 +59,7 @@ def equal(a, b):
 
 
 def test_training_lowers_the_loss_and_writes_its_history(toy_data, tmp_path):
-    _, history = fit(toy_data, tmp_path, epochs=6, ema_decay=0.0)
+    _, history = fit(toy_data, tmp_path, epochs=6, ema_decay=0.0, precision="float32")
     assert history.loss.iloc[-1] < 0.9 * history.loss.iloc[0]
     assert (tmp_path / "history.csv").is_file() and not (tmp_path / "checkpoint.pt").exists()
     assert list(history.epoch) == [1, 2, 3, 4, 5, 6] and (history.random_distance > 0.2).all()
