@@ -5,24 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-
-def find_kit(release: str = "RELEASE") -> Path:
-    """Folder with vipr_utils: here or above, attached to this notebook, else a clone."""
+if importlib.util.find_spec("vipr_utils") is None:  # here or above, attached, else a clone
     inputs = Path(os.environ.get("VIPR_PLATFORM_ROOT", "/")) / "kaggle" / "input"
     depths = ("*", "*/*", "datasets/*/*", "datasets/*/*/*")
-    attached = [p.parent for d in depths for p in inputs.glob(f"{d}/vipr_utils")]
-    here, clone = Path.cwd(), Path.home() / ".cache" / f"vipr-{release}"
-    for folder in [here, here / "vipr", *here.parents, *attached, clone]:
-        if (folder / "vipr_utils" / "__main__.py").is_file():
-            return folder
-    git = f'git clone --quiet --depth=1 --branch={release} ADDRESS "{clone}"'
-    if subprocess.run(git, shell=True, capture_output=True).returncode:
+    attached = [path.parent for depth in depths for path in inputs.glob(f"{depth}/vipr_utils")]
+    here, clone = Path.cwd(), Path.home() / ".cache" / "vipr-RELEASE"
+    places = [here, here / "vipr", *here.parents, *attached, clone]
+    found = [place for place in places if (place / "vipr_utils" / "__main__.py").is_file()]
+    git = f'git clone --quiet --depth=1 --branch=RELEASE ADDRESS "{clone}"'
+    if not found and subprocess.run(git, shell=True, capture_output=True).returncode:
         raise ModuleNotFoundError("vipr_utils: attach the ViPR dataset or switch the internet on")
-    return clone
-
-
-if importlib.util.find_spec("vipr_utils") is None:
-    sys.path.insert(0, str(find_kit()))
+    sys.path.insert(0, str([*found, clone][0]))
 from vipr_utils.host.platform import preflight  # noqa: E402
 
 params = {name: globals()[name] for name in __annotations__}  # before a cell changes them

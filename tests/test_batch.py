@@ -211,6 +211,11 @@ def test_override_goes_to_every_notebook_that_has_the_parameter_and_is_read_by_i
         params.load_runs(files, {"sead": "7"})
 
 
+def test_override_that_is_no_yaml_is_answered_with_the_type(repo, no_kernel, capsys):
+    assert batch.main([str(params_file(repo, "")), "-p", "milestones=[1"]) == 2
+    assert "milestones: expected list[int], got '[1'" in capsys.readouterr().err
+
+
 def test_data_root_that_is_none_is_an_error_before_any_kernel_starts(repo, no_kernel, capsys):
     assert batch.main([str(params_file(repo, "")), "-p", "data_root=nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err

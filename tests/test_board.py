@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vipr_utils.judge import metrics
+from vipr_utils.judge import metrics, runs
 from vipr_utils.judge.board import Board, gain, verdict
 from vipr_utils.judge.task import Task
 from vipr_utils.learn import models
@@ -121,6 +121,15 @@ def test_board_is_saved_with_the_ap_of_every_query(board, task, tmp_path):
     per_query = pd.read_csv(tmp_path / "average_precision.csv")
     assert list(per_query) == ["name", "product_id", "test", "shop", "customer"]
     assert per_query["test"].mean() == pytest.approx(board.score("good"), abs=1e-3)
+
+
+def test_record_of_an_entry_of_embeddings_names_the_model_behind_it(board, tmp_path):
+    record = {"name": "net", "weights": {"source": "random"}}
+    board.save_run(tmp_path, "good", notebook="00", params={}, model=record, minutes=3)
+    found = runs.load(tmp_path)
+    assert found["model"] == record and found["metrics"]["minutes"] == 3
+    assert [row["name"] for row in found["metrics"]["rows"]] == ["poor", "good"]
+    assert found["validation"]["map_at_5"] == board.score("good", "validation")
 
 
 def test_words_of_an_interval_and_a_stack():

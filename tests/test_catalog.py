@@ -349,6 +349,17 @@ def test_exact_duplicates_are_found_by_content(make_root):
     assert leaked.to_dict("records") == [{"train": 1, "test": 3, "same_product": True}]
 
 
+def test_leaks_go_by_the_rows_own_numbers_where_photos_were_left_out():
+    splits, products = ["train", "train", "test"], [1, 2, 2]
+    photos = pd.DataFrame({"split": splits, "product_id": products}, index=[3, 7, 9])
+    leaked = audit.leaks(photos, np.array([[9, 7], [3, 9], [3, 7]]))
+    assert leaked.to_dict("list") == {
+        "train": [7, 3],
+        "test": [9, 9],
+        "same_product": [True, False],
+    }
+
+
 @pytest.mark.parametrize("bits", [0, 2, 4, 7])
 def test_near_duplicates_are_those_of_a_slow_loop(bits):
     rng = np.random.default_rng(bits)

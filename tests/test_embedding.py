@@ -1,5 +1,7 @@
 """Photos to embeddings to scores, on the toy set and, where it is there, on real photos."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,20 @@ def test_cached_features_are_only_used_for_the_same_question(
     asked.update([other[change]] if change in other else [])
     embedding.embed(network, toy_data[1], rows, **asked)
     assert len(passes) == 2
+
+
+def test_unreadable_rows_are_nan_and_leave_nothing_in_the_cache(
+    toy_data, network, tmp_path, passes
+):
+    rows, store = toy_data[0].index[:4].to_numpy(), copy.copy(toy_data[1])
+    store.readable = store.readable.copy()
+    store.readable[rows[:2]] = False
+    settings = {"image_size": 32, "cache_dir": tmp_path}
+    for asked in (rows[:2], rows):
+        found = embedding.embed(network, store, asked, **settings)
+        assert found.shape == (len(asked), 16)
+        assert np.array_equal(np.isnan(found).all(1), ~store.readable[asked])
+    assert passes == [rows[2:].tolist()]
 
 
 def test_damaged_part_of_the_cache_is_computed_anew(toy_data, network, tmp_path, passes):

@@ -1,6 +1,7 @@
 """Steps as calls: how they are read, refused, and run one after the other."""
 
 import doctest
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -104,6 +105,15 @@ def test_verification_sorts_the_head_of_the_list_and_its_expansion_searches_agai
     last = top_k(queries, gallery, 30)[1][:, -2:]
     again = rerank.unit(queries + gallery[last].sum(1))
     np.testing.assert_array_equal(found.ranks, top_k(again, gallery, 5)[1])
+
+
+def test_what_was_verified_is_forgotten_once_the_lists_change():
+    queries, gallery, _, _ = planted()
+    rows = table(np.full(len(queries), -1), "test"), table(np.zeros(len(gallery), int))
+    marked = pipeline.Search(queries, gallery, *rows, verified="of other lists").searched(30)
+    assert marked.verified is None
+    reordered = pipeline.bind("k_reciprocal(8, 3)")(replace(marked, verified="of other lists"))
+    assert reordered.verified is None
 
 
 @pytest.mark.parametrize(

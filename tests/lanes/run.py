@@ -21,6 +21,8 @@ PLATFORM = {
 }
 MAKE_INPUTS = """
 import sys, pathlib
+from vipr_utils.data import toy
+from vipr_utils.run import kaggle
 made, inputs = map(pathlib.Path, sys.argv[1:])
 kaggle.bundle(made, owner="some-one")
 kaggle.weights(["tf_efficientnet_lite0", "tf_efficientnet_lite2"], made, owner="some-one")

@@ -153,9 +153,9 @@ def near_duplicates(hashes: np.ndarray, max_bits: int = 4) -> np.ndarray:
 def leaks(photos: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
     """Of pairs (M, 2) of catalog rows, those between train and test: train, test, same_product."""
     found = pd.DataFrame(np.reshape(pairs, (-1, 2)).astype(int), columns=["train", "test"])
-    is_test = photos["split"].to_numpy() == "test"
-    swapped = is_test[found["train"]]
+    is_test = photos["split"] == "test"
+    swapped = found["train"].map(is_test)
     found[swapped] = found.loc[swapped, ["test", "train"]].to_numpy()
-    found = found[~is_test[found["train"]] & is_test[found["test"]]].reset_index(drop=True)
-    product = photos["product_id"].to_numpy()
-    return found.assign(same_product=product[found["train"]] == product[found["test"]])
+    found = found[~found["train"].map(is_test) & found["test"].map(is_test)].reset_index(drop=True)
+    products = (found[side].map(photos["product_id"]) for side in ("train", "test"))
+    return found.assign(same_product=np.equal(*products))

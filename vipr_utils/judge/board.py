@@ -60,6 +60,7 @@ class Board:
         """Score a candidate on every view; a model's time an image is measured as well.
 
         baseline: the entry whose AP@5 is subtracted query by query. cut_short: see `training`.
+        setting: what the table says of it; else its steps, or a model's pixels.
         Raises ValueError where a step cannot be fitted on this gallery.
         """
         task, embeddings, ms, record = self.task, model_or_embeddings, float("nan"), {}
@@ -67,6 +68,7 @@ class Board:
             model, record = model_or_embeddings, model_or_embeddings.record
             embeddings = task.embed(model, image_size=image_size)
             ms = task.ms_per_image(model, image_size=image_size)
+            setting = setting or f"{image_size or record['image_size']} px"
         tracemalloc.start()
         began = perf_counter()
         test = task.retrieve(embeddings, "test", steps=steps, distance=distance)
@@ -79,7 +81,7 @@ class Board:
         self.entries[name] = Entry(
             views=views,
             baseline=baseline,
-            setting=setting or " + ".join(steps) or f"{image_size} px",
+            setting=setting or " + ".join(steps),
             seconds=seconds,
             peak_mb=peak / 2**20,
             ms_per_image=ms,
@@ -130,9 +132,9 @@ class Board:
         return max(names, key=lambda name: self.score(name, "validation"))
 
     def score(self, name: str, view: str = "test") -> float:
-        """mAP@5 of an entry on a view; 0 where it was not asked or has no label."""
+        """mAP@5 of an entry on a view; 0 where it was not asked or no answer can be right."""
         found = self.entries[name].views.get(view)
-        return found.metrics.get("map_at_5") or 0.0 if found else 0.0
+        return float(np.nan_to_num(found.metrics.get("map_at_5", 0.0))) if found else 0.0
 
     def difference(self, name: str, baseline: str = "", view: str = "test"):
         """(difference of mAP@5, low, high): paired by query, with its interval over products."""
@@ -208,11 +210,19 @@ class Board:
             per_query.to_csv(part, index=False)
 
     def save_run(
-        self, folder: Path, chosen: str, *, notebook: str, params: dict, trained=False, **more
+        self,
+        folder: Path,
+        chosen: str,
+        *,
+        notebook: str,
+        params: dict,
+        model: dict | None = None,
+        trained: bool = False,
+        **more,
     ) -> Path:
         """Write run.json: the chosen entry's metrics, and every entry as one of its rows.
 
-        more: further figures for its metrics.
+        model: the record behind an entry of embeddings; more: further figures for its metrics.
         """
         entry = self.entries[chosen]
         validated = entry.views.get("validation")
@@ -221,7 +231,7 @@ class Board:
             notebook=notebook,
             params=params,
             metrics=self._row(chosen) | more | {"rows": self.rows(), "refused": self.refused},
-            model=entry.record,
+            model=model or entry.record,
             validated=validated.metrics if validated else None,
             trained=trained,
             cut_short=entry.cut_short,

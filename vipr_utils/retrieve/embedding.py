@@ -59,23 +59,23 @@ def embed(
         fit=fit,
     )
     rows = np.asarray(rows, np.int64)
-    if cache_dir:
-        folder = Path(cache_dir) / "pooled" / _key(model, store, size, fit, dtype)
-        pooled = _cached(folder, rows, compute)
-    else:
-        pooled = compute(rows)
-    return pooled if features else _through_neck(model, pooled)
-
-
-def _features(model, store, rows: np.ndarray, **settings) -> np.ndarray:
-    """(N, C) pooled features; NaN for rows that the store could not read."""
     readable = store.readable[rows]
     if not readable.any():
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
-    found = np.concatenate(_forwarded(model.features, model, store, rows[readable], **settings))
-    pooled = np.full((len(rows), found.shape[1]), np.nan, np.float32)
-    pooled[readable] = found
-    return pooled
+    if cache_dir:
+        folder = Path(cache_dir) / "pooled" / _key(model, store, size, fit, dtype)
+        found = _cached(folder, rows[readable], compute)
+    else:
+        found = compute(rows[readable])
+    found = found if features else _through_neck(model, found)
+    embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
+    embeddings[readable] = found
+    return embeddings
+
+
+def _features(model, store, rows: np.ndarray, **settings) -> np.ndarray:
+    """(N, C) pooled features of rows that the store can read."""
+    return np.concatenate(_forwarded(model.features, model, store, rows, **settings))
 
 
 def _through_neck(model, pooled: np.ndarray) -> np.ndarray:
@@ -87,7 +87,7 @@ def _through_neck(model, pooled: np.ndarray) -> np.ndarray:
         blocks = torch.from_numpy(pooled).split(BLOCK)
         out = [F.normalize(model.neck(x.to(device)), dim=1).cpu().numpy() for x in blocks]
     model.neck.train(was_training)
-    return np.concatenate(out) if out else np.empty((0, model.record["embedding_dim"]), np.float32)
+    return np.concatenate(out)
 
 
 def _cached(folder: Path, rows: np.ndarray, compute) -> np.ndarray:
@@ -101,8 +101,6 @@ def _cached(folder: Path, rows: np.ndarray, compute) -> np.ndarray:
         name = hashlib.sha256(block.tobytes()).hexdigest()[:16]
         with whole_file(folder / f"{name}.npz") as part, open(part, "wb") as file:
             np.savez(file, rows=parts[-1][0], values=parts[-1][1])
-    if not parts:
-        return compute(rows)
     known, first = np.unique(np.concatenate([part[0] for part in parts]), return_index=True)
     values = np.concatenate([part[1] for part in parts])
     return values[first[np.searchsorted(known, rows)]]

@@ -52,7 +52,7 @@ class Search:
     def searched(self, k: int) -> Search:
         """With the k nearest gallery rows of every query, by cosine."""
         scores, ranks = top_k(self.queries, self.gallery, k, device=self.device, **self.ids())
-        return replace(self, scores=scores, ranks=ranks)
+        return replace(self, scores=scores, ranks=ranks, verified=None)
 
     def projected(self, projection: rerank.Projection) -> Search:
         """With both sides through a projection that was fitted on the gallery."""
@@ -92,32 +92,22 @@ def average_query_expansion(search: Search, k: int) -> Search:
 
 
 def k_reciprocal(search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3) -> Search:
-    scores, ranks = rerank.k_reciprocal(
-        search.queries,
-        search.gallery,
-        search.ranks,
-        k1=k1,
-        k2=k2,
-        weight=weight,
-        device=search.device,
-    )
-    return replace(search, scores=scores, ranks=ranks)
+    return _reordered(search, rerank.k_reciprocal, k1=k1, k2=k2, weight=weight)
 
 
 def transductive_k_reciprocal(
     search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3
 ) -> Search:
-    scores, ranks = rerank.transductive_k_reciprocal(
-        search.queries,
-        search.gallery,
-        search.ranks,
-        k1=k1,
-        k2=k2,
-        weight=weight,
-        device=search.device,
-        **search.ids(),
+    reorder = partial(rerank.transductive_k_reciprocal, **search.ids())
+    return _reordered(search, reorder, k1=k1, k2=k2, weight=weight)
+
+
+def _reordered(search: Search, reorder: Callable, **numbers) -> Search:
+    """With the lists in a new order; what was verified is no longer known by its place."""
+    scores, ranks = reorder(
+        search.queries, search.gallery, search.ranks, device=search.device, **numbers
     )
-    return replace(search, scores=scores, ranks=ranks)
+    return replace(search, scores=scores, ranks=ranks, verified=None)
 
 
 def verify(search: Search, top: int) -> Search:

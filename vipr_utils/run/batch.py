@@ -205,7 +205,11 @@ def _places(todo: list[Run], output_dir: str) -> dict[str, tuple[Path, Path | No
     places = {}
     for run in todo:
         given = run.defaults | run.params
-        out = str(Path(output_dir).expanduser().resolve()) if output_dir else given["output_dir"]
+        out = (
+            str(Path(output_dir).expanduser().resolve())
+            if output_dir
+            else given.get("output_dir", "submissions")
+        )
         try:
             folder = platform.run_folder(out, run.name).resolve()
             places[run.name] = folder, platform.find_data_root(given.get("data_root", ""))[0]

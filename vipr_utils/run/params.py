@@ -115,8 +115,8 @@ def _typed(text: str, kind: str) -> object:
         return text
     try:
         return float(text) if kind == "float" else yaml.safe_load(text)
-    except ValueError:
-        return text
+    except (ValueError, yaml.YAMLError):
+        return text  # `check` names what is wrong with it
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
