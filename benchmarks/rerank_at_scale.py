@@ -1,11 +1,12 @@
-"""Time and peak memory of search and post-processing at the size of Products-10K, on vectors with planted neighbours.
+"""Time and peak memory of search and post-processing at the size of Products-10K, on vectors with
+planted neighbours.
 
     python benchmarks/rerank_at_scale.py --share 0.1            # a rehearsal in a minute
     python benchmarks/rerank_at_scale.py --out benchmarks/rerank_at_scale.json
 
-55,000 queries x 142,000 gallery rows x 512 dimensions: products are random directions, photos lie around them, so a
-ranking has a right answer and mAP@5 shows that every step still finds it. CPU seconds stand beside the clock's, which
-count the neighbours on a shared machine too.
+55,000 queries x 142,000 gallery rows x 512 dimensions: products are random directions, photos lie
+around them, so a ranking has a right answer and mAP@5 shows that every step still finds it. CPU
+seconds stand beside the clock's, which count the neighbours on a shared machine too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ STACK = ["dba:4", "aqe:5:3", "k_reciprocal:20:6:0.3"]
 def planted(
     n: int, centres: np.ndarray, rng: np.random.Generator, *, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(vectors (n, D) of unit length, product ids (n,)): a product's direction plus noise of `noise` times its length."""
+    """(vectors (n, D) of unit length, product ids (n,)): a product's direction plus noise of
+    `noise` times its length.
+    """
     products = rng.permutation(np.arange(n) % len(centres))
     x = rng.standard_normal((n, centres.shape[1]), np.float32) * np.float32(
         noise / centres.shape[1] ** 0.5

@@ -1,7 +1,10 @@
-"""Time and memory of exhaustive spatial verification: python benchmarks/verification.py [queries] [gallery]
+"""Time and memory of exhaustive spatial verification.
 
-Toy products, one shop photo each, and customer photos of them, on a ground of fine texture so that every photo has its
-1,000 keypoints, as photos from a phone do. Global scores are random: what ranks the right photo first is geometry.
+    python benchmarks/verification.py [queries] [gallery]
+
+Toy products, one shop photo each, and customer photos of them, on a ground of fine texture so that
+every photo has its 1,000 keypoints, as photos from a phone do. Global scores are random: what ranks
+the right photo first is geometry.
 """
 
 import json

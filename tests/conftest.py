@@ -44,7 +44,7 @@ def grocery():
 
 @pytest.fixture
 def make_root(tmp_path):
-    """make_root(train_csv, test_csv): a data root with a small JPEG for each name the tables hold."""
+    """make_root(train_csv, test_csv): a data root with a small JPEG for each name in them."""
 
     def make(
         train: str = "name,class,group\na.jpg,1,0\nb.jpg,1,0\nc.jpg,2,0\n",

@@ -1,8 +1,9 @@
 """Run what computes as other processors would: `make processors`.
 
-A processor's kind is a set of environment variables that switch the wider instructions of torch, oneDNN, numpy, OpenBLAS
-and OpenCV off. Each line of `plan` is a run of pytest under one kind, precision and number of threads. Its table is
-printed; exit code 1 when a line failed. Lines of one thread run two at a time.
+A processor's kind is a set of environment variables that switch the wider instructions of torch,
+oneDNN, numpy, OpenBLAS and OpenCV off. Each line of `plan` is a run of pytest under one kind,
+precision and number of threads. Its table is printed; exit code 1 when a line failed. Lines of one
+thread run two at a time.
 """
 
 import os
@@ -51,7 +52,8 @@ SUITES = {
     "tests that compute": [f"tests/test_{name}.py" for name in COMPUTES],
     "notebooks 03, 06": ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", *NOTEBOOKS],
 }
-# Left to `make unit`, which runs native with one thread: they take long and say nothing of a processor.
+# Left to `make unit`, which runs native with one thread: they take long and say nothing of a
+# processor.
 ONCE = [
     "killed",
     "real_photos",
@@ -64,7 +66,10 @@ ONCE = [
 
 
 def plan() -> list[tuple[str, str, int, str]]:
-    """(kind, precision, threads, suite), lines of one thread first; native with one thread is `make unit`."""
+    """(kind, precision, threads, suite), lines of one thread first.
+
+    Native with one thread is `make unit`.
+    """
     others = [kind for kind in KINDS if kind != "native"]
     lines = [
         (kind, "float32", 1, suite)

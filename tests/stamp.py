@@ -1,6 +1,8 @@
-"""Write what all notebooks share: the bootstrap cell, and the address and release of pyproject.toml. `make stamp`
+"""Write what all notebooks share: the bootstrap cell, and the address and release of
+pyproject.toml. `make stamp`
 
-The repository's address is one setting, `Repository` under [project.urls]; badges and clone lines are made from it here.
+The repository's address is one setting, `Repository` under [project.urls]; badges and clone lines
+are made from it here.
 """
 
 import json
@@ -14,7 +16,8 @@ RELEASE = (
     "v" + re.search(r'^version = "(.+)"$', PROJECT, re.M)[1]
 )  # the tag that a notebook without the package clones
 OWN = re.compile(
-    r"(kaggle\.com/kernels/welcome\?src=https://github\.com/|colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/)"
+    r"(kaggle\.com/kernels/welcome\?src=https://github\.com/|colab\.research\.google\.com/github/)"
+    r"[\w.-]+/[\w.-]+(?=/blob/)"
 )
 
 

@@ -1,4 +1,6 @@
-"""What a reader of the notebooks may rely on, checked without running them (`make nbval` runs them)."""
+"""What a reader of the notebooks may rely on, checked without running them (`make nbval` runs
+them).
+"""
 
 import ast
 import json
@@ -92,7 +94,7 @@ def test_the_series_is_there():
     ] == "09_scoreboard"
 
 
-# ------------------------------------------------------------------------------------------ parameters, bootstrap
+# --------------------------------------------------------------------------- parameters, bootstrap
 
 
 @every_notebook
@@ -188,7 +190,7 @@ def test_parameter_file_fits_its_notebook(file):
     assert found
 
 
-# ---------------------------------------------------------------------------------------------------- the story
+# --------------------------------------------------------------------------------------- the story
 
 
 @every_notebook
@@ -198,7 +200,8 @@ def test_header_has_title_badges_and_what_to_expect(stem):
         "title, then the question and its answer"
     )
     for badge in (
-        f"https://kaggle.com/kernels/welcome?src=https://github.com/{REPOSITORY}/blob/main/notebooks/{stem}.ipynb",
+        f"https://kaggle.com/kernels/welcome?src=https://github.com/{REPOSITORY}/blob/main/"
+        f"notebooks/{stem}.ipynb",
         f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{stem}.ipynb",
     ):
         assert f"]({badge})" in header
@@ -270,7 +273,7 @@ def test_code_keeps_to_plain_imports(stem):
         ast.parse(source(cell))
 
 
-# ---------------------------------------------------------------------------------------------- what is committed
+# ------------------------------------------------------------------------------- what is committed
 
 
 @every_notebook

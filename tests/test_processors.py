@@ -1,4 +1,6 @@
-"""What must not hang on the processor: the toy set's bytes, and which photos are held out to choose by."""
+"""What must not hang on the processor: the toy set's bytes, and which photos are held out to choose
+by.
+"""
 
 import hashlib
 import os
@@ -23,7 +25,7 @@ print(*found({root!r}, {cache!r}))
 
 
 def found(root, cache_dir) -> tuple[str, str]:
-    """(SHA-256 over the bytes of the photos held out, the split's name) of the first split of a data root."""
+    """(SHA-256 over the photos held out, the split's name) of the first split of a data root."""
     photos, _ = catalog.read(root)
     train = photos[photos.split == "train"]
     split = catalog.hold_out(train, audit.colour_layouts(train, cache_dir=cache_dir))

@@ -1,7 +1,9 @@
-"""The smoke series that `make smoke` has just run by papermill: its pages and records beside what is committed.
+"""The smoke series that `make smoke` has just run by papermill: its pages and records beside what
+is committed.
 
-$VIPR_SMOKE names its folder. Pages must repeat to the letter but for cells tagged nbval-ignore-output; what stands in those
-comes from scores, and scores hang on a processor's rounding: they are held against tests/smoke.yaml, each within its range.
+$VIPR_SMOKE names its folder. Pages must repeat to the letter but for cells tagged
+nbval-ignore-output; what stands in those comes from scores, and scores hang on a processor's
+rounding: they are held against tests/smoke.yaml, each within its range.
 """
 
 import json

@@ -1,9 +1,11 @@
-"""One lane: the smoke series as on Kaggle or Colab, nbval over what it wrote, the tests. `make test-kaggle`, `make test-colab`
+"""One lane: the smoke series as on Kaggle or Colab, nbval over what it wrote, the tests.
 
+    make test-kaggle, make test-colab
     python tests/lanes/run.py kaggle WORK WHEELS [notebook ...]     run by the lane's Python
 
-The kit, weights and photos lie read-only in a tree shaped like the platform's, the network is off, nothing but
-the image's packages is installed, and everything is called from a folder that has nothing to do with it.
+The kit, weights and photos lie read-only in a tree shaped like the platform's, the network is off,
+nothing but the image's packages is installed, and everything is called from a folder that has
+nothing to do with it.
 """
 
 import os
@@ -31,7 +33,7 @@ toy.generate(inputs / "competitions" / "products-10k")
 
 
 def tree(lane: str, work: Path, wheels: Path) -> Path:
-    """The platform's folders under `work`, inputs read-only; returns the strange folder that everything is called from."""
+    """The platform's folders under `work`, inputs read-only; the folder to call all from."""
     shutil.rmtree(work, ignore_errors=True)
     inputs, made = work / "kaggle" / "input", work / "made"
     kept = work / {"kaggle": "kaggle/working", "colab": "content"}[lane]

@@ -1,4 +1,6 @@
-"""On PYTHONPATH: no network but this machine's own, and no vipr_utils but what a notebook finds by itself."""
+"""On PYTHONPATH: no network but this machine's own, and no vipr_utils but what a notebook finds by
+itself.
+"""
 
 import os
 import socket
