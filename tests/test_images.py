@@ -279,7 +279,7 @@ def test_study_transform_has_its_six_steps_in_order_and_resizes_256_for_224():
     ]
     assert list(steps["Resize"].size) == [256, 256] and steps["RandomRotation"].degrees == [-50, 50]
     assert steps["ColorJitter"].hue == (-0.1, 0.1)
-    assert transforms.study_transform(64)(picture()).shape == (3, 64, 64)
+    assert transforms.augmentation("study", 64)(picture()).shape == (3, 64, 64)
 
 
 def test_product_is_cut_out_of_its_even_ground():
@@ -322,7 +322,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(toy_data):
     rows = np.arange(12)
 
     def make(order, seed=0):
-        return Photos(store, rows[order], transforms.train_transform(32), seed=seed)
+        return Photos(store, rows[order], transforms.augmentation("kit", 32), seed=seed)
 
     forward, backward = make(slice(None)), make(slice(None, None, -1))
     torch.rand(7)  # the global state must not matter
@@ -335,7 +335,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(toy_data):
 
 
 def test_reading_a_photo_leaves_the_global_random_state_alone(toy_data):
-    photos = Photos(toy_data[1], [0, 1], transforms.train_transform(32))
+    photos = Photos(toy_data[1], [0, 1], transforms.augmentation("kit", 32))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -347,13 +347,13 @@ def test_loading_leaves_the_global_random_state_alone(toy_data):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    list(loader(Photos(toy_data[1], [0, 1], transforms.train_transform(32)), device="cpu"))
+    list(loader(Photos(toy_data[1], [0, 1], transforms.augmentation("kit", 32)), device="cpu"))
     torch.testing.assert_close(torch.rand(3), expected)
 
 
 def test_loader_with_workers_gives_the_same_batches(toy_data):
     photos = Photos(
-        toy_data[1], np.arange(10), transforms.train_transform(32), labels=np.arange(10)
+        toy_data[1], np.arange(10), transforms.augmentation("kit", 32), labels=np.arange(10)
     )
     how = {"device": "cpu", "batch_size": 4}
     for a, b in zip(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import cv2
 import numpy as np
 import torch
@@ -21,28 +19,27 @@ def eval_transform(
 
     fit: 'squash' to the square, centre 'crop', or 'pad' with white.
     """
-    if fit not in FITS:
-        raise ValueError(f"fit {fit!r} is unknown: use one of {FITS}")
     mode = InterpolationMode(interpolation)
-    square = T.Resize((image_size, image_size), mode, antialias=True)
-    steps = {
-        "squash": [square],
-        "crop": [T.Resize(image_size, mode, antialias=True), T.CenterCrop(image_size)],
-        "pad": [_PadToSquare(), square],
-    }
-    return T.Compose([T.ToImage(), *steps[fit], *_finish(mean, std)])
+    square = T.Resize((image_size, image_size), mode)
+    if fit == "squash":
+        steps = [square]
+    elif fit == "crop":
+        steps = [T.Resize(image_size, mode), T.CenterCrop(image_size)]
+    elif fit == "pad":
+        steps = [T.Lambda(_padded_to_square), square]
+    else:
+        raise ValueError(f"fit {fit!r} is unknown: use one of {FITS}")
+    return T.Compose([T.ToImage(), *steps, *_finish(mean, std)])
 
 
-class _PadToSquare(torch.nn.Module):
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        height, width = image.shape[-2:]
-        missing_y, missing_x = max(0, width - height), max(0, height - width)
-        left, top = missing_x // 2, missing_y // 2
-        return T.functional.pad(image, [left, top, missing_x - left, missing_y - top], fill=255)
+def _padded_to_square(image: torch.Tensor) -> torch.Tensor:
+    """(3, S, S) with S the longer side: a centre crop larger than the picture adds 0, so white."""
+    side = max(image.shape[-2:])
+    return 255 - T.functional.center_crop(255 - image, [side, side])
 
 
 def _finish(mean, std) -> list:
-    return [T.ToDtype(torch.float32, scale=True), T.Normalize(list(mean), list(std))]
+    return [T.ToDtype(torch.float32, scale=True), T.Normalize(mean, std)]
 
 
 def study_steps(image_size: int = 224) -> dict[str, torch.nn.Module]:
@@ -52,8 +49,8 @@ def study_steps(image_size: int = 224) -> dict[str, torch.nn.Module]:
     """
     large = round(image_size * 8 / 7)
     return {
-        "Resize": T.Resize((large, large), antialias=True),
-        "RandomResizedCrop": T.RandomResizedCrop(image_size, antialias=True),
+        "Resize": T.Resize((large, large)),
+        "RandomResizedCrop": T.RandomResizedCrop(image_size),
         "RandomRotation": T.RandomRotation(50),
         "RandomHorizontalFlip": T.RandomHorizontalFlip(),
         "ColorJitter": T.ColorJitter(0.1, 0.1, 0.1, 0.1),
@@ -61,68 +58,36 @@ def study_steps(image_size: int = 224) -> dict[str, torch.nn.Module]:
     }
 
 
-def study_transform(image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> T.Compose:
-    """The study's training transform: uint8 (H, W, 3) -> float32 (3, S, S)."""
-    return T.Compose(
-        [T.ToImage(), *study_steps(image_size).values(), T.Normalize(list(mean), list(std))]
-    )
-
-
-def train_transform(
-    image_size: int,
-    *,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-    scale=(0.4, 1.0),
-    perspective: float = 0.0,
-    rotation: float = 15.0,
-    flip: float = 0.5,
-    jitter: float = 0.3,
-    hue: float = 0.0,
-    erase: float = 0.0,
-) -> T.Compose:
-    """A training transform for retrieval.
-
-    A crop of `scale` of the area; perspective of every second photo; rotation up to these degrees
-    either way; a flip with this probability; jitter of brightness, contrast and saturation, and of
-    hue (a variant's only difference at times: little or none); with probability `erase` a patch of
-    2 to 25 % of the area blanked.
-    """
-    smooth = InterpolationMode.BILINEAR
-    steps = [T.ToImage(), T.RandomResizedCrop(image_size, scale=scale, antialias=True)]
-    if perspective:
-        steps.append(T.RandomPerspective(perspective, 0.5, smooth))
-    if rotation:
-        steps.append(T.RandomRotation(rotation, smooth))
-    if flip:
-        steps.append(T.RandomHorizontalFlip(flip))
-    if jitter:
-        steps.append(T.ColorJitter(jitter, jitter, jitter, hue))
-    steps += _finish(mean, std)
-    if erase:
-        steps.append(T.RandomErasing(erase, scale=(0.02, 0.25)))
-    return T.Compose(steps)
-
-
-strong_transform = partial(
-    train_transform, scale=(0.3, 1.0), perspective=0.3, jitter=0.4, hue=0.02, erase=0.3
-)
-
-
 def augmentation(name: str, image_size: int, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> T.Compose:
-    """The training transform of that name.
+    """The training transform of that name: uint8 (H, W, 3) -> float32 (3, S, S), normalised.
 
-    'kit' (train_transform), 'strong' (for long training), 'study' (study_transform) or 'none'.
+    'kit': crops of 40 % of the area or more, small rotations, flips, and jitter of all but the hue,
+    at times a variant's only difference. 'strong': more of that, perspective and blanked patches,
+    for long training. 'study': `study_steps`. 'none': as in evaluation.
     """
-    kinds = {
-        "kit": train_transform,
-        "strong": strong_transform,
-        "study": study_transform,
-        "none": eval_transform,
+    rotation = T.RandomRotation(15, InterpolationMode.BILINEAR)
+    flip = T.RandomHorizontalFlip()
+    steps = {
+        "kit": [
+            T.RandomResizedCrop(image_size, scale=(0.4, 1.0)),
+            rotation,
+            flip,
+            T.ColorJitter(0.3, 0.3, 0.3),
+        ],
+        "strong": [
+            T.RandomResizedCrop(image_size, scale=(0.3, 1.0)),
+            T.RandomPerspective(0.3),
+            rotation,
+            flip,
+            T.ColorJitter(0.4, 0.4, 0.4, 0.02),
+        ],
+        "study": study_steps(image_size).values(),
+        "none": [T.Resize((image_size, image_size))],
     }
-    if name not in kinds:
-        raise ValueError(f"augmentation {name!r} is unknown: use one of {tuple(kinds)}")
-    return kinds[name](image_size, mean=mean, std=std)
+    if name not in steps:
+        raise ValueError(f"augmentation {name!r} is unknown: use one of {tuple(steps)}")
+    erasing = [T.RandomErasing(0.3, scale=(0.02, 0.25))] if name == "strong" else []
+    return T.Compose([T.ToImage(), *steps[name], *_finish(mean, std), *erasing])
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
@@ -134,11 +99,11 @@ def foreground(image: np.ndarray) -> np.ndarray:
     mask = np.zeros((height + 2, width + 2), np.uint8)
     smooth, near = cv2.medianBlur(image, 3), (18, 18, 18)
     # against the corner, not the neighbour, else it creeps over soft edges
-    flags = cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | 4
-    for x, y in ((0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)):
-        if not mask[y + 1, x + 1]:
+    flags = cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE
+    for y in (0, height - 1):
+        for x in (0, width - 1):
             cv2.floodFill(smooth, mask, (x, y), 0, near, near, flags)
-    product = cv2.erode(1 - mask[1:-1, 1:-1], np.ones((3, 3), np.uint8))
+    product = cv2.erode(1 - mask[1:-1, 1:-1], None)
     return cv2.GaussianBlur(product.astype(np.float32), (0, 0), 1.0)
 
 
@@ -169,9 +134,9 @@ def customer_like(shop: np.ndarray, ground: np.ndarray, rng: np.random.Generator
 def _blurred_crop(ground: np.ndarray, width: int, height: int, rng) -> np.ndarray:
     """Half to all of a photo's shorter side, at this size, out of focus."""
     side = int(min(ground.shape[:2]) * rng.uniform(0.5, 1.0))
-    top, left = (rng.integers(length - side + 1) for length in ground.shape[:2])
+    top, left = rng.integers(np.subtract(ground.shape[:2], side - 1))
     crop = ground[top : top + side, left : left + side]
-    scene = cv2.resize(crop, (width, height), interpolation=cv2.INTER_LINEAR)
+    scene = cv2.resize(crop, (width, height))
     return cv2.GaussianBlur(scene, (0, 0), rng.uniform(1, 4)).astype(np.float32)
 
 
