@@ -68,15 +68,10 @@ class Store:
         self.problems = pd.read_csv(self.folder / "problems.csv")
         self.readable = np.diff(self.offsets) > 0
         if len(self.images) != self.offsets[-1]:
-            raise OSError(
-                f"{folder}/images.bin has not the {self.offsets[-1]} bytes of its offsets"
-            )
+            raise OSError(f"{folder}/images.bin is not as long as its offsets say")
 
     def __reduce__(self) -> tuple:
         return Store, (self.folder,)  # another process maps the file itself
-
-    def __len__(self) -> int:
-        return len(self.readable)
 
     def __getitem__(self, row: int) -> np.ndarray:
         start, end = self.offsets[row : row + 2]
@@ -129,7 +124,7 @@ def _build(catalog: pd.DataFrame, folder: Path, store_px: int) -> None:
                 problems.append(problem)
     if not any(sizes):
         raise BrokenImage(f"{root}: no photo can be read, the first: {problems[0]}")
-    table = pd.DataFrame({"file": paths, "row": range(len(paths)), "problem": problems})
+    table = pd.DataFrame({"file": paths, "row": paths.index, "problem": problems})
     with whole_file(folder / "problems.csv") as part:
         table[table["problem"] != ""].to_csv(part, index=False)
     with whole_file(folder / "offsets.npy") as part, open(part, "wb") as file:
