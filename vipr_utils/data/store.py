@@ -57,8 +57,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 class Store:
     """All photos of a catalog in one file, each decoded once: `store[row]` is (H, W, 3) uint8.
 
-    readable (N,) bool; problems: DataFrame file, row, problem of those that are not. Raises OSError
-    or ValueError for a folder that holds no whole store.
+    readable (N,) bool; problems: DataFrame file, problem of those that are not. Raises OSError or
+    ValueError for a folder that holds no whole store.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,7 +124,7 @@ def _build(catalog: pd.DataFrame, folder: Path, store_px: int) -> None:
                 problems.append(problem)
     if not any(sizes):
         raise BrokenImage(f"{root}: no photo can be read, the first: {problems[0]}")
-    table = pd.DataFrame({"file": paths, "row": paths.index, "problem": problems})
+    table = pd.DataFrame({"file": paths, "problem": problems})
     with whole_file(folder / "problems.csv") as part:
         table[table["problem"] != ""].to_csv(part, index=False)
     with whole_file(folder / "offsets.npy") as part, open(part, "wb") as file:
@@ -149,10 +149,7 @@ def open_data(
     store = build_store(photos, cache_dir=platform.cache_folder(cache_dir), store_px=store_px)
     lost = pd.concat([absent, store.problems], ignore_index=True)
     photos = photos[store.readable]
-    lines = [said, *photos.attrs["notes"]]
-    if len(lost):
-        lines.append(f"{len(lost)} files left out")
-    photos.attrs["said"] = "\n".join(lines)
+    photos.attrs["said"] = said + (f"\n{len(lost)} files left out" if len(lost) else "")
     return photos, store, lost
 
 
