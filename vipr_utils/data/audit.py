@@ -106,8 +106,8 @@ def clean(rows: pd.DataFrame, groups: pd.Series) -> tuple[pd.DataFrame, pd.DataF
     return rows[~small], rows.assign(in_group=in_group, in_main=in_main)[small]
 
 
-def exact_duplicates(photos: pd.DataFrame) -> pd.DataFrame:
-    """Photos whose files are equal byte by byte: row, copy_of (rows of the catalog).
+def exact_duplicates(photos: pd.DataFrame) -> np.ndarray:
+    """Pairs (M, 2) of catalog rows, a copy and the first of its kind: files equal byte by byte.
 
     Only files of equal size are read.
     """
@@ -115,9 +115,9 @@ def exact_duplicates(photos: pd.DataFrame) -> pd.DataFrame:
     sizes = files.map(os.path.getsize)
     files = files[sizes.duplicated(keep=False)]
     hashes = files.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest())
-    row = hashes.index.to_series()
-    first = row.groupby(hashes).transform("first")
-    return pd.DataFrame({"row": row, "copy_of": first})[row != first].reset_index(drop=True)
+    rows = hashes.index.to_series()
+    first = rows.groupby(hashes).transform("first")
+    return np.stack([rows, first], 1)[rows != first]
 
 
 def near_duplicates(hashes: np.ndarray, max_bits: int = 4) -> np.ndarray:
@@ -144,8 +144,8 @@ def near_duplicates(hashes: np.ndarray, max_bits: int = 4) -> np.ndarray:
 
 def leaks(photos: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
     """Of pairs (M, 2) of catalog rows, those between train and test: train, test, same_product."""
-    pairs = np.sort(pairs, axis=1)  # a catalog lists its train photos first
-    train, test = (photos.loc[rows].reset_index(names="row") for rows in pairs.T)
-    same_product = train["product_id"] == test["product_id"]
-    found = pd.DataFrame({"train": train["row"], "test": test["row"], "same_product": same_product})
-    return found[train["split"] != test["split"]].reset_index(drop=True)
+    found = pd.DataFrame(np.sort(pairs, axis=1), columns=["train", "test"])  # train rows come first
+    split, product = photos["split"], photos["product_id"]
+    across = found["train"].map(split) != found["test"].map(split)
+    same_product = found["train"].map(product) == found["test"].map(product)
+    return found.assign(same_product=same_product)[across].reset_index(drop=True)

@@ -16,10 +16,10 @@ from vipr_utils.host.files import whole_file
 
 COLUMNS = ["name", "class", "group", "domain"]
 CATALOG = ["image_id", "name", "path", "split", "product_id", "group", "domain"]
-UNKNOWN = ["NA", "NaN", "nan"]
 Fault = tuple[pd.Series, str, str]  # wrong values under their row, problem with {}, remedy
 INSIDE = r"(?![/\\])(?!(.*[/\\])?\.\.([/\\]|$)).+"  # neither empty nor absolute nor with .. in it
 WHOLE = r"\d{1,18}(\.0*)?"
+MAYBE = WHOLE + "|-1|"
 
 
 class CatalogError(ValueError):
@@ -67,13 +67,12 @@ def refuse(path: Path, names: pd.Series, faults: list[Fault]) -> None:
     names (N,) name the rows; their numbers count the header as row 1, as an editor shows them.
     """
     for values, problem, remedy in faults:
-        if values.empty:
-            continue
-        row = values.index[0]
-        more = values.index.nunique() - 1
-        others = f" (and {more} more rows)" if more else ""
-        problem = problem.format(values.iloc[0])
-        raise CatalogError(f"{path}, row {row + 2} ({names[row]}): {problem}{others}. {remedy}")
+        if len(values):
+            row, problem = values.index[0], problem.format(values.iloc[0])
+            raise CatalogError(
+                f"{path}, row {row + 2} ({names[row]}): {problem}. {remedy} "
+                f"Rows like it: {values.index.nunique()}."
+            )
 
 
 def repeated(names: pd.Series) -> Fault:
@@ -94,11 +93,11 @@ def read_rows(root: Path, split: str) -> pd.DataFrame:
     if not train and labels.is_file():
         classes = read_table(labels, ["name", "class"])[["name", "class"]]
         table = table.drop(columns="class", errors="ignore").merge(classes, "left", on="name")
-    table = table.reindex(columns=COLUMNS, fill_value="").replace(UNKNOWN, "").fillna("")
+    table = table.reindex(columns=COLUMNS, fill_value="").fillna("")
     values = {
         "name": (INSIDE, "a path inside the image folder"),
-        "class": (WHOLE if train else WHOLE + "|-1|", "a whole number >= 0"),
-        "group": (WHOLE + "|-1|", "a whole number >= 0 or nothing"),
+        "class": (WHOLE if train else MAYBE, "a whole number >= 0"),
+        "group": (MAYBE, "a whole number >= 0 or nothing"),
         "domain": ("shop|customer|", "shop, customer or nothing"),
     }
     faults = [repeated(table["name"])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from vipr_utils.data import catalog, toy
 from vipr_utils.data.transforms import customer_like
@@ -35,7 +38,7 @@ def read_image(path: Path | str, *, least_px: int = 0) -> np.ndarray:
         with warnings.catch_warnings(), Image.open(path) as picture:
             warnings.simplefilter("ignore")  # of size and metadata: what matters is an error
             if least_px and picture.format == "JPEG":
-                picture.draft("RGB" if picture.mode == "YCbCr" else None, (least_px, least_px))
+                picture.draft(None, (least_px, least_px))
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except Exception as error:  # every decoder has its own ways to fail
         raise BrokenImage(
@@ -162,7 +165,7 @@ def _packed(path: Path, store_px: int) -> bytes:
         shorter, longest = sorted(picture.size)
     if shorter > 1.5 * store_px or longest > 6 * store_px:
         scale = min(1.0, store_px / min(pixels.shape[:2]))
-        size = [max(1, min(6 * store_px, round(side * scale))) for side in pixels.shape[1::-1]]
+        size = [min(6 * store_px, round(side * scale)) for side in pixels.shape[1::-1]]
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     elif plain:
         return path.read_bytes()
@@ -170,7 +173,8 @@ def _packed(path: Path, store_px: int) -> bytes:
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
-class Photos(torch.utils.data.Dataset):
+@dataclass(eq=False)
+class Photos(Dataset):
     """Items (image (3, S, S), label, row) of the catalog rows given.
 
     labels (N,) int, shop (N,) bool, or one for all. Random transforms are seeded by (seed, epoch,
@@ -179,15 +183,19 @@ class Photos(torch.utils.data.Dataset):
     on the ground of another of the rows.
     """
 
-    def __init__(
-        self, store: Store, rows, transform, *, labels=-1, seed=0, shop=False, clutter=0.0
-    ) -> None:
-        self.store, self.rows, self.transform = store, np.asarray(rows, np.int64), transform
-        if np.ndim(labels) and len(labels) != len(self.rows):
-            raise ValueError(f"{len(labels)} labels for {len(self.rows)} rows: give one each")
-        self.labels = np.broadcast_to(labels, self.rows.shape)
-        self.shop = np.broadcast_to(shop, self.rows.shape)
-        self.seed, self.epoch, self.clutter = seed, 0, clutter
+    store: Store
+    rows: np.ndarray
+    transform: Callable
+    labels: np.ndarray | int = -1
+    seed: int = 0
+    shop: np.ndarray | bool = False
+    clutter: float = 0.0
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.rows = np.asarray(self.rows, np.int64)
+        self.labels = np.broadcast_to(self.labels, self.rows.shape)
+        self.shop = np.broadcast_to(self.shop, self.rows.shape)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -215,11 +223,11 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
     the network, nor for a single batch.
     """
     if batch_sampler is None:
-        batch_sampler = torch.utils.data.BatchSampler(range(len(photos)), batch_size, False)
+        batch_sampler = BatchSampler(range(len(photos)), batch_size, False)
     on_gpu = torch.device(device).type == "cuda"
     if workers < 0:
         workers = min(cores(), 8) if on_gpu and len(batch_sampler) > 1 else 0
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         photos,
         batch_sampler=batch_sampler,
         num_workers=workers,

@@ -19,16 +19,12 @@ def eval_transform(
 
     fit: 'squash' to the square, centre 'crop', or 'pad' with white.
     """
-    mode = InterpolationMode(interpolation)
-    square = T.Resize((image_size, image_size), mode)
-    if fit == "squash":
-        steps = [square]
-    elif fit == "crop":
-        steps = [T.Resize(image_size, mode), T.CenterCrop(image_size)]
-    elif fit == "pad":
-        steps = [T.Lambda(_padded_to_square), square]
-    else:
+    if fit not in FITS:
         raise ValueError(f"fit {fit!r} is unknown: use one of {FITS}")
+    size = image_size if fit == "crop" else (image_size, image_size)
+    steps = [T.Resize(size, InterpolationMode(interpolation)), T.CenterCrop(image_size)]
+    if fit == "pad":
+        steps.insert(0, T.Lambda(_padded_to_square))
     return T.Compose([T.ToImage(), *steps, *_finish(mean, std)])
 
 
