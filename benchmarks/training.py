@@ -60,7 +60,7 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
     )  # about 24 times the products
     model = models.create(name, weights="none", embedding_dim=128)
     criterion = losses.criterion("contrastive", "euclidean", 128)
-    data = Photos(store, rows, transforms.study_transform(224), labels=labels)
+    data = Photos(store, rows, transforms.augmentation("study", 224), labels=labels)
     sampler = sampling.sampler("products", labels, batch_size=batch_size)
     recipe = training.Recipe(epochs=1, lr=1e-3, optimizer="adam", weight_decay=0.0)
     folder = Path("unused")  # nothing is saved

@@ -116,11 +116,11 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
         (
             GOOD[GOOD.index("q1.jpg") :],
             "",
-            r"row 3 \(q1.jpg\): no row for this query of test.csv \(and 1 more rows\)",
+            r"row 3 \(q1.jpg\): no row for this query of test.csv. .* Rows like it: 2.",
         ),
         ("id,images", "id,ranked", r"header 'id,ranked', expected 'id,images' or 'name,class'"),
-        (" g6.jpg", ",g6.jpg", r"row 2 \(q0.jpg\): 3 fields, expected 2"),
-        (GOOD, "", r"no readable CSV \(no rows below a header\)"),
+        (" g6.jpg", ",g6.jpg", r"no readable CSV \(Expected 2 fields in line 2, saw 3"),
+        (GOOD, "", r"no readable CSV \(No columns to parse from file\)"),
     ],
 )
 def test_wrong_file_names_row_query_fault_and_remedy(root, old, new, message):

@@ -30,7 +30,7 @@ def setting(toy_data, seed=0):
     torch.manual_seed(seed)
     model = models.create("siamese_small", embedding_dim=16)
     criterion = losses.ArcFace(16, labels.max() + 1)
-    data = Photos(store, train.index, transforms.train_transform(32), labels=labels, seed=seed)
+    data = Photos(store, train.index, transforms.augmentation("kit", 32), labels=labels, seed=seed)
     return model, criterion, data, sampling.PKSampler(labels, products=4, images=2, seed=seed)
 
 
