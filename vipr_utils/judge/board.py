@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -63,35 +64,29 @@ class Board:
         setting: what the table says of it; else its steps, or a model's pixels.
         Raises ValueError where a step cannot be fitted on this gallery.
         """
-        task, embeddings, ms, record = self.task, model_or_embeddings, float("nan"), {}
+        embeddings, record, ms = model_or_embeddings, {}, float("nan")
         if not isinstance(embeddings, np.ndarray):
-            model, record = model_or_embeddings, model_or_embeddings.record
-            embeddings = task.embed(model, image_size=image_size)
-            ms = task.ms_per_image(model, image_size=image_size)
-            setting = setting or f"{image_size or record['image_size']} px"
-        tracemalloc.start()
-        began = perf_counter()
-        test = task.retrieve(embeddings, "test", steps=steps, distance=distance)
-        seconds, peak = perf_counter() - began, tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        others = [view for view in task.views if view != "test"]
-        views = {"test": test}
-        if others:
-            views |= task.evaluate(embeddings, steps=steps, distance=distance, views=others)
+            record = model_or_embeddings.record
+            embeddings = self.task.embed(model_or_embeddings, image_size=image_size)
+            ms = self.task.ms_per_image(model_or_embeddings, image_size=image_size)
+            image_size = image_size or record["image_size"]
+            setting = setting or f"{image_size} px"
+        search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
+        test, seconds, peak_mb = _measured(search)
+        views = {view: search(view) for view in self.task.views if view != "test"}
         self.entries[name] = Entry(
-            views=views,
+            views={"test": test} | views,
             baseline=baseline,
             setting=setting or " + ".join(steps),
             seconds=seconds,
-            peak_mb=peak / 2**20,
+            peak_mb=peak_mb,
             ms_per_image=ms,
             cut_short=cut_short,
             record=record,
         )
         if self.folder and record and self.choose() == name:
-            size = image_size or record["image_size"]
-            changes = {"image_size": size, "distance": distance, "cut_short": cut_short}
-            models.save(model, Path(self.folder) / "model.pt", **changes)
+            changes = {"image_size": image_size, "distance": distance, "cut_short": cut_short}
+            models.save(model_or_embeddings, Path(self.folder) / "model.pt", **changes)
         return self.entries[name]
 
     def tune(self, embeddings: np.ndarray, stacks: list[str]) -> pd.DataFrame:
@@ -103,22 +98,18 @@ class Board:
         """
         rows = {}
         for stack in stacks:
-            steps = pipeline.split(stack)
+            steps, score = pipeline.split(stack), float("nan")
             try:
-                rows[stack] = (
-                    " + ".join(map(pipeline.method, steps)),
-                    self._validated(embeddings, steps),
-                )
+                if self.task.validation:
+                    found = self.task.retrieve(embeddings, "validation", steps=steps)
+                    score = found.metrics["map_at_5"]
             except ValueError as error:
                 self.refused[stack] = str(error)
+                continue
+            rows[stack] = " + ".join(map(pipeline.method, steps)), score
         table = pd.DataFrame.from_dict(rows, orient="index", columns=["method", "validation"])
         best = table["validation"].fillna(0).groupby(table["method"], sort=False).idxmax()
         return table.assign(chosen=table.index.isin(best))
-
-    def _validated(self, embeddings: np.ndarray, steps: list[str]) -> float:
-        if not self.task.validation:
-            return float("nan")
-        return self.task.retrieve(embeddings, "validation", steps=steps).metrics["map_at_5"]
 
     def choose(self, names=()) -> str:
         """The entry (of these names, else of all) with the best mAP@5 on validation.
@@ -136,27 +127,27 @@ class Board:
         found = self.entries[name].views.get(view)
         return float(np.nan_to_num(found.metrics.get("map_at_5", 0.0))) if found else 0.0
 
-    def difference(self, name: str, baseline: str = "", view: str = "test"):
-        """(difference of mAP@5, low, high): paired by query, with its interval over products."""
+    def difference(self, name: str, view: str = "test") -> tuple[float, float, float]:
+        """(difference of mAP@5 to the baseline, low, high): paired by query, over products."""
         entry = self.entries[name]
-        other = self.entries[baseline or entry.baseline]
         return metrics.paired_difference(
             entry.views[view].average_precision,
-            other.views[view].average_precision,
+            self.entries[entry.baseline].views[view].average_precision,
             self.task.views[view].queries["product_id"],
             seed=self.task.seed,
         )
 
     def gains(self) -> pd.Series:
         """The differences to each entry's baseline in words, '' for entries without one."""
-        words = {
-            n: gain(*self.difference(n)) if e.baseline else "" for n, e in self.entries.items()
-        }
-        return pd.Series(words)
+        gains = pd.Series("", index=list(self.entries))
+        for name, entry in self.entries.items():
+            if entry.baseline:
+                gains[name] = gain(*self.difference(name))
+        return gains
 
     def table(self) -> pd.DataFrame:
         """One row an entry, as numbers: scores of every view, differences, seconds, memory."""
-        return pd.DataFrame({name: self._row(name) for name in self.entries}).T.infer_objects()
+        return pd.DataFrame(self.rows()).set_index("name").rename_axis(None)
 
     def rows(self) -> list[dict]:
         """The same for run.json."""
@@ -166,12 +157,10 @@ class Board:
         entry = self.entries[name]
         test = entry.views["test"]
         row = {view: self.score(name, view) for view in entry.views if view != "test"}
-        row |= {key: value for key, value in test.metrics.items() if key != "steps"}
+        row |= self._figures(name, "test")
         row["mp_at_5"] = float(np.nanmean(metrics.guie_precision_at_k(test.hits, test.n_relevant)))
         if entry.baseline:
-            row["difference"], low, high = self.difference(name)
-            row["difference_low"], row["difference_high"] = low, high
-            row["verdict"] = verdict(low, high)
+            row["verdict"] = verdict(row["difference_low"], row["difference_high"])
         return row | {
             "setting": entry.setting,
             "seconds": entry.seconds,
@@ -181,21 +170,27 @@ class Board:
             "cut_short": entry.cut_short,
         }
 
+    def _figures(self, name: str, view: str) -> dict:
+        """The metrics of an entry on a view, and the difference to its baseline there."""
+        entry = self.entries[name]
+        figures = dict(entry.views[view].metrics)
+        if entry.baseline:
+            difference, low, high = self.difference(name, view)
+            figures |= {"difference": difference, "difference_low": low, "difference_high": high}
+        return figures
+
     def by_view(self) -> pd.DataFrame:
         """A row for each view and entry: metrics, and the difference to its baseline there."""
-        whole = f"{self.task.gallery_domain} photos only"
-        names = {"test": whole if self.task.gallery_domain else "whole gallery"}
+        domain = self.task.gallery_domain
         rows = {}
         for view in self.task.views:
-            for name, entry in self.entries.items():
-                title = names.get(view, f"{view} photos only")
-                title += f", {name}" if len(self.entries) > 1 else ""
-                rows[title] = dict(entry.views[view].metrics)
-                if entry.baseline:
-                    ends = self.difference(name, view=view)
-                    keys = "difference", "difference_low", "difference_high"
-                    rows[title].update(zip(keys, ends))
-        return pd.DataFrame(rows).T.drop(columns=["steps"], errors="ignore").infer_objects()
+            title = f"{view} photos only"
+            if view == "test":
+                title = f"{domain} photos only" if domain else "whole gallery"
+            for name in self.entries:
+                row = f"{title}, {name}" if len(self.entries) > 1 else title
+                rows[row] = self._figures(name, view)
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def save(self, folder: Path, chosen: str) -> None:
         """<folder>/board.csv, and average_precision.csv of the chosen entry, a column a view."""
@@ -236,6 +231,16 @@ class Board:
             trained=trained,
             cut_short=entry.cut_short,
         )
+
+
+def _measured(search) -> tuple[Retrieval, float, float]:
+    """(what the search finds, its seconds, the peak of the memory it took in MiB)."""
+    tracemalloc.start()
+    began = perf_counter()
+    found = search()
+    seconds, peak = perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found, seconds, peak / 2**20
 
 
 def verdict(low: float, high: float) -> str:
