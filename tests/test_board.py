@@ -61,7 +61,7 @@ def test_difference_is_paired_by_query_with_an_interval_over_products(task, boar
     ap = [board[name].views["test"].average_precision for name in ("good", "poor")]
     products = task.views["test"].queries["product_id"]
     assert board.difference("good") == metrics.paired_difference(*ap, products)
-    assert board.gains()["good"] == gain(*board.difference("good"))
+    assert board.table().loc["good", "gain"] == gain(*board.difference("good"))
     assert board.table().loc["good", "verdict"] == "helps"
     assert board.table().loc["poor", "difference"] == 0
 
@@ -125,7 +125,7 @@ def test_board_is_saved_with_the_ap_of_every_query(board, task, tmp_path):
 
 def test_record_of_an_entry_of_embeddings_names_the_model_behind_it(board, tmp_path):
     record = {"name": "net", "weights": {"source": "random"}}
-    board.save_run(tmp_path, "good", notebook="00", params={}, model=record, minutes=3)
+    board.save_run(tmp_path, "good", notebook="00", params={}, model=record, figures={"minutes": 3})
     found = runs.load(tmp_path)
     assert found["model"] == record and found["metrics"]["minutes"] == 3
     assert [row["name"] for row in found["metrics"]["rows"]] == ["poor", "good"]

@@ -57,12 +57,11 @@ class Board:
         baseline: str = "",
         setting: str = "",
         cut_short: str = "",
-    ) -> Entry:
+    ) -> None:
         """Score a candidate on every view; a model's time an image is measured as well.
 
-        baseline: the entry whose AP@5 is subtracted query by query. cut_short: see `training`.
-        setting: what the table says of it; else its steps, or a model's pixels.
-        Raises ValueError where a step cannot be fitted on this gallery.
+        baseline: the entry it is compared with, query by query; setting: what the table says of it,
+        else its steps or pixels. Raises ValueError where a step cannot be fitted on this gallery.
         """
         embeddings, record, ms = model_or_embeddings, {}, float("nan")
         if not isinstance(embeddings, np.ndarray):
@@ -73,9 +72,9 @@ class Board:
             setting = setting or f"{image_size} px"
         search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
         test, seconds, peak_mb = _measured(search)
-        views = {view: search(view) for view in self.task.views if view != "test"}
+        others = {view: search(view) for view in self.task.views if view != "test"}
         self.entries[name] = Entry(
-            views={"test": test} | views,
+            views={"test": test} | others,
             baseline=baseline,
             setting=setting or " + ".join(steps),
             seconds=seconds,
@@ -87,7 +86,6 @@ class Board:
         if self.folder and record and self.choose() == name:
             changes = {"image_size": image_size, "distance": distance, "cut_short": cut_short}
             models.save(model_or_embeddings, Path(self.folder) / "model.pt", **changes)
-        return self.entries[name]
 
     def tune(self, embeddings: np.ndarray, stacks: list[str]) -> pd.DataFrame:
         """Stacks of steps ("a(...) + b(...)") tried on validation: a row each, test not looked at.
@@ -137,47 +135,44 @@ class Board:
             seed=self.task.seed,
         )
 
-    def gains(self) -> pd.Series:
-        """The differences to each entry's baseline in words, '' for entries without one."""
-        gains = pd.Series("", index=list(self.entries))
-        for name, entry in self.entries.items():
-            if entry.baseline:
-                gains[name] = gain(*self.difference(name))
-        return gains
-
     def table(self) -> pd.DataFrame:
         """One row an entry, as numbers: scores of every view, differences, seconds, memory."""
         return pd.DataFrame(self.rows()).set_index("name").rename_axis(None)
 
     def rows(self) -> list[dict]:
         """The same for run.json."""
-        return [{"name": name} | self._row(name) for name in self.entries]
-
-    def _row(self, name: str) -> dict:
-        entry = self.entries[name]
-        test = entry.views["test"]
-        row = {view: self.score(name, view) for view in entry.views if view != "test"}
-        row |= self._figures(name, "test")
-        row["mp_at_5"] = float(np.nanmean(metrics.guie_precision_at_k(test.hits, test.n_relevant)))
-        if entry.baseline:
-            row["verdict"] = verdict(row["difference_low"], row["difference_high"])
-        return row | {
-            "setting": entry.setting,
-            "seconds": entry.seconds,
-            "peak_mb": entry.peak_mb,
-            "ms_per_image": entry.ms_per_image,
-            "million": entry.record.get("parameters", 0) / 1e6,
-            "cut_short": entry.cut_short,
-        }
+        rows = []
+        for name, entry in self.entries.items():
+            test = entry.views["test"]
+            precision = metrics.guie_precision_at_k(test.hits, test.n_relevant)
+            row = {
+                "name": name,
+                **{view: self.score(name, view) for view in entry.views if view != "test"},
+                **self._figures(name, "test"),
+                "mp_at_5": float(np.nanmean(precision)),
+                "setting": entry.setting,
+                "seconds": entry.seconds,
+                "peak_mb": entry.peak_mb,
+                "ms_per_image": entry.ms_per_image,
+                "million": entry.record.get("parameters", 0) / 1e6,
+                "cut_short": entry.cut_short,
+            }
+            rows.append(row)
+        return rows
 
     def _figures(self, name: str, view: str) -> dict:
         """The metrics of an entry on a view, and the difference to its baseline there."""
-        entry = self.entries[name]
-        figures = dict(entry.views[view].metrics)
-        if entry.baseline:
-            difference, low, high = self.difference(name, view)
-            figures |= {"difference": difference, "difference_low": low, "difference_high": high}
-        return figures
+        figures = dict(self.entries[name].views[view].metrics)
+        if not self.entries[name].baseline:
+            return figures | {"gain": ""}
+        difference, low, high = self.difference(name, view)
+        return figures | {
+            "difference": difference,
+            "difference_low": low,
+            "difference_high": high,
+            "gain": gain(difference, low, high),
+            "verdict": verdict(low, high),
+        }
 
     def by_view(self) -> pd.DataFrame:
         """A row for each view and entry: metrics, and the difference to its baseline there."""
@@ -196,40 +191,32 @@ class Board:
         """<folder>/board.csv, and average_precision.csv of the chosen entry, a column a view."""
         with whole_file(Path(folder) / "board.csv") as part:
             self.table().to_csv(part, index_label="candidate")
-        entry, queries = self.entries[chosen], self.task.views["test"].queries
-        per_query = queries[["name", "product_id"]].reset_index(drop=True)
-        for view, found in entry.views.items():
+        per_query = self.task.views["test"].queries[["name", "product_id"]].copy()
+        for view, found in self.entries[chosen].views.items():
             if view != "validation":
                 per_query[view] = found.average_precision.round(4)
         with whole_file(Path(folder) / "average_precision.csv") as part:
             per_query.to_csv(part, index=False)
 
     def save_run(
-        self,
-        folder: Path,
-        chosen: str,
-        *,
-        notebook: str,
-        params: dict,
-        model: dict | None = None,
-        trained: bool = False,
-        **more,
+        self, folder: Path, chosen: str, *, model: dict | None = None, figures=(), **record
     ) -> Path:
         """Write run.json: the chosen entry's metrics, and every entry as one of its rows.
 
-        model: the record behind an entry of embeddings; more: further figures for its metrics.
+        model: the record behind an entry of embeddings; figures: further ones for its metrics;
+        record: notebook, params, trained, see `Task.save_run`.
         """
         entry = self.entries[chosen]
-        validated = entry.views.get("validation")
+        rows = {row["name"]: row for row in self.rows()}
+        listed = {"rows": list(rows.values()), "refused": self.refused}
+        validation = entry.views.get("validation")
         return self.task.save_run(
             folder,
-            notebook=notebook,
-            params=params,
-            metrics=self._row(chosen) | more | {"rows": self.rows(), "refused": self.refused},
+            metrics=rows[chosen] | dict(figures) | listed,
             model=model or entry.record,
-            validated=validated.metrics if validated else None,
-            trained=trained,
+            validated=validation and validation.metrics,
             cut_short=entry.cut_short,
+            **record,
         )
 
 

@@ -105,17 +105,16 @@ def save(
         "git": platform.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    path, text = Path(folder) / "run.json", _json(record)
+    return _written(Path(folder) / "run.json", record)
+
+
+def _written(path: Path, record: dict) -> Path:
+    text = json.dumps(record, default=_plain)
+    finite = json.loads(text, parse_constant=lambda name: None)  # null for NaN and infinity
     with whole_file(path) as part:
+        text = json.dumps(finite, indent=1, ensure_ascii=False)
         part.write_text(text + "\n", encoding="utf-8")
     return path
-
-
-def _json(record: dict) -> str:
-    """The record as text, with null for NaN and infinity."""
-    text = json.dumps(record, default=_plain)
-    known = json.loads(text, parse_constant=lambda name: None)
-    return json.dumps(known, indent=1, ensure_ascii=False)
 
 
 def _published(params: dict) -> dict:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,7 @@ from vipr_utils.retrieve import pipeline, rerank, search
 from vipr_utils.retrieve.embedding import embed, embed_at_sizes, with_learned_whitening
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """Queries and the gallery they search: rows of the catalog."""
 
     queries: pd.DataFrame
@@ -95,15 +95,8 @@ class Task:
         seed_everything(seed)
         photos, store, lost = open_data(data_root, cache_dir, px=image_size or 224)
         cache = platform.cache_folder(cache_dir)
-        fit, queries, gallery = catalog.split(
-            photos, protocol, seed=seed, gallery_domain=gallery_domain
-        )
-        validation = None
-        if holdout:
-            layouts = audit.colour_layouts(fit, cache_dir=cache)
-            validation = catalog.hold_out(
-                fit, layouts, holdout=holdout, gallery_domain=gallery_domain
-            )
+        fit, *sides = catalog.split(photos, protocol, seed=seed, gallery_domain=gallery_domain)
+        validation = _held_out(fit, holdout, gallery_domain, cache)
         return cls(
             photos=photos,
             store=store,
@@ -111,7 +104,7 @@ class Task:
             protocol=protocol,
             gallery_domain=gallery_domain,
             fit=validation.fit if validation else fit,
-            views=_views(queries, gallery, validation),
+            views=_views(*sides, validation),
             validation=validation,
             device=working_device(device),
             precision=precision,
@@ -145,12 +138,9 @@ class Task:
         """Images and products of each part: what is learned from, each view's sides."""
         parts = {"fit": self.fit}
         for name, view in self.views.items():
-            parts[f"{name}: queries"] = view.queries
-            parts[f"{name}: gallery"] = view.gallery
-        products = pd.Series({name: rows["product_id"] for name, rows in parts.items()})
-        return pd.DataFrame(
-            {"images": products.map(len), "products": products.map(pd.Series.nunique)}
-        )
+            parts |= {f"{name}: {side}": rows for side, rows in view._asdict().items()}
+        products = pd.concat(parts, names=["part"]).groupby("part", sort=False)["product_id"]
+        return products.agg(images="size", products="nunique").rename_axis(None)
 
     # ------------------------------------------------------------------------------- training
 
@@ -176,11 +166,9 @@ class Task:
         """Metrics of a model in training on validation (of some products); not cached."""
         view = self.views["validation"]
         if products is not None:
-            sides = (view.queries, view.gallery)
-            view = View(*(rows[rows["product_id"].isin(products)] for rows in sides))
-        queries = self._embedded(model, view.queries, image_size=image_size)
-        gallery = self._embedded(model, view.gallery, image_size=image_size)
-        return self._ranked(view, queries, gallery, distance=distance).metrics
+            view = View(*(rows[rows["product_id"].isin(products)] for rows in view))
+        sides = [self._embedded(model, rows, image_size) for rows in view]
+        return self._ranked(view, *sides, distance=distance).metrics
 
     def validator(self, *, products=None, **settings):
         """`validate` with these settings, for `training.fit`; None where nothing is held out."""
@@ -223,29 +211,20 @@ class Task:
         return self._embedded(
             model,
             self.photos,
-            image_size=image_size,
+            image_size,
             fit=fit,
             features=features,
             precision=precision or self.precision,
             cache_dir=self.cache_dir,
         )
 
-    def _embedded(self, model, rows: pd.DataFrame, **settings) -> np.ndarray:
+    def _embedded(self, model, rows: pd.DataFrame, image_size, **settings) -> np.ndarray:
         """(N, D) embeddings of these rows, settings as in `embedding.embed`."""
-        settings = {"precision": self.precision, **settings}
-        sizes = settings["image_size"]
-        function = embed
-        if isinstance(sizes, tuple):
-            function = embed_at_sizes
-            settings["image_sizes"] = settings.pop("image_size")
-        return function(
-            model,
-            self.store,
-            rows.index,
-            device=self.device,
-            batch_size=self.batch_size,
-            **settings,
-        )
+        machine = {"device": self.device, "batch_size": self.batch_size}
+        settings = {"precision": self.precision} | machine | settings
+        if isinstance(image_size, tuple):
+            return embed_at_sizes(model, self.store, rows.index, image_sizes=image_size, **settings)
+        return embed(model, self.store, rows.index, image_size=image_size, **settings)
 
     def rows(self, embeddings: np.ndarray, table: pd.DataFrame) -> np.ndarray:
         """The embeddings of these rows of the catalog."""
@@ -254,7 +233,7 @@ class Task:
     def ms_per_image(self, model, *, image_size: int | tuple[int, ...] = 0) -> float:
         """Milliseconds to embed an image, over 128 of them, decoding and transform included."""
         some, start = self.photos[:128], perf_counter()
-        self._embedded(model, some, image_size=image_size)
+        self._embedded(model, some, image_size)
         return (perf_counter() - start) / len(some) * 1000
 
     # -------------------------------------------------------------------------------- scoring
@@ -271,8 +250,8 @@ class Task:
         fitted = pipeline.fitted_first(steps)
         if fitted and view in ("shop", "customer"):
             embeddings, steps = self._projected(embeddings, steps[:fitted]), steps[fitted:]
-        queries, gallery = (self.rows(embeddings, rows) for rows in (asked.queries, asked.gallery))
-        return self._ranked(asked, queries, gallery, steps=steps, distance=distance)
+        sides = [self.rows(embeddings, rows) for rows in asked]
+        return self._ranked(asked, *sides, steps=steps, distance=distance)
 
     def _projected(self, embeddings: np.ndarray, steps) -> np.ndarray:
         """The embeddings (N, D) behind projections that are fitted on the whole gallery."""
@@ -284,15 +263,15 @@ class Task:
         return search.queries
 
     def evaluate(
-        self, model_or_embeddings, *, steps=(), distance="cosine", image_size=0, views=()
+        self, model_or_embeddings, *, steps=(), distance="cosine", image_size=0
     ) -> dict[str, Retrieval]:
-        """A Retrieval for each view (or those named), of a model or of embeddings."""
+        """A Retrieval for each view, of a model or of embeddings."""
         embeddings = model_or_embeddings
         if not isinstance(embeddings, np.ndarray):
             embeddings = self.embed(model_or_embeddings, image_size=image_size)
         return {
             view: self.retrieve(embeddings, view, steps=steps, distance=distance)
-            for view in views or self.views
+            for view in self.views
         }
 
     def _ranked(self, view: View, queries, gallery, **asked) -> Retrieval:
@@ -323,6 +302,13 @@ class Task:
             validation=self.validation.record(validated) if self.validation and validated else None,
             **record,
         )
+
+
+def _held_out(train, share: float, domain: str, cache: Path) -> catalog.Validation | None:
+    if not share:
+        return None
+    layouts = audit.colour_layouts(train, cache_dir=cache)
+    return catalog.hold_out(train, layouts, holdout=share, gallery_domain=domain)
 
 
 def _views(queries, gallery, validation: catalog.Validation | None) -> dict[str, View]:
