@@ -12,7 +12,7 @@ from vipr_utils.learn import models
 
 @pytest.fixture(scope="module")
 def task(toy_root, tmp_path_factory):
-    return Task.open(
+    return Task(
         str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path_factory.mktemp("cache"))
     )
 
@@ -50,7 +50,7 @@ def test_among_equals_the_first_is_chosen(task):
 
 
 def test_without_validation_the_last_is_chosen(toy_root, tmp_path):
-    task = Task.open(str(toy_root), holdout=0, image_size=32, device="cpu", cache_dir=str(tmp_path))
+    task = Task(str(toy_root), holdout=0, image_size=32, device="cpu", cache_dir=str(tmp_path))
     board = Board(task)
     board.add("good", told(task, 0.1))
     board.add("poor", told(task, 2.0))

@@ -66,41 +66,21 @@ class RunError(ValueError):
     """A run.json that is missing, half-written or of another shape."""
 
 
-def save(
-    folder: Path,
-    *,
-    notebook: str,
-    params: dict,
-    data: dict,
-    protocol: str,
-    metrics: dict,
-    model: dict | None,
-    seconds: float,
-    device: str,
-    precision: dict | None = None,
-    validation: dict | None = None,
-    cut_short: str = "",
-) -> Path:
+def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
     """Write <folder>/run.json whole and return its path. NaN becomes null.
 
-    metrics: may hold `rows`, one per system; precision: `precision_used`;
-    validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
-    Raises TypeError for a value that JSON has no form for.
+    figures: notebook, data, protocol, metrics (may hold `rows`, one per system), model, device;
+    where there are any precision (`precision_used`), validation (`catalog.Validation.record`) and
+    cut_short (`training.cut_short`). Raises TypeError for a value that JSON has no form for.
     """
     record = {
         "run": Path(folder).name,
-        "notebook": notebook,
         "params": _published(params),
-        "data": data,
-        "protocol": protocol,
-        "validation": validation,
-        "metrics": metrics,
-        "cut_short": cut_short,
-        "model": model,
+        "validation": None,
+        "cut_short": "",
+        **figures,
         "seconds": round(seconds, 1),
         "versions": versions(),
-        "device": device,
-        "precision": precision,
         "hardware": hardware(),
         "git": platform.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

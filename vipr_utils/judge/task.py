@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from vipr_utils.data import audit, catalog
-from vipr_utils.data.store import Photos, Store, open_data
+from vipr_utils.data.store import Photos, open_data
 from vipr_utils.host import platform
 from vipr_utils.host.device import precision_used, seed_everything, working_device
 from vipr_utils.judge import metrics, runs
@@ -48,33 +47,17 @@ class Retrieval:
         return metrics.average_precision_at_k(self.hits, self.n_relevant)
 
 
-@dataclass(repr=False)
 class Task:
     """Somebody's photos under a protocol; shown in a notebook it says what was found.
 
     views: 'test', 'shop' and 'customer' (the same queries against that part of the gallery, where
     domains are known), and 'validation' (queries held out of train). fit: train photos to learn
-    from. Embeddings handed to its methods have a row for each row of `photos`.
+    from; lost: files that could not be read. Embeddings handed to its methods have a row for each
+    row of `photos`.
     """
 
-    photos: pd.DataFrame
-    store: Store
-    lost: pd.DataFrame
-    protocol: str
-    gallery_domain: str
-    fit: pd.DataFrame
-    views: dict[str, View]
-    validation: catalog.Validation | None
-    device: torch.device
-    precision: str
-    cache_dir: Path
-    batch_size: int
-    seed: int
-    started: float = field(default_factory=monotonic)
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         data_root: str = "",
         *,
         protocol: str = "test",
@@ -86,32 +69,29 @@ class Task:
         device: str = "auto",
         precision: str = "auto",
         cache_dir: str = "",
-    ) -> Task:
-        """The task on these photos, its store built and its validation photos set aside.
+    ) -> None:
+        """Build the store of these photos and set those for validation aside.
 
         image_size: the most pixels a side that networks will see; holdout: share of each
         product's train photos to choose by, 0 for none. Raises CatalogError, FileNotFoundError.
         """
+        self.started = monotonic()
         seed_everything(seed)
-        photos, store, lost = open_data(data_root, cache_dir, px=image_size or 224)
-        cache = platform.cache_folder(cache_dir)
-        fit, *sides = catalog.split(photos, protocol, seed=seed, gallery_domain=gallery_domain)
-        validation = _held_out(fit, holdout, gallery_domain, cache)
-        return cls(
-            photos=photos,
-            store=store,
-            lost=lost,
-            protocol=protocol,
-            gallery_domain=gallery_domain,
-            fit=validation.fit if validation else fit,
-            views=_views(*sides, validation),
-            validation=validation,
-            device=working_device(device),
-            precision=precision,
-            cache_dir=cache,
-            batch_size=batch_size,
-            seed=seed,
+        self.protocol, self.gallery_domain, self.seed = protocol, gallery_domain, seed
+        self.device, self.precision = working_device(device), precision
+        self.batch_size, self.cache_dir = batch_size, platform.cache_folder(cache_dir)
+        self.photos, self.store, self.lost = open_data(data_root, cache_dir, px=image_size or 224)
+        self.fit, *sides = catalog.split(
+            self.photos, protocol, seed=seed, gallery_domain=gallery_domain
         )
+        self.validation = None
+        if holdout:
+            layouts = audit.colour_layouts(self.fit, cache_dir=self.cache_dir)
+            self.validation = catalog.hold_out(
+                self.fit, layouts, holdout=holdout, gallery_domain=gallery_domain
+            )
+            self.fit = self.validation.fit
+        self.views = _views(View(*sides), self.validation)
 
     def __str__(self) -> str:
         found = self.photos.attrs["said"]
@@ -304,19 +284,12 @@ class Task:
         )
 
 
-def _held_out(train, share: float, domain: str, cache: Path) -> catalog.Validation | None:
-    if not share:
-        return None
-    layouts = audit.colour_layouts(train, cache_dir=cache)
-    return catalog.hold_out(train, layouts, holdout=share, gallery_domain=domain)
-
-
-def _views(queries, gallery, validation: catalog.Validation | None) -> dict[str, View]:
+def _views(test: View, validation: catalog.Validation | None) -> dict[str, View]:
     """What can be asked of these photos, by name; see `Task`."""
-    views = {"test": View(queries, gallery)}
-    if {"shop", "customer"} <= set(gallery["domain"]):
+    views = {"test": test}
+    if {"shop", "customer"} <= set(test.gallery["domain"]):
         for domain in ("shop", "customer"):
-            views[domain] = View(queries, catalog.narrow(gallery, domain))
+            views[domain] = View(test.queries, catalog.narrow(test.gallery, domain))
     if validation:
         views["validation"] = View(validation.queries, validation.gallery)
     return views
