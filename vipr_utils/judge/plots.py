@@ -80,16 +80,22 @@ def _picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
     return Picture(reduced.getvalue(), alt)
 
 
+def _axes(width: float, height: float, **settings):
+    """Axes of a figure of this size in inches."""
+    ax = Figure((width, height)).subplots()
+    ax.set(**settings)
+    return ax
+
+
 @styled
 def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: str) -> Picture:
     """One bar per entry with its value on top; at most about 30 entries.
 
     values: counts, indexed by the names below the bars.
     """
-    ax = Figure((min(9, 2.5 + 0.45 * len(values)), 4)).subplots()
+    ax = _axes(min(9, 2.5 + 0.45 * len(values)), 4)
     named = values.rename(lambda name: textwrap.fill(str(name), 12))
     named.plot.bar(ax=ax, width=0.7, rot=0, xlabel=xlabel, ylabel=ylabel)
-    ax.grid(False, axis="x")
     ax.bar_label(ax.containers[0], fontsize=7)
     listed = ", ".join(f"{name} {value:,g}" for name, value in values.head(12).items())
     more = " ..." if len(values) > 12 else ""
@@ -105,11 +111,11 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     """
     images = np.sort(counts.to_numpy())[::-1]
     median = np.median(images)
-    ax = Figure((7.2, 4)).subplots()
+    labels = {"xlabel": "products, most images first", "ylabel": "training images (log)"}
+    ax = _axes(7.2, 4, yscale="log", **labels)
     ax.stairs(images, baseline=0.8, fill=True, color=SKY)
     ax.axhline(median, color=RED, linestyle="--", label=f"median {median:g}")
     ax.legend()
-    ax.set(xlabel="products, most images first", ylabel="training images (log)", yscale="log")
     ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     alt = (
         f"Long tail: {len(images):,} products, {images[0]:,} images for the first, "
@@ -121,7 +127,7 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
 
 def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str) -> Figure:
     """Overlaid histograms, each in percent of its own series."""
-    ax = Figure((7.2, 3.9)).subplots()
+    ax = _axes(7.2, 3.9, xlabel=xlabel, ylabel=ylabel)
     ax.hist(
         list(series.values()),
         bins=30,
@@ -131,7 +137,6 @@ def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str) -> Fig
         alpha=0.6,
     )
     ax.legend()
-    ax.set(xlabel=xlabel, ylabel=ylabel)
     return ax.figure
 
 
@@ -178,13 +183,12 @@ def sizes(
     width: np.ndarray, height: np.ndarray, domain: np.ndarray, *, title: str, caption: str
 ) -> Picture:
     """Width against height (N,) in pixels of every photo, coloured by domain (N,)."""
-    ax = Figure((4.6, 5)).subplots()
+    ax = _axes(4.6, 5, xlabel="width (px)", ylabel="height (px)")
     for name in np.unique(domain):
         chosen = domain == name
         label = f"{name or 'unknown'} ({chosen.sum():,})"
         ax.plot(width[chosen], height[chosen], ".", alpha=0.5, label=label)
     ax.legend()
-    ax.set(xlabel="width (px)", ylabel="height (px)")
     alt = (
         f"Scatter of image sizes: width {width.min()} to {width.max()} px, "
         f"height {height.min()} to {height.max()} px, "
@@ -202,12 +206,11 @@ def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
     groups = np.asarray(groups)
     names, counts = np.unique(groups, return_counts=True)
     largest = names[np.argsort(-counts, kind="stable")[:7]]
-    ax = Figure((6.4, 5)).subplots()
+    ax = _axes(6.4, 5, xticks=[], yticks=[])
     ax.plot(*xy.T, ".", color="#CCCCCC")
     for group in largest:
         ax.plot(*xy[groups == group].T, ".", label=f"group {group}")
     ax.figure.legend(loc="outside center right")
-    ax.set(xticks=[], yticks=[])
     caption = (
         f"{len(groups):,} images; colours are the {len(largest)} largest product groups. "
         "Only nearness means something here."
@@ -250,8 +253,9 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
 
     table: columns map_at_5, map_at_5_low, map_at_5_high.
     """
-    ax = Figure((7.2, 2 + 0.36 * len(table))).subplots()
-    places = range(len(table))
+    rows = len(table)
+    ax = _axes(7.2, 2 + 0.36 * rows, xlabel=xlabel, ylim=(rows - 0.5, -0.5))
+    places = range(rows)
     scores, low, high = table[["map_at_5", "map_at_5_low", "map_at_5_high"]].to_numpy(float).T
     labels = [f"{name} {score:.3f}" for name, score in zip(table.index, scores)]
     ax.hlines(places, low, high, color=SKY, linewidth=4)
@@ -259,7 +263,6 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
     if np.nanmin(low) < 0:  # differences
         ax.axvline(0, color=GREY)
     ax.set_yticks(places, labels)
-    ax.set(xlabel=xlabel, ylim=(len(table) - 0.5, -0.5))
     alt = f"{xlabel} with 95 % intervals: {', '.join(labels)}"
     return _picture(ax.figure, title, caption, alt)
 
@@ -269,7 +272,7 @@ def lines(
     series: dict[str, tuple], *, title: str, xlabel: str, ylabel: str, caption: str
 ) -> Picture:
     """Named curves (x, y, low, high), each in its band."""
-    ax = Figure((7.2, 4.2)).subplots()
+    ax = _axes(7.2, 4.2, xlabel=xlabel, ylabel=ylabel)
     ends = []
     for name, (x, y, low, high) in series.items():
         (line,) = ax.plot(x, y, "o-", label=name)
@@ -277,7 +280,6 @@ def lines(
         (start, first), *_, (end, last) = line.get_xydata()
         ends.append(f"{name} from {first:.2f} at {start:g} to {last:.2f} at {end:g}")
     ax.legend()
-    ax.set(xlabel=xlabel, ylabel=ylabel)
     alt = f"Curves of {ylabel} over {xlabel}: {'; '.join(ends)}"
     return _picture(ax.figure, title, caption, alt)
 
