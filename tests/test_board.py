@@ -114,10 +114,8 @@ def test_best_model_so_far_is_on_disk_after_each_entry(task, tmp_path):
     assert kept.record["image_size"] == 32 and board.table()["ms_per_image"].gt(0).all()
 
 
-def test_board_is_saved_with_the_ap_of_every_query(board, task, tmp_path):
+def test_ap_of_every_query_is_saved(board, task, tmp_path):
     board.save(tmp_path, "good")
-    table = pd.read_csv(tmp_path / "board.csv", index_col="candidate")
-    assert list(table.index) == ["poor", "good"]
     per_query = pd.read_csv(tmp_path / "average_precision.csv")
     assert list(per_query) == ["name", "product_id", "test", "shop", "customer"]
     assert per_query["test"].mean() == pytest.approx(board.score("good"), abs=1e-3)

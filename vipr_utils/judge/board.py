@@ -188,9 +188,7 @@ class Board:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def save(self, folder: Path, chosen: str) -> None:
-        """<folder>/board.csv, and average_precision.csv of the chosen entry, a column a view."""
-        with whole_file(Path(folder) / "board.csv") as part:
-            self.table().to_csv(part, index_label="candidate")
+        """Write <folder>/average_precision.csv of the chosen entry: a row a query, a column a view."""
         per_query = self.task.views["test"].queries[["name", "product_id"]].copy()
         for view, found in self.entries[chosen].views.items():
             if view != "validation":

@@ -29,7 +29,8 @@ KEYS = [
     "model",
     "seconds",
     "versions",
-    "hardware",
+    "device",
+    "git",
 ]
 SCORES = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
 COLUMNS = [
@@ -186,7 +187,7 @@ def _rows(record: dict) -> list[dict]:
         "protocol": record["protocol"],
         "gallery": record["params"].get("gallery_domain") or "all",
         "seconds": record["seconds"],
-        "hardware": record["hardware"],
+        "hardware": record.get("hardware", record["device"]),
     }
     rows = []
     for system in scores.get("rows") or [scores]:
@@ -194,14 +195,6 @@ def _rows(record: dict) -> list[dict]:
         cut_short = system.get("cut_short", record.get("cut_short")) or ""
         rows.append({**system, **shared, "run": record["run"] + name, "cut_short": cut_short})
     return rows
-
-
-def write_runs_csv(output_dir: Path) -> Path:
-    """The scoreboard as <output_dir>/runs.csv."""
-    path = Path(output_dir) / "runs.csv"
-    with whole_file(path) as part:
-        scoreboard(output_dir).to_csv(part, index=False)
-    return path
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
