@@ -117,8 +117,7 @@ def recall_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
     This is the Recall@K of metric learning (Oh Song 2016, arXiv 1511.06452), elsewhere "hit rate";
     it is not the share hits / n of text retrieval, which cannot pass k / n.
     """
-    hits, n = _checked(hits, n_relevant, k)
-    return hits.any(axis=1) / np.minimum(n, 1)
+    return np.sign(mrr_at_k(hits, n_relevant, k))
 
 
 def mrr_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:

@@ -204,16 +204,15 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     of intervals and seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5.
     """
     scored = table.dropna(subset="map_at_5")
-    scored = scored.assign(
-        run=scored["run"].str.replace(r"-seed\d+", "", regex=True),
-        seeds=1,
-        least=scored["map_at_5"],
-        most=scored["map_at_5"],
+    runs = scored.groupby(scored["run"].str.replace(r"-seed\d+", "", regex=True), sort=False)
+    merged = runs.first().assign(
+        **runs[[*SCORES, "seconds"]].mean(),
+        cut_short=runs["cut_short"].max(),
+        seeds=runs.size(),
+        least=runs["map_at_5"].min(),
+        most=runs["map_at_5"].max(),
     )
-    merging = dict.fromkeys(scored.columns.drop("run"), "first")
-    merging |= dict.fromkeys([*SCORES, "seconds"], "mean")
-    merging |= {"seeds": "sum", "least": "min", "most": "max", "cut_short": "max"}
-    merged = scored.groupby("run", sort=False, as_index=False).agg(merging)
+    merged = merged.drop(columns="run").reset_index()
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
 
 
