@@ -20,14 +20,11 @@ from vipr_utils.retrieve import pipeline
 
 @dataclass(frozen=True)
 class Entry:
-    """One candidate: its Retrieval for each view, what it cost, and the row it is compared with."""
+    """One candidate: its Retrieval for each view, the entry it is compared with, what it cost."""
 
     views: dict[str, Retrieval]
     baseline: str
-    setting: str
-    seconds: float
-    peak_mb: float
-    ms_per_image: float
+    cost: dict  # setting, seconds, peak_mb, ms_per_image
     cut_short: str
     record: dict  # of the model: see `models.Embedder`; {} where only embeddings were given
 
@@ -71,15 +68,12 @@ class Board:
             image_size = image_size or record["image_size"]
             setting = setting or f"{image_size} px"
         search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
-        test, seconds, peak_mb = _measured(search)
+        test, measured = _measured(search)
         others = {view: search(view) for view in self.task.views if view != "test"}
         self.entries[name] = Entry(
             views={"test": test} | others,
             baseline=baseline,
-            setting=setting or " + ".join(steps),
-            seconds=seconds,
-            peak_mb=peak_mb,
-            ms_per_image=ms,
+            cost={"setting": setting or " + ".join(steps), "ms_per_image": ms, **measured},
             cut_short=cut_short,
             record=record,
         )
@@ -150,10 +144,7 @@ class Board:
                 **{view: self.score(name, view) for view in entry.views if view != "test"},
                 **self._figures(name, "test"),
                 "mp_at_5": float(np.nanmean(precision)),
-                "setting": entry.setting,
-                "seconds": entry.seconds,
-                "peak_mb": entry.peak_mb,
-                "ms_per_image": entry.ms_per_image,
+                **entry.cost,
                 "million": entry.record.get("parameters", 0) / 1e6,
                 "cut_short": entry.cut_short,
             }
@@ -218,14 +209,14 @@ class Board:
         )
 
 
-def _measured(search) -> tuple[Retrieval, float, float]:
-    """(what the search finds, its seconds, the peak of the memory it took in MiB)."""
+def _measured(search) -> tuple[Retrieval, dict]:
+    """(what the search finds, its seconds and the peak of the memory it took in MiB)."""
     tracemalloc.start()
     began = perf_counter()
     found = search()
     seconds, peak = perf_counter() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return found, seconds, peak / 2**20
+    return found, {"seconds": seconds, "peak_mb": peak / 2**20}
 
 
 def verdict(low: float, high: float) -> str:

@@ -95,11 +95,16 @@ def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: st
     """
     ax = _axes(min(9, 2.5 + 0.45 * len(values)), 4)
     named = values.rename(lambda name: textwrap.fill(str(name), 12))
-    named.plot.bar(ax=ax, width=0.7, rot=0, xlabel=xlabel, ylabel=ylabel)
+    named.plot.bar(
+        ax=ax,
+        width=0.7,
+        rot=0,
+        xlabel=xlabel,
+        ylabel=ylabel,
+    )
     ax.bar_label(ax.containers[0], fontsize=7)
-    listed = ", ".join(f"{name} {value:,g}" for name, value in values.head(12).items())
-    more = " ..." if len(values) > 12 else ""
-    alt = f"Bar chart: {ylabel} by {xlabel}: {listed}{more}"
+    listed = ", ".join(f"{name} {value:,g}" for name, value in values.items())
+    alt = f"Bar chart: {ylabel} by {xlabel}: {listed}"
     return _picture(ax.figure, title, caption, alt)
 
 
@@ -111,12 +116,28 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     """
     images = np.sort(counts.to_numpy())[::-1]
     median = np.median(images)
-    labels = {"xlabel": "products, most images first", "ylabel": "training images (log)"}
+    labels = {
+        "xlabel": "products, most images first",
+        "ylabel": "training images (log)",
+    }
     ax = _axes(7.2, 4, yscale="log", **labels)
-    ax.stairs(images, baseline=0.8, fill=True, color=SKY)
-    ax.axhline(median, color=RED, linestyle="--", label=f"median {median:g}")
+    ax.stairs(
+        images,
+        baseline=0.8,
+        fill=True,
+        color=SKY,
+    )
+    ax.axhline(
+        median,
+        color=RED,
+        linestyle="--",
+        label=f"median {median:g}",
+    )
     ax.legend()
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    ax.yaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)),
+        major_formatter="{x:g}",
+    )
     alt = (
         f"Long tail: {len(images):,} products, {images[0]:,} images for the first, "
         f"median {median:g}, {images[-1]} for the last; "
@@ -187,7 +208,13 @@ def sizes(
     for name in np.unique(domain):
         chosen = domain == name
         label = f"{name or 'unknown'} ({chosen.sum():,})"
-        ax.plot(width[chosen], height[chosen], ".", alpha=0.5, label=label)
+        ax.plot(
+            width[chosen],
+            height[chosen],
+            ".",
+            alpha=0.5,
+            label=label,
+        )
     ax.legend()
     alt = (
         f"Scatter of image sizes: width {width.min()} to {width.max()} px, "
@@ -258,7 +285,13 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
     places = range(rows)
     scores, low, high = table[["map_at_5", "map_at_5_low", "map_at_5_high"]].to_numpy(float).T
     labels = [f"{name} {score:.3f}" for name, score in zip(table.index, scores)]
-    ax.hlines(places, low, high, color=SKY, linewidth=4)
+    ax.hlines(
+        places,
+        low,
+        high,
+        color=SKY,
+        linewidth=4,
+    )
     ax.plot(scores, places, "o")
     if np.nanmin(low) < 0:  # differences
         ax.axvline(0, color=GREY)
@@ -299,9 +332,19 @@ def _grid(tiles: list, columns: int, side: float) -> Figure:
     figure = Figure((side * columns, (side + 0.4) * rows + 1.2), layout="compressed")
     for place, (picture, label, colour) in enumerate(tiles, start=1):
         if picture is not None:
-            ax = figure.add_subplot(rows, columns, place, xticks=[], yticks=[])
+            ax = figure.add_subplot(
+                rows,
+                columns,
+                place,
+                xticks=[],
+                yticks=[],
+            )
             ax.set_title(label, color=colour, pad=4)
-            ax.spines[:].set(visible=colour != "black", color=colour, linewidth=3)
+            ax.spines[:].set(
+                visible=colour != "black",
+                color=colour,
+                linewidth=3,
+            )
             ax.imshow(picture)
     return figure
 
@@ -377,7 +420,13 @@ def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str) 
     ends = points[1] * max(height, photo_width) + [width, 0]
     every = math.ceil(len(starts) / 60) or 1
     x, y = np.stack([starts, ends])[:, ::every].transpose(2, 0, 1)  # both (2, lines)
-    ax.plot(x, y, "o-", linewidth=0.9, markersize=3)
+    ax.plot(
+        x,
+        y,
+        "o-",
+        linewidth=0.9,
+        markersize=3,
+    )
     count, drawn = len(starts), x.shape[1]
     shown = f", {drawn} of them drawn" if drawn < count else ""
     caption = (
