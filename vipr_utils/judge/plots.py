@@ -377,17 +377,16 @@ def ranked_lists(
     results = result if isinstance(result, list) else [result] * len(chosen)
     tiles, right = [], 0
     for at, found in zip(chosen, results):
-        query, listed = queries.iloc[at], gallery.iloc[found.ranks[at]]
-        label = f"query {query['name']}\n{_product(query)}"
-        tiles.append((store[queries.index[at]], label, "black"))
+        query = queries.iloc[at]  # query.name is its row number in the catalog
+        tiles.append((store[query.name], f"query {query['name']}\n{_product(query)}", "black"))
         right += found.hits[at].sum()
-        for place, (row, product) in enumerate(listed.iterrows()):
-            colour, mark = (GREEN, "✓ same") if found.hits[at, place] else (RED, "✗ different")
+        for row, hit, score in zip(found.ranks[at], found.hits[at], found.scores[at]):
+            product = gallery.iloc[row]
+            colour, mark = (GREEN, "✓ same") if hit else (RED, "✗ different")
             if query["product_id"] < 0:
                 colour, mark = GREY, "label unknown"
-            label = f"{mark}  {found.scores[at, place]:.3f}\n{_product(product)}"
-            ends_early = found.ranks[at, place] < 0
-            tiles.append((None if ends_early else store[row], label, colour))
+            picture = store[product.name] if row >= 0 else None  # a list that ends early
+            tiles.append((picture, f"{mark}  {score:.3f}\n{_product(product)}", colour))
     k = found.ranks.shape[1]
     caption = (
         "Left: the query. Then its ranked gallery images, best first: "
