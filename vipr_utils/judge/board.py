@@ -179,7 +179,7 @@ class Board:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def save(self, folder: Path, chosen: str) -> None:
-        """Write <folder>/average_precision.csv of the chosen entry: a row a query, a column a view."""
+        """Write <folder>/average_precision.csv: AP@5 of the chosen entry by query and view."""
         per_query = self.task.views["test"].queries[["name", "product_id"]].copy()
         for view, found in self.entries[chosen].views.items():
             if view != "validation":
