@@ -84,9 +84,9 @@ def main() -> None:
     n_relevant, rows = metrics.count_relevant(wanted, there), []
 
     def score(ranks) -> None:
-        rows[-1]["map_at_5"] = metrics.map_at_k(
-            metrics.hits_from_ranks(ranks[:, :5], wanted, there), n_relevant
-        )
+        hits = metrics.hits_from_ranks(ranks[:, :5], wanted, there)
+        ap = metrics.average_precision_at_k(hits, n_relevant)
+        rows[-1]["map_at_5"] = float(np.nanmean(ap))
         print("mAP@5", round(rows[-1]["map_at_5"], 4), flush=True)
 
     score(measured("top 5", lambda: search.top_k(q, g, 5), rows)[1])

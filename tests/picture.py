@@ -16,7 +16,7 @@ STEPS = ["learned_whitening(dim=64)", "verify(top=20)"]
 def main() -> None:
     tune()
     plots.STYLE["figure.dpi"] = 176  # twice as fine as in notebooks
-    task = Task.open(image_size=224, holdout=0, precision="float32")
+    task = Task(image_size=224, holdout=0, precision="float32")
     embeddings = task.embed(models.create("tf_efficientnet_lite0"), image_size=224)
     found = task.retrieve(embeddings, steps=STEPS)
     ap = np.nan_to_num(found.average_precision)

@@ -97,7 +97,6 @@ def test_torchmetrics_agrees_on_random_lists_in_which_everything_is_found():
             metrics.mrr_at_k(hits, n, k=8),
             lambda row: retrieval.retrieval_reciprocal_rank(scores, row),
         ),
-        (metrics.r_precision(hits, n), lambda row: retrieval.retrieval_r_precision(scores, row)),
         (
             metrics.recall_at_k(hits, n, k=3),
             lambda row: retrieval.retrieval_hit_rate(scores, row, top_k=3),
@@ -133,7 +132,8 @@ def test_pytorch_metric_learning_divides_by_n_on_the_hand_checked_vectors():
         ranks = np.array([[next(relevant) if hit else next(others) for hit in row]])
         theirs = pml_figure("mean_average_precision", ranks, np.array([7]), gallery_ids, k=5)
         assert theirs == pytest.approx(expected, rel=1e-6)
-        ours = metrics.map_at_k(metrics.hits_from_ranks(ranks, [7], gallery_ids), [n])
+        hits = metrics.hits_from_ranks(ranks, [7], gallery_ids)
+        (ours,) = metrics.average_precision_at_k(hits, [n])
         assert ours == pytest.approx(theirs * n / min(n, 5))
 
 
@@ -145,9 +145,8 @@ def test_pytorch_metric_learning_agrees_while_n_is_at_most_k():
     n = metrics.count_relevant(query_ids, gallery_ids)
     assert 1 < n.max() <= 20 and (n == 0).any()
     theirs = pml_figure("mean_average_precision", ranks, query_ids, gallery_ids, k=20)
-    assert metrics.map_at_k(hits, n, k=20) == pytest.approx(theirs)
-    theirs = pml_figure("r_precision", ranks, query_ids, gallery_ids, k=20)
-    assert np.nanmean(metrics.r_precision(hits, n)) == pytest.approx(theirs)
+    ours = metrics.average_precision_at_k(hits, n, k=20)
+    assert np.nanmean(ours) == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -164,9 +163,6 @@ def test_average_precision_equals_kaggles_slow_loop_with_repeats_and_short_lists
     ours = metrics.average_precision_at_k(hits, n, k)
     assert {None, 0, 1} <= set(slow) and (k == 1 or len(set(slow)) > 4)
     np.testing.assert_allclose(ours, [np.nan if s is None else s for s in slow], rtol=1e-12)
-    assert metrics.map_at_k(hits, n, k) == pytest.approx(
-        np.mean([s for s in slow if s is not None])
-    )
 
 
 def test_a_repeated_gallery_row_scores_once_and_keeps_the_later_rank_empty():
@@ -187,7 +183,7 @@ def test_an_unknown_product_matches_nothing_and_counts_nothing():
 
 def test_query_without_relevant_image_is_excluded_and_counted():
     hits, n = [[True, False, False, False, False], [False] * 5, [False] * 5], [1, 0, 2]
-    for measure in (*MEASURES, metrics.precision_at_1, metrics.r_precision):
+    for measure in MEASURES:
         np.testing.assert_array_equal(measure(hits, n), [1, np.nan, 0])
     found = metrics.summary(hits, n, [10, 11, 12])
     assert (found["map_at_5"], found["n_queries"], found["n_excluded"], found["n_products"]) == (
@@ -277,7 +273,7 @@ def test_paired_difference_sees_what_two_overlapping_intervals_hide():
 
 
 def test_paired_difference_refuses_runs_that_count_other_queries():
-    with pytest.raises(ValueError, match="counts 2 queries and b .* 1, expected the same queries"):
+    with pytest.raises(ValueError, match="counts 2 queries and b 1, expected the same queries"):
         metrics.paired_difference([0.1, 0.2], [0.1, np.nan], [1, 2])
     with pytest.raises(ValueError, match="same queries"):
         metrics.paired_difference([0.1, 0.2], [0.1], [1, 2])
@@ -287,8 +283,6 @@ def test_paired_difference_refuses_runs_that_count_other_queries():
     "hits, n, k, message",
     [
         ([[True] * 5], [5], 0, "k is 0, expected a whole number of at least 1"),
-        ([[True] * 5], [5], 2.0, "k is 2.0"),
-        ([[True] * 5], [5], True, "k is True"),
         ([True] * 5, [5], 5, r"hits has shape \(5,\).*expected .* of shape \(Q, 5\)"),
         ([[True] * 5], [5, 5], 5, r"n_relevant has shape \(2,\).*one count for each query"),
         (
@@ -318,13 +312,6 @@ def test_arrays_that_do_not_fit_are_refused_with_value_expectation_and_remedy(hi
     for measure in MEASURES:
         with pytest.raises(ValueError, match=message):
             measure(hits, n, k)
-
-
-def test_r_precision_refuses_lists_shorter_than_the_largest_n():
-    with pytest.raises(
-        ValueError, match=r"hits has shape \(5, 5\) .*expected .* \(Q, 14\) or wider"
-    ):
-        metrics.r_precision(HITS, N)
 
 
 @pytest.mark.parametrize(
@@ -358,10 +345,3 @@ def test_r_precision_refuses_lists_shorter_than_the_largest_n():
 def test_ranks_and_ids_that_do_not_fit_are_refused(ranks, query_ids, gallery_ids, message):
     with pytest.raises(ValueError, match=message):
         metrics.hits_from_ranks(ranks, query_ids, gallery_ids)
-
-
-def test_bootstrap_refuses_shapes_and_infinities_that_make_no_sense():
-    with pytest.raises(ValueError, match="expected finite numbers"):
-        metrics.bootstrap_interval([0.1, np.inf], [1, 2])
-    with pytest.raises(ValueError, match=r"values has shape \(2,\) .* products \(3,\)"):
-        metrics.bootstrap_interval([0.1, 0.2], [1, 2, 3])

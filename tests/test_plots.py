@@ -48,7 +48,9 @@ FIGURES = {
     ),
     "intervals": (lambda: plots.intervals(SCORES, **WORDS), "95 % intervals: frozen 0.500"),
     "lines": (
-        lambda: plots.lines({"x": ([1, 2], [0.5, 0.25])}, xlabel="n", ylabel="m", **WORDS),
+        lambda: plots.lines(
+            {"x": ([1, 2], [0.5, 0.25], [0.4, 0.2], [0.6, 0.3])}, xlabel="n", ylabel="m", **WORDS
+        ),
         "x from 0.50 at 1 to 0.25 at 2",
     ),
     "image_grid": (

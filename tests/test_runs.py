@@ -82,15 +82,20 @@ def test_numpy_values_become_numbers_and_nan_becomes_null(tmp_path):
     assert "NaN" not in text
 
 
-def test_a_value_without_json_form_is_named_by_its_place(tmp_path):
-    with pytest.raises(TypeError, match=r"run\.metrics\.rows\[0\]\.f is a function"):
+def test_a_value_without_json_form_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"holds text, numbers.*, not the function <function"):
         saved(tmp_path / "r", metrics={"rows": [{"f": lambda: 0}]})
     assert not (tmp_path / "r" / "run.json").exists()
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "no readable JSON"), ("[]", "is no object"), ("{}", "lacks run, notebook")],
+    [
+        ("{", "no readable JSON"),
+        ("3", "no readable JSON"),
+        ("[]", "lacks run, notebook"),
+        ("{}", "lacks run, notebook"),
+    ],
 )
 def test_a_damaged_record_is_named_with_the_remedy(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
@@ -116,7 +121,6 @@ def test_the_scoreboard_sorts_best_first_expands_systems_and_survives_damage(tmp
     table = runs.scoreboard(tmp_path)
     assert table.run.tolist() == ["sweep: b", "sweep: a", "low", "eda"]
     assert len(table.attrs["problems"]) == 1 and "broken" in table.attrs["problems"][0]
-    assert runs.write_runs_csv(tmp_path).read_text().count("\n") == 5
 
 
 def test_table_gives_interval_data_sizes_time_and_hardware_and_skips_unscored_runs(tmp_path):
@@ -212,7 +216,7 @@ def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp
     ):
         runs.against_baselines(tmp_path)
     with pytest.raises(runs.RunError, match="average_precision.csv does not exist"):
-        runs.compare(tmp_path, "gap-baseline", ["nothing"])
+        runs.compare(tmp_path / "gap-baseline", [tmp_path / "nothing"])
 
 
 def test_an_ablation_shows_each_method_with_its_difference():

@@ -18,7 +18,7 @@ from vipr_utils.retrieve import embedding
 
 @pytest.fixture(scope="module")
 def task(toy_root, tmp_path_factory):
-    return Task.open(
+    return Task(
         str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path_factory.mktemp("cache"))
     )
 
@@ -51,14 +51,14 @@ def test_task_says_what_it_found(task):
 
 
 def test_without_holdout_all_train_photos_are_fitted_and_nothing_validates(toy_root, tmp_path):
-    task = Task.open(str(toy_root), image_size=32, holdout=0, device="cpu", cache_dir=str(tmp_path))
+    task = Task(str(toy_root), image_size=32, holdout=0, device="cpu", cache_dir=str(tmp_path))
     assert list(task.views) == ["test", "shop", "customer"] and task.validation is None
     assert len(task.fit) == (task.photos["split"] == "train").sum()
     assert task.validator(distance="cosine") is None
 
 
 def test_one_gallery_domain_leaves_the_other_out_of_every_view(toy_root, tmp_path):
-    task = Task.open(
+    task = Task(
         str(toy_root), gallery_domain="shop", image_size=32, device="cpu", cache_dir=str(tmp_path)
     )
     assert list(task.views) == ["test", "validation"]

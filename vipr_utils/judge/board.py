@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -19,14 +20,11 @@ from vipr_utils.retrieve import pipeline
 
 @dataclass(frozen=True)
 class Entry:
-    """One candidate: its Retrieval for each view, what it cost, and the row it is compared with."""
+    """One candidate: its Retrieval for each view, the entry it is compared with, what it cost."""
 
     views: dict[str, Retrieval]
     baseline: str
-    setting: str
-    seconds: float
-    peak_mb: float
-    ms_per_image: float
+    cost: dict  # setting, seconds, peak_mb, ms_per_image
     cut_short: str
     record: dict  # of the model: see `models.Embedder`; {} where only embeddings were given
 
@@ -56,43 +54,32 @@ class Board:
         baseline: str = "",
         setting: str = "",
         cut_short: str = "",
-    ) -> Entry:
+    ) -> None:
         """Score a candidate on every view; a model's time an image is measured as well.
 
-        baseline: the entry whose AP@5 is subtracted query by query. cut_short: see `training`.
-        setting: what the table says of it; else its steps, or a model's pixels.
-        Raises ValueError where a step cannot be fitted on this gallery.
+        baseline: the entry it is compared with, query by query; setting: what the table says of it,
+        else its steps or pixels. Raises ValueError where a step cannot be fitted on this gallery.
         """
-        task, embeddings, ms, record = self.task, model_or_embeddings, float("nan"), {}
+        embeddings, record, ms = model_or_embeddings, {}, float("nan")
         if not isinstance(embeddings, np.ndarray):
-            model, record = model_or_embeddings, model_or_embeddings.record
-            embeddings = task.embed(model, image_size=image_size)
-            ms = task.ms_per_image(model, image_size=image_size)
-            setting = setting or f"{image_size or record['image_size']} px"
-        tracemalloc.start()
-        began = perf_counter()
-        test = task.retrieve(embeddings, "test", steps=steps, distance=distance)
-        seconds, peak = perf_counter() - began, tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        others = [view for view in task.views if view != "test"]
-        views = {"test": test}
-        if others:
-            views |= task.evaluate(embeddings, steps=steps, distance=distance, views=others)
+            record = model_or_embeddings.record
+            embeddings = self.task.embed(model_or_embeddings, image_size=image_size)
+            ms = self.task.ms_per_image(model_or_embeddings, image_size=image_size)
+            image_size = image_size or record["image_size"]
+            setting = setting or f"{image_size} px"
+        search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
+        test, measured = _measured(search)
+        others = {view: search(view) for view in self.task.views if view != "test"}
         self.entries[name] = Entry(
-            views=views,
+            views={"test": test} | others,
             baseline=baseline,
-            setting=setting or " + ".join(steps),
-            seconds=seconds,
-            peak_mb=peak / 2**20,
-            ms_per_image=ms,
+            cost={"setting": setting or " + ".join(steps), "ms_per_image": ms, **measured},
             cut_short=cut_short,
             record=record,
         )
         if self.folder and record and self.choose() == name:
-            size = image_size or record["image_size"]
-            changes = {"image_size": size, "distance": distance, "cut_short": cut_short}
-            models.save(model, Path(self.folder) / "model.pt", **changes)
-        return self.entries[name]
+            changes = {"image_size": image_size, "distance": distance, "cut_short": cut_short}
+            models.save(model_or_embeddings, Path(self.folder) / "model.pt", **changes)
 
     def tune(self, embeddings: np.ndarray, stacks: list[str]) -> pd.DataFrame:
         """Stacks of steps ("a(...) + b(...)") tried on validation: a row each, test not looked at.
@@ -103,22 +90,18 @@ class Board:
         """
         rows = {}
         for stack in stacks:
-            steps = pipeline.split(stack)
+            steps, score = pipeline.split(stack), float("nan")
             try:
-                rows[stack] = (
-                    " + ".join(map(pipeline.method, steps)),
-                    self._validated(embeddings, steps),
-                )
+                if self.task.validation:
+                    found = self.task.retrieve(embeddings, "validation", steps=steps)
+                    score = found.metrics["map_at_5"]
             except ValueError as error:
                 self.refused[stack] = str(error)
+                continue
+            rows[stack] = " + ".join(map(pipeline.method, steps)), score
         table = pd.DataFrame.from_dict(rows, orient="index", columns=["method", "validation"])
         best = table["validation"].fillna(0).groupby(table["method"], sort=False).idxmax()
         return table.assign(chosen=table.index.isin(best))
-
-    def _validated(self, embeddings: np.ndarray, steps: list[str]) -> float:
-        if not self.task.validation:
-            return float("nan")
-        return self.task.retrieve(embeddings, "validation", steps=steps).metrics["map_at_5"]
 
     def choose(self, names=()) -> str:
         """The entry (of these names, else of all) with the best mAP@5 on validation.
@@ -136,106 +119,104 @@ class Board:
         found = self.entries[name].views.get(view)
         return float(np.nan_to_num(found.metrics.get("map_at_5", 0.0))) if found else 0.0
 
-    def difference(self, name: str, baseline: str = "", view: str = "test"):
-        """(difference of mAP@5, low, high): paired by query, with its interval over products."""
+    def difference(self, name: str, view: str = "test") -> tuple[float, float, float]:
+        """(difference of mAP@5 to the baseline, low, high): paired by query, over products."""
         entry = self.entries[name]
-        other = self.entries[baseline or entry.baseline]
         return metrics.paired_difference(
             entry.views[view].average_precision,
-            other.views[view].average_precision,
+            self.entries[entry.baseline].views[view].average_precision,
             self.task.views[view].queries["product_id"],
             seed=self.task.seed,
         )
 
-    def gains(self) -> pd.Series:
-        """The differences to each entry's baseline in words, '' for entries without one."""
-        words = {
-            n: gain(*self.difference(n)) if e.baseline else "" for n, e in self.entries.items()
-        }
-        return pd.Series(words)
-
     def table(self) -> pd.DataFrame:
         """One row an entry, as numbers: scores of every view, differences, seconds, memory."""
-        return pd.DataFrame({name: self._row(name) for name in self.entries}).T.infer_objects()
+        return pd.DataFrame(self.rows()).set_index("name").rename_axis(None)
 
     def rows(self) -> list[dict]:
         """The same for run.json."""
-        return [{"name": name} | self._row(name) for name in self.entries]
+        rows = []
+        for name, entry in self.entries.items():
+            test = entry.views["test"]
+            precision = metrics.guie_precision_at_k(test.hits, test.n_relevant)
+            row = {
+                "name": name,
+                **{view: self.score(name, view) for view in entry.views if view != "test"},
+                **self._figures(name, "test"),
+                "mp_at_5": float(np.nanmean(precision)),
+                **entry.cost,
+                "million": entry.record.get("parameters", 0) / 1e6,
+                "cut_short": entry.cut_short,
+            }
+            rows.append(row)
+        return rows
 
-    def _row(self, name: str) -> dict:
-        entry = self.entries[name]
-        test = entry.views["test"]
-        row = {view: self.score(name, view) for view in entry.views if view != "test"}
-        row |= {key: value for key, value in test.metrics.items() if key != "steps"}
-        row["mp_at_5"] = float(np.nanmean(metrics.guie_precision_at_k(test.hits, test.n_relevant)))
-        if entry.baseline:
-            row["difference"], low, high = self.difference(name)
-            row["difference_low"], row["difference_high"] = low, high
-            row["verdict"] = verdict(low, high)
-        return row | {
-            "setting": entry.setting,
-            "seconds": entry.seconds,
-            "peak_mb": entry.peak_mb,
-            "ms_per_image": entry.ms_per_image,
-            "million": entry.record.get("parameters", 0) / 1e6,
-            "cut_short": entry.cut_short,
+    def _figures(self, name: str, view: str) -> dict:
+        """The metrics of an entry on a view, and the difference to its baseline there."""
+        figures = dict(self.entries[name].views[view].metrics)
+        if not self.entries[name].baseline:
+            return figures | {"gain": ""}
+        difference, low, high = self.difference(name, view)
+        return figures | {
+            "difference": difference,
+            "difference_low": low,
+            "difference_high": high,
+            "gain": gain(difference, low, high),
+            "verdict": verdict(low, high),
         }
 
     def by_view(self) -> pd.DataFrame:
         """A row for each view and entry: metrics, and the difference to its baseline there."""
-        whole = f"{self.task.gallery_domain} photos only"
-        names = {"test": whole if self.task.gallery_domain else "whole gallery"}
+        domain = self.task.gallery_domain
         rows = {}
         for view in self.task.views:
-            for name, entry in self.entries.items():
-                title = names.get(view, f"{view} photos only")
-                title += f", {name}" if len(self.entries) > 1 else ""
-                rows[title] = dict(entry.views[view].metrics)
-                if entry.baseline:
-                    ends = self.difference(name, view=view)
-                    keys = "difference", "difference_low", "difference_high"
-                    rows[title].update(zip(keys, ends))
-        return pd.DataFrame(rows).T.drop(columns=["steps"], errors="ignore").infer_objects()
+            title = f"{view} photos only"
+            if view == "test":
+                title = f"{domain} photos only" if domain else "whole gallery"
+            for name in self.entries:
+                row = f"{title}, {name}" if len(self.entries) > 1 else title
+                rows[row] = self._figures(name, view)
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def save(self, folder: Path, chosen: str) -> None:
-        """<folder>/board.csv, and average_precision.csv of the chosen entry, a column a view."""
-        with whole_file(Path(folder) / "board.csv") as part:
-            self.table().to_csv(part, index_label="candidate")
-        entry, queries = self.entries[chosen], self.task.views["test"].queries
-        per_query = queries[["name", "product_id"]].reset_index(drop=True)
-        for view, found in entry.views.items():
+        """Write <folder>/average_precision.csv: AP@5 of the chosen entry by query and view."""
+        per_query = self.task.views["test"].queries[["name", "product_id"]].copy()
+        for view, found in self.entries[chosen].views.items():
             if view != "validation":
                 per_query[view] = found.average_precision.round(4)
         with whole_file(Path(folder) / "average_precision.csv") as part:
             per_query.to_csv(part, index=False)
 
     def save_run(
-        self,
-        folder: Path,
-        chosen: str,
-        *,
-        notebook: str,
-        params: dict,
-        model: dict | None = None,
-        trained: bool = False,
-        **more,
+        self, folder: Path, chosen: str, *, model: dict | None = None, figures=(), **record
     ) -> Path:
         """Write run.json: the chosen entry's metrics, and every entry as one of its rows.
 
-        model: the record behind an entry of embeddings; more: further figures for its metrics.
+        model: the record behind an entry of embeddings; figures: further ones for its metrics;
+        record: notebook, params, trained, see `Task.save_run`.
         """
         entry = self.entries[chosen]
-        validated = entry.views.get("validation")
+        rows = {row["name"]: row for row in self.rows()}
+        listed = {"rows": list(rows.values()), "refused": self.refused}
+        validation = entry.views.get("validation")
         return self.task.save_run(
             folder,
-            notebook=notebook,
-            params=params,
-            metrics=self._row(chosen) | more | {"rows": self.rows(), "refused": self.refused},
+            metrics=rows[chosen] | dict(figures) | listed,
             model=model or entry.record,
-            validated=validated.metrics if validated else None,
-            trained=trained,
+            validated=validation and validation.metrics,
             cut_short=entry.cut_short,
+            **record,
         )
+
+
+def _measured(search) -> tuple[Retrieval, dict]:
+    """(what the search finds, its seconds and the peak of the memory it took in MiB)."""
+    tracemalloc.start()
+    began = perf_counter()
+    found = search()
+    seconds, peak = perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found, {"seconds": seconds, "peak_mb": peak / 2**20}
 
 
 def verdict(low: float, high: float) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import textwrap
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps, cycler, rc_context
+from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
@@ -38,6 +39,9 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": "medium",
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
+    "figure.labelsize": 9,
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#E4E4E4",
@@ -67,20 +71,20 @@ class Picture:
 def _picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
     """Title above, caption below; a PNG of 128 colours, a fifth of the size, whose bytes repeat."""
     width = max(figure.get_figwidth(), 4.5)  # inches
-    title = textwrap.fill(title, int(width * 11))
-    caption = textwrap.fill(caption, int(width * 15))
-    figure.draw_without_rendering()  # the layout places what is there; words go around it
-    figure.set_layout_engine("none")
-    height, drawn = figure.get_figheight(), figure.get_tightbbox()  # inches
-    above, below = (drawn.y1 + 0.12) / height, (drawn.y0 - 0.12) / height
-    figure.text(0.01, above, title, va="bottom", fontsize=12, weight="bold")
-    figure.text(0.01, below, caption, va="top", fontsize=9, color="#444444")
-    full = io.BytesIO()
+    figure.suptitle(textwrap.fill(title, int(width * 11)), x=0.01, ha="left")
+    figure.supxlabel(textwrap.fill(caption, int(width * 15)), x=0.01, ha="left")
+    full, reduced = io.BytesIO(), io.BytesIO()
     figure.savefig(full, bbox_inches="tight", pad_inches=0.12)
     picture = Image.open(full).convert("RGB")
-    reduced = io.BytesIO()
     picture.quantize(128, Image.Quantize.MEDIANCUT, dither=0).save(reduced, "PNG", optimize=True)
     return Picture(reduced.getvalue(), alt)
+
+
+def _axes(width: float, height: float, **settings):
+    """Axes of a figure of this size in inches."""
+    ax = Figure((width, height)).subplots()
+    ax.set(**settings)
+    return ax
 
 
 @styled
@@ -89,7 +93,7 @@ def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: st
 
     values: counts, indexed by the names below the bars.
     """
-    ax = Figure((min(9, 2.5 + 0.45 * len(values)), 3.6)).subplots()
+    ax = _axes(min(9, 2.5 + 0.45 * len(values)), 4)
     named = values.rename(lambda name: textwrap.fill(str(name), 12))
     named.plot.bar(
         ax=ax,
@@ -98,12 +102,9 @@ def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: st
         xlabel=xlabel,
         ylabel=ylabel,
     )
-    ax.grid(False, axis="x")
-    if len(values) <= 14:
-        ax.bar_label(ax.containers[0], fmt="{:,g}")
-    listed = ", ".join(f"{name} {value:,g}" for name, value in values.head(12).items())
-    more = " ..." if len(values) > 12 else ""
-    alt = f"Bar chart: {ylabel} by {xlabel}: {listed}{more}"
+    ax.bar_label(ax.containers[0], fontsize=7)
+    listed = ", ".join(f"{name} {value:,g}" for name, value in values.items())
+    alt = f"Bar chart: {ylabel} by {xlabel}: {listed}"
     return _picture(ax.figure, title, caption, alt)
 
 
@@ -115,8 +116,17 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     """
     images = np.sort(counts.to_numpy())[::-1]
     median = np.median(images)
-    ax = Figure((7.2, 3.6)).subplots()
-    ax.stairs(images, baseline=0.8, fill=True, color=SKY)
+    labels = {
+        "xlabel": "products, most images first",
+        "ylabel": "training images (log)",
+    }
+    ax = _axes(7.2, 4, yscale="log", **labels)
+    ax.stairs(
+        images,
+        baseline=0.8,
+        fill=True,
+        color=SKY,
+    )
     ax.axhline(
         median,
         color=RED,
@@ -124,11 +134,9 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
         label=f"median {median:g}",
     )
     ax.legend()
-    ax.set(xlabel="products, most images first", ylabel="training images (log)", yscale="log")
     ax.yaxis.set(
         major_locator=LogLocator(subs=(1, 2, 5)),
         major_formatter="{x:g}",
-        minor_formatter="",
     )
     alt = (
         f"Long tail: {len(images):,} products, {images[0]:,} images for the first, "
@@ -138,20 +146,19 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     return _picture(ax.figure, title, caption, alt)
 
 
-def _percentages(series: dict[str, np.ndarray], bins, colours=None):
-    """Axes with overlaid histograms, each in percent of its own series."""
-    ax = Figure((7.2, 3.5)).subplots()
+def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str) -> Figure:
+    """Overlaid histograms, each in percent of its own series."""
+    ax = _axes(7.2, 3.9, xlabel=xlabel, ylabel=ylabel)
     ax.hist(
         list(series.values()),
-        bins,
+        bins=30,
         weights=[np.full(len(values), 100 / max(1, len(values))) for values in series.values()],
-        label=list(series),
-        color=colours,
+        label=[f"{name} ({len(values):,})" for name, values in series.items()],
         histtype="stepfilled",
         alpha=0.6,
     )
     ax.legend()
-    return ax
+    return ax.figure
 
 
 @styled
@@ -160,14 +167,36 @@ def histogram(series: dict[str, np.ndarray], *, title: str, xlabel: str, caption
 
     series: values by name; an empty one is drawn as nothing.
     """
-    ax = _percentages({f"{name} ({len(values):,})": values for name, values in series.items()}, 30)
-    ax.set(xlabel=xlabel, ylabel="% of images")
+    figure = _percentages(series, xlabel, "% of images")
     medians = ", ".join(
         f"{name} median {np.median(values):.4g} of {len(values):,}"
         for name, values in series.items()
         if len(values)
     )
-    return _picture(ax.figure, title, caption, f"Histogram of {xlabel}: {medians}")
+    return _picture(figure, title, caption, f"Histogram of {xlabel}: {medians}")
+
+
+@styled
+def similarity_histogram(similarity: np.ndarray, query_products, gallery_products) -> Picture:
+    """Cosine similarities (Q, G) of pairs of one product against pairs of two.
+
+    The caption gives the chance that a random same pair beats a random different pair (area under
+    the ROC curve).
+    """
+    is_same = np.asarray(query_products)[:, None] == np.asarray(gallery_products)
+    same, different = similarity[is_same], similarity[~is_same]
+    pairs = {"different products": different, "same product": same}
+    figure = _percentages(pairs, "cosine similarity", "% of pairs")
+    auc = roc_auc_score(is_same.ravel(), similarity.ravel())
+    caption = (
+        "All query x gallery pairs. "
+        f"A random same pair beats a random different pair in {auc:.1%} of draws."
+    )
+    alt = (
+        f"Histogram of similarities: median {np.median(same):.2f} for the same product, "
+        f"{np.median(different):.2f} for different ones, AUC {auc:.2f}"
+    )
+    return _picture(figure, "Similarity of same and different products", caption, alt)
 
 
 @styled
@@ -175,24 +204,45 @@ def sizes(
     width: np.ndarray, height: np.ndarray, domain: np.ndarray, *, title: str, caption: str
 ) -> Picture:
     """Width against height (N,) in pixels of every photo, coloured by domain (N,)."""
-    ax = Figure((4.6, 4.6)).subplots()
+    ax = _axes(4.6, 5, xlabel="width (px)", ylabel="height (px)")
     for name in np.unique(domain):
         chosen = domain == name
         label = f"{name or 'unknown'} ({chosen.sum():,})"
-        ax.scatter(
+        ax.plot(
             width[chosen],
             height[chosen],
-            s=12,
+            ".",
             alpha=0.5,
             label=label,
         )
     ax.legend()
-    ax.set(xlabel="width (px)", ylabel="height (px)")
     alt = (
         f"Scatter of image sizes: width {width.min()} to {width.max()} px, "
         f"height {height.min()} to {height.max()} px, "
         f"median {np.median(width):.0f} x {np.median(height):.0f}"
     )
+    return _picture(ax.figure, title, caption, alt)
+
+
+@styled
+def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
+    """A map (N, 2) of embeddings; the seven largest groups in colour, the rest grey.
+
+    groups: a product group for each embedding; of equally large ones the smaller number goes first.
+    """
+    groups = np.asarray(groups)
+    names, counts = np.unique(groups, return_counts=True)
+    largest = names[np.argsort(-counts, kind="stable")[:7]]
+    ax = _axes(6.4, 5, xticks=[], yticks=[])
+    ax.plot(*xy.T, ".", color="#CCCCCC")
+    for group in largest:
+        ax.plot(*xy[groups == group].T, ".", label=f"group {group}")
+    ax.figure.legend(loc="outside center right")
+    caption = (
+        f"{len(groups):,} images; colours are the {len(largest)} largest product groups. "
+        "Only nearness means something here."
+    )
+    alt = f"Map of {len(groups):,} embeddings in {len(names)} groups, {len(largest)} in colour"
     return _picture(ax.figure, title, caption, alt)
 
 
@@ -205,15 +255,10 @@ def training_curves(history: pd.DataFrame, *, title: str) -> Picture:
         "map_at_5": "validation mAP@5",
     }
     history = history.reindex(columns=["epoch", *panels])
-    figure = Figure((9, 3.3))
+    figure = Figure((9, 3.8))
     for ax, column in zip(figure.subplots(1, 3, sharex=True), panels):
         known = history.dropna(subset=column)
-        ax.plot(
-            known["epoch"],
-            known[column],
-            marker="o",
-            markersize=3,
-        )
+        ax.plot(known["epoch"], known[column], ".-")
         ax.set(xlabel="epoch", ylabel=panels[column])
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss = history["loss"].iloc
@@ -230,77 +275,27 @@ def training_curves(history: pd.DataFrame, *, title: str) -> Picture:
 
 
 @styled
-def similarity_histogram(similarity: np.ndarray, query_products, gallery_products) -> Picture:
-    """Cosine similarities (Q, G) of pairs of one product against pairs of two.
-
-    The caption gives the chance that a random same pair beats a random different pair (area under
-    the ROC curve).
-    """
-    is_same = np.asarray(query_products)[:, None] == np.asarray(gallery_products)
-    same, different = similarity[is_same], similarity[~is_same]
-    edges = np.linspace(min(similarity.min(), 0), 1, 60)
-    pairs = {"different products": different, "same product": same}
-    ax = _percentages(pairs, edges, [GREY, BLUE])
-    ax.set(xlabel="cosine similarity", ylabel="% of pairs")
-    auc = float("nan")
-    medians = "no different pairs" if len(same) else "no same pairs"
-    if len(same) and len(different):
-        auc = roc_auc_score(is_same.ravel(), similarity.ravel())
-        middle = np.median(same), np.median(different)
-        ax.vlines(
-            middle,
-            *ax.get_ylim(),
-            [BLUE, GREY],
-            linestyles="--",
-        )
-        medians = f"median {middle[0]:.2f} for the same product, {middle[1]:.2f} for different ones"
-    caption = (
-        "All query x gallery pairs; dashed: medians. "
-        f"A random same pair beats a random different pair in {auc:.1%} of draws."
-    )
-    alt = f"Histogram of similarities: {medians}, AUC {auc:.2f}"
-    return _picture(ax.figure, "Similarity of same and different products", caption, alt)
-
-
-@styled
-def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
-    """A map (N, 2) of embeddings; the seven largest groups in colour, the rest grey.
-
-    groups: a product group for each embedding; of equally large ones the smaller number goes first.
-    """
-    groups = np.asarray(groups)
-    names, counts = np.unique(groups, return_counts=True)
-    largest = names[np.argsort(-counts, kind="stable")[:7]]
-    ax = Figure((5.6, 5)).subplots()
-    ax.scatter(*xy.T, s=9, color="#CCCCCC")
-    for group in largest:
-        ax.scatter(*xy[groups == group].T, s=14, label=f"group {group}")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(xticks=[], yticks=[])
-    caption = (
-        f"{len(groups):,} images; colours are the {len(largest)} largest product groups. "
-        "Only nearness means something here."
-    )
-    alt = f"Map of {len(groups):,} embeddings in {len(names)} groups, {len(largest)} in colour"
-    return _picture(ax.figure, title, caption, alt)
-
-
-@styled
 def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "mAP@5") -> Picture:
     """A forest plot, a row an entry, the first on top; a line at 0 where these are differences.
 
     table: columns map_at_5, map_at_5_low, map_at_5_high.
     """
-    ax = Figure((7.2, 1.6 + 0.36 * len(table))).subplots()
-    places = range(len(table))
+    rows = len(table)
+    ax = _axes(7.2, 2 + 0.36 * rows, xlabel=xlabel, ylim=(rows - 0.5, -0.5))
+    places = range(rows)
     scores, low, high = table[["map_at_5", "map_at_5_low", "map_at_5_high"]].to_numpy(float).T
     labels = [f"{name} {score:.3f}" for name, score in zip(table.index, scores)]
-    ax.hlines(places, low, high, color=SKY, linewidth=4)
-    ax.plot(scores, places, "o", markersize=5)
+    ax.hlines(
+        places,
+        low,
+        high,
+        color=SKY,
+        linewidth=4,
+    )
+    ax.plot(scores, places, "o")
     if np.nanmin(low) < 0:  # differences
         ax.axvline(0, color=GREY)
     ax.set_yticks(places, labels)
-    ax.set(xlabel=xlabel, ylim=(len(table) - 0.5, -0.5))
     alt = f"{xlabel} with 95 % intervals: {', '.join(labels)}"
     return _picture(ax.figure, title, caption, alt)
 
@@ -309,30 +304,15 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
 def lines(
     series: dict[str, tuple], *, title: str, xlabel: str, ylabel: str, caption: str
 ) -> Picture:
-    """Named curves (x, y) or (x, y, low, high), the band where given."""
-    ax = Figure((7.2, 3.7)).subplots()
+    """Named curves (x, y, low, high), each in its band."""
+    ax = _axes(7.2, 4.2, xlabel=xlabel, ylabel=ylabel)
     ends = []
-    for name, (x, y, *band) in series.items():
-        (line,) = ax.plot(
-            x,
-            y,
-            marker="o",
-            markersize=4,
-            label=name,
-        )
-        if band:
-            ax.fill_between(
-                x,
-                *band,
-                color=line.get_color(),
-                alpha=0.18,
-                linewidth=0,
-            )
+    for name, (x, y, low, high) in series.items():
+        (line,) = ax.plot(x, y, "o-", label=name)
+        ax.fill_between(x, low, high, alpha=0.18)
         (start, first), *_, (end, last) = line.get_xydata()
         ends.append(f"{name} from {first:.2f} at {start:g} to {last:.2f} at {end:g}")
-    if len(series) > 1:
-        ax.legend()
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend()
     alt = f"Curves of {ylabel} over {xlabel}: {'; '.join(ends)}"
     return _picture(ax.figure, title, caption, alt)
 
@@ -346,10 +326,10 @@ def denormalised(image, *, mean, std) -> np.ndarray:
 def _grid(tiles: list, columns: int, side: float) -> Figure:
     """Photos of `side` inches in rows.
 
-    tiles: (picture or None for an empty place, label above, colour of the frame or None).
+    tiles: (picture or None for an empty place, label above, colour of label and frame).
     """
-    rows = -(-len(tiles) // columns)
-    figure = Figure((side * columns, (side + 0.4) * rows + 0.6), layout="compressed")
+    rows = math.ceil(len(tiles) / columns)
+    figure = Figure((side * columns, (side + 0.4) * rows + 1.2), layout="compressed")
     for place, (picture, label, colour) in enumerate(tiles, start=1):
         if picture is not None:
             ax = figure.add_subplot(
@@ -359,8 +339,12 @@ def _grid(tiles: list, columns: int, side: float) -> Figure:
                 xticks=[],
                 yticks=[],
             )
-            ax.set_title(label, color=colour or "black", pad=4)
-            ax.spines[:].set(visible=True, color=colour or "none", linewidth=3)
+            ax.set_title(label, color=colour, pad=4)
+            ax.spines[:].set(
+                visible=colour != "black",
+                color=colour,
+                linewidth=3,
+            )
             ax.imshow(picture)
     return figure
 
@@ -373,10 +357,10 @@ def image_grid(
 
     pictures: (H, W, 3) uint8 arrays; alt: said in place of the number of photos and the labels.
     """
-    tiles = [(picture, label, None) for picture, label in zip_longest(pictures, labels)]
+    tiles = [(picture, label, "black") for picture, label in zip_longest(pictures, labels)]
     figure = _grid(tiles, columns, min(9.2 / columns, 1.5))
-    rows = -(-len(pictures) // columns)
-    listed = f": {', '.join(map(str, labels[:12]))}" if labels else ""
+    rows = math.ceil(len(pictures) / columns)
+    listed = f": {', '.join(labels[:12])}" if labels else ""
     alt = alt or f"{title}, {len(pictures)} photos in {rows} rows of {columns}{listed}"
     return _picture(figure, title, caption, alt.replace("\n", " "))
 
@@ -391,30 +375,28 @@ def ranked_lists(
     chosen: positions of queries; result: a task.Retrieval, or one for each of them.
     """
     results = result if isinstance(result, list) else [result] * len(chosen)
-    tiles = []
-    for at, result in zip(chosen, results):
-        query = queries.iloc[at]
-        label = f"query {query['name']}\n{_product(query)}"
-        tiles.append((store[queries.index[at]], label, None))
-        for row, hit, score in zip(result.ranks[at], result.hits[at], result.scores[at]):
+    tiles, right = [], 0
+    for at, found in zip(chosen, results):
+        query = queries.iloc[at]  # query.name is its row number in the catalog
+        tiles.append((store[query.name], f"query {query['name']}\n{_product(query)}", "black"))
+        right += found.hits[at].sum()
+        for row, hit, score in zip(found.ranks[at], found.hits[at], found.scores[at]):
+            product = gallery.iloc[row]
             colour, mark = (GREEN, "✓ same") if hit else (RED, "✗ different")
             if query["product_id"] < 0:
                 colour, mark = GREY, "label unknown"
-            label = f"{mark}  {score:.3f}\n{_product(gallery.iloc[row])}"
-            picture = store[gallery.index[row]] if row >= 0 else None  # a list that ends early
-            tiles.append((picture, label, colour))
-    k = result.ranks.shape[1]
-    figure = _grid(tiles, k + 1, 1.53)
+            picture = store[product.name] if row >= 0 else None  # a list that ends early
+            tiles.append((picture, f"{mark}  {score:.3f}\n{_product(product)}", colour))
+    k = found.ranks.shape[1]
     caption = (
         "Left: the query. Then its ranked gallery images, best first: "
         "tick or cross, similarity, class and group."
     )
-    right = sum(result.hits[at].sum() for at, result in zip(chosen, results))
     alt = (
         f"Ranked lists of {len(chosen)} queries: "
         f"{right} of {len(chosen) * k} images show the query's product"
     )
-    return _picture(figure, title, caption, alt)
+    return _picture(_grid(tiles, k + 1, 1.53), title, caption, alt)
 
 
 def _product(row) -> str:
@@ -425,10 +407,9 @@ def _product(row) -> str:
 def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str) -> Picture:
     """A query beside a gallery photo, verified points joined by lines.
 
-    points: (a (M, 2), b (M, 2)) of verification.inliers. Lines take the rainbow's colours from the
-    top of the query down, so that parallel ones can be told apart; at most 60 are drawn.
+    points: (a (M, 2), b (M, 2)) of verification.inliers; at most 60 are drawn.
     """
-    ax = Figure((7.2, 4.2)).subplots()
+    ax = Figure((7.2, 4.4), layout="compressed").subplots()
     height, width = query.shape[:2]
     photo_width = round(photo.shape[1] * height / photo.shape[0])
     ax.imshow(np.hstack([query, cv2.resize(photo, (photo_width, height))]))
@@ -436,18 +417,17 @@ def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str) 
     ax.set_axis_off()
     starts = points[0] * max(height, width)
     ends = points[1] * max(height, photo_width) + [width, 0]
-    drawn = np.argsort(starts[:, 1], kind="stable")[:: -(-len(starts) // 60) or 1]
-    colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(drawn)))
-    for start, end, colour in zip(starts[drawn], ends[drawn], colours):
-        ax.plot(
-            *zip(start, end),
-            "o-",
-            color=colour,
-            linewidth=0.9,
-            markersize=3,
-        )
-    count = len(starts)
-    shown = f", {len(drawn)} of them drawn" if len(drawn) < count else ""
+    every = math.ceil(len(starts) / 60) or 1
+    x, y = np.stack([starts, ends])[:, ::every].transpose(2, 0, 1)  # both (2, lines)
+    ax.plot(
+        x,
+        y,
+        "o-",
+        linewidth=0.9,
+        markersize=3,
+    )
+    count, drawn = len(starts), x.shape[1]
+    shown = f", {drawn} of them drawn" if drawn < count else ""
     caption = (
         "Left: the query. Right: the gallery photo. "
         f"{count} points lie where one homography puts them{shown}."

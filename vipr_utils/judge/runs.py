@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,7 +36,6 @@ SCORES = ["map_at_5", "map_at_5_low", "map_at_5_high", "precision_at_1"]
 COLUMNS = [
     "run",
     "cut_short",
-    "notebook",
     "model",
     "data",
     "protocol",
@@ -45,8 +43,6 @@ COLUMNS = [
     *SCORES,
     "n_queries",
     "n_gallery",
-    "image_size",
-    "seed",
     "seconds",
     "hardware",
 ]
@@ -71,41 +67,21 @@ class RunError(ValueError):
     """A run.json that is missing, half-written or of another shape."""
 
 
-def save(
-    folder: Path,
-    *,
-    notebook: str,
-    params: dict,
-    data: dict,
-    protocol: str,
-    metrics: dict,
-    model: dict | None,
-    seconds: float,
-    device: str,
-    precision: dict | None = None,
-    validation: dict | None = None,
-    cut_short: str = "",
-) -> Path:
+def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
     """Write <folder>/run.json whole and return its path. NaN becomes null.
 
-    metrics: may hold `rows`, one per system; precision: `precision_used`;
-    validation: `catalog.Validation.record`; cut_short: `training.cut_short`.
-    Raises TypeError for a value that JSON has no form for, naming where it stands.
+    figures: notebook, data, protocol, metrics (may hold `rows`, one per system), model, device;
+    where there are any precision (`precision_used`), validation (`catalog.Validation.record`) and
+    cut_short (`training.cut_short`). Raises TypeError for a value that JSON has no form for.
     """
     record = {
         "run": Path(folder).name,
-        "notebook": notebook,
         "params": _published(params),
-        "data": data,
-        "protocol": protocol,
-        "validation": validation,
-        "metrics": metrics,
-        "cut_short": cut_short,
-        "model": model,
+        "validation": None,
+        "cut_short": "",
+        **figures,
         "seconds": round(seconds, 1),
         "versions": versions(),
-        "device": device,
-        "precision": precision,
         "hardware": hardware(),
         "git": platform.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -114,37 +90,29 @@ def save(
 
 
 def _written(path: Path, record: dict) -> Path:
-    text = json.dumps(_plain(record, "run"), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(record, default=_plain)
+    finite = json.loads(text, parse_constant=lambda name: None)  # null for NaN and infinity
     with whole_file(path) as part:
+        text = json.dumps(finite, indent=1, ensure_ascii=False)
         part.write_text(text + "\n", encoding="utf-8")
     return path
 
 
 def _published(params: dict) -> dict:
     """Parameters with folders by name alone, for a record may be published."""
-    shown = dict(params)
-    for name in params.keys() & {"data_root", "output_dir", "cache_dir"}:
-        shown[name] = Path(params[name]).name
-    return shown
+    folders = params.keys() & {"data_root", "output_dir", "cache_dir"}
+    return params | {name: Path(params[name]).name for name in folders}
 
 
-def _plain(value, at: str):
-    """The value in JSON's own types."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v, f"{at}.{k}") for k, v in value.items()}
+def _plain(value):
+    """The value in JSON's own types, for what `json` does not know."""
     if isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{at}[{i}]") for i, v in enumerate(value)]
+        return value.tolist()
     if isinstance(value, Path):
         return value.as_posix()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, (str, int, float, type(None))):
-        return value
     raise TypeError(
-        f"{at} is a {type(value).__name__}: run.json holds text, numbers, lists and dictionaries; "
-        "convert it"
+        "run.json holds text, numbers, lists and dictionaries, "
+        f"not the {type(value).__name__} {value!r}: convert it"
     )
 
 
@@ -156,11 +124,9 @@ def load(folder: Path) -> dict:
     remedy = "remove it and run the notebook again"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        missing = [key for key in KEYS if key not in record]
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} is no readable JSON ({error}): {remedy}") from error
-    if not isinstance(record, dict):
-        raise RunError(f"{path} is no object, so no run wrote it: {remedy}")
-    missing = [key for key in KEYS if key not in record]
     if missing:
         raise RunError(f"{path} lacks {', '.join(missing)}, so no run wrote it: {remedy}")
     return record
@@ -184,13 +150,13 @@ def best_on_validation(output_dir: Path, fingerprint: str) -> str:
             f"no run in {Path(output_dir).name} has a model validated on this data: "
             "run notebook 03, 04 or 05 first"
         )
-    splits = {name: validation["split"] for name, validation in validated.items()}
-    if len(set(splits.values())) > 1:
+    table = pd.DataFrame.from_dict(validated, orient="index")
+    if table["split"].nunique() > 1:
         raise RunError(
-            f"runs held out different photos ({splits}): "
+            f"runs held out different photos ({table['split'].to_dict()}): "
             "name one as model_run, or run them with the same holdout"
         )
-    return max(validated, key=lambda name: validated[name]["map_at_5"] or 0.0)
+    return table["map_at_5"].astype(float).fillna(0).idxmax()
 
 
 def scoreboard(output_dir: Path) -> pd.DataFrame:
@@ -214,33 +180,21 @@ def scoreboard(output_dir: Path) -> pd.DataFrame:
 
 def _rows(record: dict) -> list[dict]:
     """A row for the run's headline, or one for each of its systems."""
-    scores, params = record["metrics"] or {}, record["params"]
-    systems = scores.get("rows") or [scores]
+    scores = record["metrics"]
     shared = {
-        "notebook": record["notebook"],
         "model": (record["model"] or {}).get("name", ""),
         "data": record["data"].get("root", ""),
         "protocol": record["protocol"],
-        "gallery": params.get("gallery_domain") or "all",
-        "image_size": params.get("image_size"),
-        "seed": params.get("seed"),
+        "gallery": record["params"].get("gallery_domain") or "all",
         "seconds": record["seconds"],
         "hardware": record.get("hardware", record["device"]),
     }
     rows = []
-    for system in systems:
+    for system in scores.get("rows") or [scores]:
         name = f": {system['name']}" if "name" in system else ""
         cut_short = system.get("cut_short", record.get("cut_short")) or ""
         rows.append({**system, **shared, "run": record["run"] + name, "cut_short": cut_short})
     return rows
-
-
-def write_runs_csv(output_dir: Path) -> Path:
-    """The scoreboard as <output_dir>/runs.csv."""
-    path = Path(output_dir) / "runs.csv"
-    with whole_file(path) as part:
-        scoreboard(output_dir).to_csv(part, index=False)
-    return path
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -250,16 +204,15 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     of intervals and seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5.
     """
     scored = table.dropna(subset="map_at_5")
-    scored = scored.assign(
-        run=scored["run"].str.replace(r"-seed\d+", "", regex=True),
-        seeds=1,
-        least=scored["map_at_5"],
-        most=scored["map_at_5"],
+    runs = scored.groupby(scored["run"].str.replace(r"-seed\d+", "", regex=True), sort=False)
+    merged = runs.first().assign(
+        **runs[[*SCORES, "seconds"]].mean(),
+        cut_short=runs["cut_short"].max(),
+        seeds=runs.size(),
+        least=runs["map_at_5"].min(),
+        most=runs["map_at_5"].max(),
     )
-    merging = dict.fromkeys(scored.columns.drop("run"), "first")
-    merging |= dict.fromkeys([*SCORES, "seconds"], "mean")
-    merging |= {"seeds": "sum", "least": "min", "most": "max", "cut_short": "max"}
-    merged = scored.groupby("run", sort=False, as_index=False).agg(merging)
+    merged = merged.drop(columns="run").reset_index()
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -280,8 +233,8 @@ def table(board: pd.DataFrame) -> str:
     return readable(board).to_string(index=False, float_format="%.3f", na_rep="")
 
 
-def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
-    """Paired differences of mAP@5 to a baseline run, a row for each other run and view.
+def compare(folder: Path, others: list[Path]) -> pd.DataFrame:
+    """Paired differences of mAP@5 to a baseline's run folder, a row for each other run and view.
 
     Columns: run, view, baseline, map_at_5, difference, low, high (95 % over products). Runs need
     not have searched the same gallery, only answered the same queries: their average_precision.csv
@@ -289,19 +242,19 @@ def compare(output_dir: Path, baseline: str, others: list[str]) -> pd.DataFrame:
 
     Raises RunError where a run has no such file or answered other queries.
     """
-    base = _average_precision(Path(output_dir) / baseline)
+    base = _average_precision(folder)
     products = base.index.get_level_values("product_id")
     rows = []
-    for name in others:
-        other = _average_precision(Path(output_dir) / name)
+    for run in others:
+        other = _average_precision(run)
         if not other.index.equals(base.index):
             raise RunError(
-                f"{name} and {baseline} answered different queries: "
+                f"{run.name} and {folder.name} answered different queries: "
                 "compare runs of one protocol, seed and data set"
             )
         for view in base.columns.intersection(other.columns, sort=False):
             difference = metrics.paired_difference(other[view], base[view], products)
-            rows.append([name, view, base[view].mean(), other[view].mean(), *difference])
+            rows.append([run.name, view, base[view].mean(), other[view].mean(), *difference])
     columns = ["run", "view", "baseline", "map_at_5", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -311,15 +264,15 @@ def against_baselines(output_dir: Path) -> pd.DataFrame:
     tables = [pd.DataFrame()]
     for folder in sorted(Path(output_dir).glob("*-baseline")):
         sweep = folder.name.removesuffix("baseline")
-        files = Path(output_dir).glob(f"{sweep}*/average_precision.csv*")
-        others = {file.parent.name for file in files} - {folder.name}
-        tables.append(compare(output_dir, folder.name, sorted(others)))
+        files = folder.parent.glob(f"{sweep}*/average_precision.csv*")
+        others = {file.parent for file in files} - {folder}
+        tables.append(compare(folder, sorted(others)))
     return pd.concat(tables, ignore_index=True)
 
 
 def _average_precision(folder: Path) -> pd.DataFrame:
     """AP@5 by view, indexed by the query's name and product."""
-    for path in sorted(folder.glob("average_precision.csv*")):
+    for path in folder.glob("average_precision.csv*"):
         return pd.read_csv(path, dtype={"name": str}, index_col=["name", "product_id"])
     raise RunError(
         f"{folder / 'average_precision.csv'} does not exist: "

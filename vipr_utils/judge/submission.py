@@ -29,54 +29,30 @@ SubmissionError = CatalogError  # a submission is a table: file, row, id, what i
 def write_ranking(path: Path, query_names, gallery_names) -> Path:
     """The CSV `id,images` of query_names (Q,) and gallery_names (Q, 5), best first; its path.
 
-    Raises SubmissionError, and writes nothing, for what no reader could take apart again: a name
-    with a space, a name twice in a list, lists of different lengths, a query twice.
+    Raises SubmissionError, and writes nothing, for a name with a space: no reader could take the
+    list apart again. `validate` finds every other fault.
     """
-    lists = pd.Series([[str(name) for name in names] for names in gallery_names], dtype=object)
-    length = max(1, min(LENGTH, lists.map(len).max()))
+    queries = pd.Series(list(query_names), dtype=object)
+    lists = pd.Series([list(names) for names in gallery_names], dtype=object)
     images = lists.explode().dropna()
     spaced = images[images.str.contains(" |^$")]
     problem = "image name {!r} has a space or is empty, but id,images puts one space between names"
     remedy = "Rename the file, or write the classification form name,class."
-    faults = [(spaced, problem, remedy), *_wrong_lists(lists, length)]
-    return _write(path, RANKING, query_names, lists.map(" ".join), faults)
+    catalog.refuse(path, queries, [(spaced, problem, remedy)])
+    return _write(path, RANKING, queries, lists.map(" ".join))
 
 
 def write_classification(path: Path, names, classes) -> Path:
-    """The CSV `name,class` of query names (Q,) and integer product ids (Q,); its path.
-
-    Raises SubmissionError, and writes nothing, for a class that is NaN, negative or not whole.
-    """
-    classes = pd.Series(list(classes), dtype=object)
-    numbers = pd.to_numeric(classes, errors="coerce")
-    right = (numbers >= 0) & (numbers % 1 == 0)
-    fault = (classes[~right], "class {!r}, expected a whole number >= 0", PREDICT)
-    return _write(path, CLASSIFICATION, names, numbers.where(right, 0).astype(np.int64), [fault])
+    """The CSV `name,class` of query names (Q,) and integer product ids (Q,); its path."""
+    return _write(path, CLASSIFICATION, names, classes)
 
 
-def _write(path: Path, header: list, names, answers: pd.Series, faults: list) -> Path:
-    ids = pd.Series([str(name) for name in names], dtype=object)
-    if len(ids) != len(answers):
-        raise SubmissionError(
-            f"{path}: {len(ids)} queries, {len(answers)} answers. Give one for each query."
-        )
-    catalog.refuse(path, ids, [catalog.repeated(ids), *faults])
-    table = pd.concat([ids, answers], axis=1, keys=header)
-    with whole_file(Path(path)) as part:
+def _write(path: Path, header: list, names, answers) -> Path:
+    """Raises ValueError, and writes nothing, where there is not one answer for each name."""
+    table = pd.DataFrame(zip(names, answers, strict=True), columns=header)
+    with whole_file(path) as part:
         table.to_csv(part, index=False, lineterminator="\n")
     return Path(path)
-
-
-def _wrong_lists(lists: pd.Series, length: int) -> list[Fault]:
-    """The faults of lists (Q,) of image names that need no gallery: their length, a name twice."""
-    counts = lists.map(len)
-    images = lists.explode()
-    again = images.reset_index().duplicated().to_numpy()
-    best = f"Rank the best {length} gallery images of every query."
-    return [
-        (counts[counts != length], f"{{}} images, expected {length}", best),
-        (images[again], "{} is listed more than once", "Rank each image once."),
-    ]
 
 
 def validate(path: Path, data_root: Path, *, gallery_domain: str = "") -> pd.DataFrame:
@@ -86,11 +62,17 @@ def validate(path: Path, data_root: Path, *, gallery_domain: str = "") -> pd.Dat
     that domain), or with a class of train.csv. Raises SubmissionError for the first fault, with
     file, row, id, remedy, and how many rows share it; also for a table of the data root.
     """
-    return _checked(path, data_root, gallery_domain)[0]
+    return _checked(path, *_sides(data_root, gallery_domain))
 
 
-def _checked(path: Path, data_root: Path, domain: str) -> tuple:
-    """(table, product ids (Q,) of its queries, product ids of the gallery by name)."""
+def _sides(data_root: Path, domain: str) -> tuple[pd.Series, pd.Series]:
+    """The product ids of the queries and of the gallery, both by name."""
+    queries = catalog.read_rows(data_root, "test").set_index("name")
+    gallery = catalog.narrow(catalog.read_rows(data_root, "train"), domain).set_index("name")
+    return queries["product_id"], gallery["product_id"]
+
+
+def _checked(path: Path, queries: pd.Series, gallery: pd.Series) -> pd.DataFrame:
     if not Path(path).is_file():
         raise SubmissionError(f"{path}: no such file. Run notebook 06_submission to write it.")
     table = catalog.read_table(path, ())
@@ -99,57 +81,62 @@ def _checked(path: Path, data_root: Path, domain: str) -> tuple:
             f"{path}: header {','.join(table)!r}, expected 'id,images' or 'name,class'. "
             "Rename the columns and leave out the others."
         )
-    product_of = catalog.read_rows(data_root, "test").set_index("name")["product_id"]
-    gallery = catalog.narrow(catalog.read_rows(data_root, "train"), domain)
     ids, answers = (table[column] for column in table)
-    unknown = ids[~ids.isin(product_of.index)]
-    missing = product_of.index.difference(ids, sort=False)
-    names = pd.Series([*ids, *missing])
+    missing = queries.index.difference(ids, sort=False)
+    names = pd.concat([ids, pd.Series(missing)], ignore_index=True)
     faults = [
         catalog.repeated(ids),
-        (unknown, "unknown query, not in test.csv", "Give the image names of test.csv."),
+        (
+            ids[~ids.isin(queries.index)],
+            "unknown query, not in test.csv",
+            "Name those of test.csv.",
+        ),
         (names[len(ids) :], "no row for this query of test.csv", "Write a row for every query."),
     ]
-    if list(table) == CLASSIFICATION:
-        known = pd.to_numeric(answers, errors="coerce").isin(gallery["product_id"])
-        faults.append((answers[~known], "class {!r} is no class of train.csv", PREDICT))
+    if list(table) == RANKING:
+        faults.extend(_wrong_rankings(answers, gallery.index))
     else:
-        faults.extend(_wrong_rankings(answers, gallery["name"]))
+        known = pd.to_numeric(answers, errors="coerce").isin(gallery)
+        faults.append((answers[~known], "class {!r} is no class of train.csv", PREDICT))
     catalog.refuse(path, names, faults)
-    return table, product_of[ids].to_numpy(), gallery.set_index("name")["product_id"]
+    return table
 
 
-def _wrong_rankings(answers: pd.Series, gallery_names: pd.Series) -> list[Fault]:
-    """The faults of lists of image names as they stand in a submission."""
+def _wrong_rankings(answers: pd.Series, gallery_names: pd.Index) -> list[Fault]:
+    """The faults of lists of image names: one that is unknown, their length, a name twice."""
+    length = min(LENGTH, len(gallery_names))
     lists = answers.str.split(" ")
-    images = lists.explode()
+    counts, images = lists.map(len), lists.explode()
     unknown = images[~images.isin(gallery_names)]
-    remedy = "Give names of the gallery that was searched, with exactly one space between two."
+    again = images.reset_index().duplicated().to_numpy()
+    names = "Give names of the gallery that was searched, with exactly one space between two."
+    best = f"Rank the best {length} gallery images of every query."
     return [
-        (unknown, "unknown image {!r}, not in train.csv or not of the gallery_domain", remedy),
-        *_wrong_lists(lists, min(LENGTH, len(gallery_names))),
+        (unknown, "unknown image {!r}, not in train.csv or not of the gallery_domain", names),
+        (counts[counts != length], f"{{}} images, expected {length}", best),
+        (images[again], "{} is listed more than once", "Rank each image once."),
     ]
 
 
 def score(path: Path, data_root: Path, *, gallery_domain: str = "", seed: int = 0) -> dict:
     """The figures of `metrics.summary` for a valid submission, and n_gallery.
 
-    Scores are None where no query has a label. n counts rows of train.csv (of that domain);
+    Scores are NaN where no query has a label. n counts rows of train.csv (of that domain);
     a query without a label is excluded and counted. For the form name,class: top_1_accuracy =
     right / labelled queries, with its interval. Raises the errors of `validate`.
     """
-    table, products, gallery = _checked(path, data_root, gallery_domain)
+    queries, gallery = _sides(data_root, gallery_domain)
+    table = _checked(path, queries, gallery)
+    products = queries[table.iloc[:, 0]].to_numpy()
     if list(table) == CLASSIFICATION:
         found = _accuracy(pd.to_numeric(table["class"]).to_numpy(), products, seed)
     else:
         images = table["images"].str.split(" ").explode()
-        ranked = gallery.loc[images].to_numpy().reshape(len(table), -1)  # (Q, min(5, G))
-        hits = ranked == products[:, None]
-        hits = np.pad(hits, [(0, 0), (0, LENGTH - hits.shape[1])])
+        ranked = gallery[images].to_numpy().reshape(len(table), -1)  # (Q, min(5, G))
+        hits = np.zeros((len(table), LENGTH), bool)
+        hits[:, : ranked.shape[1]] = ranked == products[:, None]
         n_relevant = metrics.count_relevant(products, gallery)
         found = metrics.summary(hits, n_relevant, products, seed=seed)
-    if (products < 0).all():
-        found = {key: None if isinstance(value, float) else value for key, value in found.items()}
     return {**found, "n_gallery": len(gallery)}
 
 
@@ -173,7 +160,7 @@ def _line(found: dict) -> str:
     """The score in words: 'mAP@5 0.458 [0.441, 0.476] over 2,485 queries ...'."""
     value, low, high = list(found.values())[:3]
     name = "mAP@5" if "map_at_5" in found else "top-1 accuracy"
-    if value is None:
+    if np.isnan(value):
         return f"{name} unknown: no query has a label in test.csv or test_kaggletest.csv"
     return (
         "{} {:.3f} [{:.3f}, {:.3f}] over {n_queries:,} queries ({n_excluded:,} excluded), "

@@ -391,7 +391,6 @@ def finish(engine: Callable, todo: list[Run], given: argparse.Namespace, **setti
     )
     written = [result for result in results if (result.folder / "run.json").is_file()]
     for folder in dict.fromkeys(result.folder.parent for result in written):
-        runs.write_runs_csv(folder)
         report("\n" + runs.table(runs.scoreboard(folder)))
     for result in results:
         if result.status != "FAIL" and (result.folder / "submission.csv").is_file():
