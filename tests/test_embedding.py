@@ -48,9 +48,9 @@ def passes(monkeypatch):
     """The rows of every pass through a backbone."""
     seen, forwarded = [], embedding._forwarded
 
-    def counted(forward, model, store, rows, **settings):
-        seen.append(rows.tolist())
-        return forwarded(forward, model, store, rows, **settings)
+    def counted(model, forward, photos, **settings):
+        seen.append(photos.rows.tolist())
+        return forwarded(model, forward, photos, **settings)
 
     monkeypatch.setattr(embedding, "_forwarded", counted)
     return seen

@@ -398,10 +398,10 @@ def ranked(
     return scored(view, found.scores, found.ranks, seconds=seconds, seed=seed)
 
 
-def _search(view: View, queries, gallery, *, device, cache_dir) -> pipeline.Search:
+def _search(view: View, queries, gallery, *, device, cache_dir) -> search.Search:
     """What steps work on; they do not see which products the queries show."""
     labels = [column for column in ("product_id", "group") if column in view.queries]
-    return pipeline.Search(
+    return search.Search(
         queries=queries,
         gallery=gallery,
         query_rows=view.queries.drop(columns=labels),
