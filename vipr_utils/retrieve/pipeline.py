@@ -99,24 +99,20 @@ def apply(
 
     Steps on lists work on lists of max(k, depth) photos, or as many as are to be verified.
     """
-    bound, seconds = check(steps), []
-    depth = max([k, depth, *(step.keywords.get("top", 0) for step in bound)])
+    bound = check(steps)
+    on_lists = [step for step in bound if step.func not in ON_EMBEDDINGS]
+    if on_lists:
+        depth = max([k, depth, *(step.keywords.get("top", 0) for step in on_lists)])
+    plan = list(zip(steps, bound))
+    find = partial(Search.searched, k=depth if on_lists else k)
+    plan.insert(len(bound) - len(on_lists), ("search", find))
     queries = rerank.unit(checked(search.queries, "query"))
     gallery = rerank.unit(checked(search.gallery, "gallery"))
-    search = replace(search, queries=queries, gallery=gallery)
-
-    def timed(name: str, step: Callable, search: Search) -> Search:
+    search, seconds = replace(search, queries=queries, gallery=gallery), []
+    for name, step in plan:
         began = perf_counter()
         search = step(search)
         seconds.append({"step": name, "seconds": perf_counter() - began})
-        return search
-
-    for name, step in zip(steps, bound):
-        if search.ranks is None and step.func not in ON_EMBEDDINGS:
-            search = timed("search", partial(Search.searched, k=depth), search)
-        search = timed(name, step, search)
-    if search.ranks is None:
-        search = timed("search", partial(Search.searched, k=k), search)
     return replace(search, scores=search.scores[:, :k], ranks=search.ranks[:, :k]), seconds
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.linalg import eigh
+from sklearn.preprocessing import normalize
 
 from vipr_utils.retrieve.search import Search, top_k
 
@@ -221,8 +222,8 @@ def k_reciprocal(search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3)
     own = _sparse(np.where(mutual, first, -1), len(gallery))
     own = _weighted(_joined(own, half), queries, gallery)
     nearest = _sparse(first[:, : k2 - 1], len(gallery))
-    own = _divided(own + nearest @ vectors, 1 + nearest.sum(1))
-    return _reordered(search, own, _averaged(vectors, near, k2), weight)
+    own = sparse.diags_array(1 / (1 + nearest.sum(1))) @ (own + nearest @ vectors)
+    return _reordered(search, own.tocsr(), _averaged(vectors, near, k2), weight)
 
 
 def transductive_k_reciprocal(
@@ -263,24 +264,17 @@ def _joined(full: sparse.csr_array, half: sparse.csr_array) -> sparse.csr_array:
     """R(k1) of each row, and R(k1 / 2) of each member of it that has two thirds of its own in
     R(k1).
     """
-    shared = (full @ half.T).multiply(full).tocsr()  # |R(k1) of row and R(k1 / 2) of the member|
-    joins = 3 * shared.data >= 2 * half.sum(1)[shared.indices]
-    shared.data = joins.astype(np.float32)
-    return full + shared @ half
+    common = (full @ half.T).multiply(full)  # |R(k1) of the row and R(k1 / 2) of the member|
+    share = common @ sparse.diags_array(1 / half.sum(1))
+    joins = share >= 2 / 3 - 1e-6
+    return full + joins.astype(np.float32) @ half
 
 
 def _weighted(sets: sparse.csr_array, left: np.ndarray, right: np.ndarray) -> sparse.csr_array:
     """exp(cosine - 1) of left row and right column where sets is not zero, rows of sum 1."""
-    sets.eliminate_zeros()
     rows, columns = sets.nonzero()
     values = np.exp(_cosines(left, right, rows, columns) - 1.0)
-    weighted = sparse.csr_array((values, (rows, columns)), sets.shape)
-    return _divided(weighted, weighted.sum(1).clip(1e-12))
-
-
-def _divided(x: sparse.csr_array, numbers: np.ndarray) -> sparse.csr_array:
-    """The rows of x, each divided by its number."""
-    return (sparse.diags_array(1 / numbers) @ x).tocsr()
+    return normalize(sparse.csr_array((values, (rows, columns)), sets.shape), norm="l1")
 
 
 def _cosines(left: np.ndarray, right: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -294,8 +288,7 @@ def _cosines(left: np.ndarray, right: np.ndarray, i: np.ndarray, j: np.ndarray) 
 
 def _averaged(vectors: sparse.csr_array, near: np.ndarray, k2: int) -> sparse.csr_array:
     """Each row's mean over itself and its k2 - 1 nearest: the paper's local query expansion."""
-    lists = _sparse(near[:, :k2], len(near))
-    return _divided(lists @ vectors, lists.sum(1))
+    return normalize(_sparse(near[:, :k2], len(near)), norm="l1") @ vectors
 
 
 def _reordered(

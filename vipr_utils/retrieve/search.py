@@ -32,21 +32,19 @@ def top_k(
     gallery order. Raises ValueError for NaN or infinite embeddings, unequal widths, an empty
     gallery.
     """
-    q, g = checked(queries, "query"), checked(gallery, "gallery")
+    q, g = checked(queries, "query").to(device), checked(gallery, "gallery").to(device)
     _check_sizes(q, g, k, distance)
     if distance == "cosine":
         q, g = torch.nn.functional.normalize(q, dim=1), torch.nn.functional.normalize(g, dim=1)
-    query_ids, gallery_ids = _numbered(query_ids, gallery_ids, len(q), len(g))
+    query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
     chunk = GALLERY_CHUNK if distance == "cosine" else GALLERY_CHUNK // 8
     scores, ranks = [], []
     for block, ids in zip(q.split(QUERY_CHUNK), query_ids.split(QUERY_CHUNK)):
-        block, ids = block.to(device), ids.to(device)
         best = torch.full((len(block), k), -torch.inf, device=device)
         rows = torch.full((len(block), k), -1, device=device)
         for left in range(0, len(g), chunk):
-            part = _similarity(block, g[left : left + chunk].to(device), distance)  # (q, g)
-            own = ids[:, None] == gallery_ids[left : left + chunk].to(device)
-            part.masked_fill_(own, -torch.inf)
+            part = _similarity(block, g[left : left + chunk], distance)  # (q, g)
+            part[ids[:, None] == gallery_ids[left : left + chunk]] = -torch.inf
             best, rows = _merged(best, rows, part, left)
         scores.append(best.cpu())
         ranks.append(rows.cpu())
@@ -81,23 +79,26 @@ def _check_sizes(q: torch.Tensor, g: torch.Tensor, k: int, distance: str) -> Non
 
 
 def _similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
+    """(Q, G): larger is nearer."""
     if distance == "cosine":
         return a @ b.T
     power = 1.0 if distance == "manhattan" else 2.0
     return -torch.cdist(a, b, p=power, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _numbered(query_ids, gallery_ids, n_queries: int, n_gallery: int) -> tuple:
-    """Both sides' ids as whole numbers, equal where the ids are; without ids no two are."""
+def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> tuple:
+    """Both sides' ids as whole numbers (Q,) and (G,), equal where the ids are; without ids no two
+    are equal.
+    """
     if query_ids is None or gallery_ids is None:
-        return torch.arange(n_queries), torch.full((n_gallery,), -1)
-    if len(query_ids) != n_queries or len(gallery_ids) != n_gallery:
+        query_ids, gallery_ids = np.arange(len(q)), -1 - np.arange(len(g))
+    if len(query_ids) != len(q) or len(gallery_ids) != len(g):
         raise ValueError(
-            f"ids do not match: {len(query_ids)} ids for {n_queries} queries, {len(gallery_ids)} "
-            f"for {n_gallery} rows"
+            f"ids do not match: {len(query_ids)} ids for {len(q)} queries, {len(gallery_ids)} for "
+            f"{len(g)} rows"
         )
-    numbers = pd.factorize(np.concatenate([query_ids, gallery_ids]))[0]
-    return torch.from_numpy(numbers).split([n_queries, n_gallery])
+    numbers, _ = pd.factorize(np.concatenate([query_ids, gallery_ids]))
+    return torch.from_numpy(numbers).to(q.device).split([len(q), len(g)])
 
 
 def _merged(
@@ -146,7 +147,11 @@ class Search:
     def sorted_by(self, scores: np.ndarray, inliers: np.ndarray | None = None) -> Search:
         """With each list in the order of new scores (Q, K); what was verified is forgotten."""
         order = np.argsort(-scores, axis=1, kind="stable")
-        scores, ranks = (np.take_along_axis(x, order, axis=1) for x in (scores, self.ranks))
         if inliers is not None:
             inliers = np.take_along_axis(inliers, order, axis=1)
-        return replace(self, scores=scores, ranks=ranks, inliers=inliers)
+        return replace(
+            self,
+            scores=np.take_along_axis(scores, order, axis=1),
+            ranks=np.take_along_axis(self.ranks, order, axis=1),
+            inliers=inliers,
+        )
