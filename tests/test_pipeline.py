@@ -81,10 +81,10 @@ def test_verification_sorts_the_head_of_the_list_and_its_expansion_searches_agai
     queries, gallery, _, _ = planted()
     seen = {}
 
-    def inlier_counts(query_rows, gallery_rows, q, g, cache_dir):
+    def inlier_counts(query_rows, gallery_rows, pairs, cache_dir):
         """The last of each list has the most."""
-        seen["pairs"], depth = len(q), len(q) // len(queries)
-        return 15 + np.arange(len(q)) % depth
+        seen["pairs"], depth = len(pairs), len(pairs) // len(queries)
+        return 15 + np.arange(len(pairs)) % depth
 
     monkeypatch.setattr(verification, "_inlier_counts", inlier_counts)
     found, _ = searched(["verify(top=20)"], queries, gallery, k=3, depth=30)

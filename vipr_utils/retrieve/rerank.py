@@ -108,7 +108,8 @@ def _largest_first(values, vectors, dim: int) -> tuple[np.ndarray, np.ndarray]:
 def centring(search: Search) -> Search:
     """The gallery's mean taken away from both sides."""
     mean = search.gallery.mean(0)
-    return Projection(mean, np.eye(len(mean), dtype=np.float32)).applied(search)
+    queries, gallery = unit(search.queries - mean), unit(search.gallery - mean)
+    return replace(search, queries=queries, gallery=gallery)
 
 
 def pca(search: Search, dim: int) -> Search:
@@ -255,9 +256,14 @@ def _encoded(x: np.ndarray, near: np.ndarray, k1: int) -> tuple[sparse.csr_array
     """(R(k1 / 2) as a set, neighbourhood vectors) of each row of x among all of them, both (N, N);
     near as from `_neighbours`.
     """
-    full, half = (_sparse(near[:, : k + 1], len(x)) for k in (k1, round(k1 / 2)))
-    full, half = full.multiply(full.T).tocsr(), half.multiply(half.T).tocsr()
-    return half, _weighted(_joined(full, half), x, x)
+    half = _reciprocal(near, round(k1 / 2))
+    return half, _weighted(_joined(_reciprocal(near, k1), half), x, x)
+
+
+def _reciprocal(near: np.ndarray, k: int) -> sparse.csr_array:
+    """(N, N): R(k) of each row, who has the row among its own k nearest."""
+    sets = _sparse(near[:, : k + 1], len(near))
+    return sets.multiply(sets.T).tocsr()
 
 
 def _joined(full: sparse.csr_array, half: sparse.csr_array) -> sparse.csr_array:
@@ -302,7 +308,7 @@ def _reordered(
         g = search.ranks[q, at]
         mine, its = of_queries[q], of_gallery[g]
         shared = mine.minimum(its).sum(1)
-        jaccard = shared / (mine.sum(1) + its.sum(1) - shared).clip(1e-12)
+        jaccard = shared / (mine.sum(1) + its.sum(1) - shared)
         cosine = _cosines(search.queries, search.gallery, q, g)
         scores[q, at] = (1 - weight) * jaccard + weight * cosine
     return search.sorted_by(scores)

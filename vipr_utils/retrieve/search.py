@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from vipr_utils.learn.losses import DISTANCES
 
@@ -34,17 +35,17 @@ def top_k(
     """
     q, g = checked(queries, "query").to(device), checked(gallery, "gallery").to(device)
     _check_sizes(q, g, k, distance)
-    if distance == "cosine":
-        q, g = torch.nn.functional.normalize(q, dim=1), torch.nn.functional.normalize(g, dim=1)
     query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
-    chunk = GALLERY_CHUNK if distance == "cosine" else GALLERY_CHUNK // 8
+    if distance == "cosine":
+        q, g = F.normalize(q, dim=1), F.normalize(g, dim=1)
     scores, ranks = [], []
     for block, ids in zip(q.split(QUERY_CHUNK), query_ids.split(QUERY_CHUNK)):
         best = torch.full((len(block), k), -torch.inf, device=device)
         rows = torch.full((len(block), k), -1, device=device)
-        for left in range(0, len(g), chunk):
-            part = _similarity(block, g[left : left + chunk], distance)  # (q, g)
-            part[ids[:, None] == gallery_ids[left : left + chunk]] = -torch.inf
+        for left in range(0, len(g), GALLERY_CHUNK):
+            section = slice(left, left + GALLERY_CHUNK)
+            part = _similarity(block, g[section], distance)  # (q, g)
+            part[ids[:, None] == gallery_ids[section]] = -torch.inf
             best, rows = _merged(best, rows, part, left)
         scores.append(best.cpu())
         ranks.append(rows.cpu())
@@ -67,6 +68,7 @@ def checked(embeddings, what: str) -> torch.Tensor:
 
 
 def _check_sizes(q: torch.Tensor, g: torch.Tensor, k: int, distance: str) -> None:
+    """Raises ValueError for what cannot be searched."""
     if q.shape[1] != g.shape[1]:
         raise ValueError(
             f"queries have {q.shape[1]} dimensions, the gallery {g.shape[1]}: embed both with one "
@@ -110,8 +112,9 @@ def _merged(
     k = best.shape[1]
     at = part.topk(min(k, part.shape[1]), dim=1).indices.sort(dim=1).values
     scores = torch.cat([best, part.gather(1, at)], 1)
+    rows = torch.cat([rows, at + left], 1)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), torch.cat([rows, at + left], 1).gather(1, order)
+    return scores.gather(1, order), rows.gather(1, order)
 
 
 @dataclass(frozen=True)

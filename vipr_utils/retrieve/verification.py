@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from vipr_utils.data.store import BrokenImage, read_image
 from vipr_utils.host.device import cores
@@ -82,8 +83,8 @@ def _features_of(path: Path) -> np.ndarray:
 
 
 def sift(image: np.ndarray) -> np.ndarray:
-    """(M,) of KEYPOINT of an RGB picture, strongest first, M <= KEYPOINTS: xy in longest sides and
-    512 times the descriptor.
+    """(M,) of KEYPOINT of an RGB picture, the strongest, M <= KEYPOINTS: xy in longest sides and 512
+    times the descriptor.
 
     RootSIFT: the square root of the L1-normalised SIFT histogram, so that the Euclidean distance is
     Hellinger's. Source: Lowe 2004 (IJCV 60); Arandjelovic and Zisserman 2012 (CVPR).
@@ -97,12 +98,11 @@ def sift(image: np.ndarray) -> np.ndarray:
     keypoints, x = detector.detectAndCompute(grey, None)
     if not keypoints:
         return np.zeros(0, KEYPOINT)
-    order = np.argsort([-k.response for k in keypoints], kind="stable")[:KEYPOINTS]
-    found = np.zeros(len(order), KEYPOINT)
-    found["xy"] = cv2.KeyPoint.convert(keypoints)[order] / max(size)
-    root = np.sqrt(x[order] / x[order].sum(1, keepdims=True).clip(1e-6))
+    found = np.zeros(len(keypoints), KEYPOINT)
+    found["xy"] = cv2.KeyPoint.convert(keypoints) / max(size)
+    root = np.sqrt(x / x.sum(1, keepdims=True).clip(1e-6))
     found["descriptor"] = (512 * root).round().clip(0, 255)
-    return found
+    return found[:KEYPOINTS]  # among equals OpenCV gives more
 
 
 def _on_all_cores(function: Callable, *items) -> list:
@@ -126,7 +126,7 @@ def match(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     if len(a) == 0 or len(b) < 2:
         return np.zeros((0, 2), np.int64)
-    a, b = (torch.nn.functional.normalize(torch.from_numpy(x).float(), dim=1) for x in (a, b))
+    a, b = (F.normalize(torch.from_numpy(x).float(), dim=1) for x in (a, b))
     similarity = (a @ b.T).numpy()
     rows = np.arange(len(a))
     nearest = similarity.argmax(1)  # numpy's is ten times as fast as topk(2)
@@ -159,24 +159,27 @@ def inliers(query: np.ndarray, photo: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _inlier_counts(
-    queries: pd.DataFrame,
-    gallery: pd.DataFrame,
-    query_rows: np.ndarray,
-    gallery_rows: np.ndarray,
-    cache_dir: Path | None,
+    queries: pd.DataFrame, gallery: pd.DataFrame, pairs: np.ndarray, cache_dir: Path | None
 ) -> np.ndarray:
-    """(P,) inliers of each pair of catalog rows; with cache_dir each pair is counted once."""
-    side = 2**31  # a pair is one number
+    """(P,) inliers of each pair (P, 2) of catalog rows; with cache_dir each is counted once."""
+    side = 2**31  # a pair is kept as one number
 
-    def counted(pairs: np.ndarray) -> np.ndarray:
-        rows = np.divmod(pairs, side)
-        tables = [x.loc[x.index.isin(r)] for x, r in zip((queries, gallery), rows)]
-        a, b = (dict(zip(table.index, features(table, cache_dir=cache_dir))) for table in tables)
-        found = _on_all_cores(lambda q, g: len(inliers(a[q], b[g])[0]), *rows)
+    def counted(numbers: np.ndarray) -> np.ndarray:
+        first, second = np.divmod(numbers, side)
+        a = _by_row(queries, first, cache_dir)
+        b = _by_row(gallery, second, cache_dir)
+        found = _on_all_cores(lambda q, g: len(inliers(a[q], b[g])[0]), first, second)
         return np.array(found, np.int64)
 
     folder = _folder("pairs", queries, cache_dir)
-    return np.array(kept(folder, query_rows * side + gallery_rows, counted, block=16384), np.int64)
+    numbers = pairs[:, 0] * side + pairs[:, 1]
+    return np.array(kept(folder, numbers, counted, block=16384), np.int64)
+
+
+def _by_row(photos: pd.DataFrame, rows: np.ndarray, cache_dir: Path | None) -> dict:
+    """catalog row -> local features, of those of the photos that are asked for."""
+    photos = photos[photos.index.isin(rows)]
+    return dict(zip(photos.index, features(photos, cache_dir=cache_dir)))
 
 
 # ------------------------------------------------------------------------------------------- steps
@@ -190,16 +193,12 @@ def verify(search: Search, top: int) -> Search:
     are read. Source: Philbin et al. 2007 (CVPR).
     """
     q, at = np.nonzero(search.ranks[:, : top or None] >= 0)
+    query_rows, gallery_rows = search.query_rows, search.gallery_rows
+    pairs = np.stack([query_rows.index[q], gallery_rows.index[search.ranks[q, at]]], 1)
     counts = np.full(search.ranks.shape, -1)
-    counts[q, at] = _inlier_counts(
-        search.query_rows,
-        search.gallery_rows,
-        search.query_rows.index.to_numpy()[q],
-        search.gallery_rows.index.to_numpy()[search.ranks[q, at]],
-        search.cache_dir,
-    )
-    verified = np.where(counts >= LEAST, counts, 0)
-    return search.sorted_by(search.scores + verified.astype(np.float32), counts)
+    counts[q, at] = _inlier_counts(query_rows, gallery_rows, pairs, search.cache_dir)
+    verified = np.where(counts >= LEAST, counts, 0).astype(np.float32)
+    return search.sorted_by(search.scores + verified, counts)
 
 
 def verified_expansion(search: Search, k: int) -> Search:
@@ -222,7 +221,8 @@ def verified_pairs(rows: pd.DataFrame, *, cache_dir: Path | None = None) -> np.n
 
     Source: Gordo et al. 2017, arXiv:1610.07940 (cleaning of landmarks).
     """
-    products = rows.groupby("product_id").groups.values()
-    pairs = [pair for product in products for pair in combinations(product, 2)]
+    pairs = []
+    for product in rows.groupby("product_id").groups.values():
+        pairs.extend(combinations(product, 2))
     pairs = np.array(pairs, np.int64).reshape(-1, 2)
-    return pairs[_inlier_counts(rows, rows, *pairs.T, cache_dir) >= LEAST]
+    return pairs[_inlier_counts(rows, rows, pairs, cache_dir) >= LEAST]
