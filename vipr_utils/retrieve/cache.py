@@ -20,7 +20,7 @@ def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int
     """
     if folder is None:
         return list(compute(rows))
-    known: dict = {}
+    known = {}
     for file in sorted(folder.glob("*.npz")):
         known.update(_read(file, rows))
     missing = np.setdiff1d(rows, list(known))

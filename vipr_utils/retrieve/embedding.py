@@ -139,7 +139,7 @@ def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **setting
     """
     features = embed(model, store, rows.index, features=True, **settings)
     seen = ~np.isnan(features).any(1)
-    fitted = rerank.fit_learned_whitening(features[seen], rows["product_id"].to_numpy()[seen], dim)
+    fitted = rerank.fit_learned_whitening(features[seen], rows["product_id"][seen], dim)
     return models.with_projection(model, fitted.mean, fitted.matrix)
 
 

@@ -101,14 +101,14 @@ def apply(
     """
     bound = check(steps)
     on_lists = [step for step in bound if step.func not in ON_EMBEDDINGS]
-    if on_lists:
-        depth = max([k, depth, *(step.keywords.get("top", 0) for step in on_lists)])
+    tops = [step.keywords.get("top", 0) for step in on_lists]
+    find = partial(Search.searched, k=max([k, depth, *tops]) if on_lists else k)
     plan = list(zip(steps, bound))
-    find = partial(Search.searched, k=depth if on_lists else k)
     plan.insert(len(bound) - len(on_lists), ("search", find))
     queries = rerank.unit(checked(search.queries, "query"))
     gallery = rerank.unit(checked(search.gallery, "gallery"))
-    search, seconds = replace(search, queries=queries, gallery=gallery), []
+    search = replace(search, queries=queries, gallery=gallery)
+    seconds = []
     for name, step in plan:
         began = perf_counter()
         search = step(search)

@@ -41,9 +41,10 @@ class Projection:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, d) float32."""
-        return unit((np.asarray(x, np.float32) - self.mean) @ self.matrix)
+        return unit((x - self.mean) @ self.matrix)
 
     def applied(self, search: Search) -> Search:
+        """Both sides through it."""
         return replace(search, queries=self(search.queries), gallery=self(search.gallery))
 
 
@@ -63,7 +64,7 @@ def fit_whitening(x: np.ndarray, dim: int = 0, *, power: float = 1.0) -> Project
             f"{len(x)} embeddings of {x.shape[1]} dimensions span {most} directions, got "
             f"dim={dim}: use at most {most}"
         )
-    variances, directions = _largest_first(*eigh(_covariance(x - mean)), dim or most)
+    variances, directions = _main_directions(_covariance(x - mean), dim or most)
     seen = variances > 1e-9 * variances[0]
     scale = np.where(seen, variances.clip(1e-30) ** (-power / 2), 0.0)
     return Projection(mean.astype(np.float32), (directions * scale).astype(np.float32))
@@ -92,16 +93,22 @@ def fit_learned_whitening(
         raise ValueError(f"no product of {products} has two photos that differ: use fit_whitening")
     round_one = np.trace(inside) / len(inside) * np.eye(len(inside))
     inside = (1 - shrink) * inside + shrink * round_one
-    _, matrix = _largest_first(*eigh(_covariance(x - mean), inside), dim or len(inside))
+    _, matrix = _main_directions(_covariance(x - mean), dim or len(inside), inside)
     return Projection(mean.astype(np.float32), matrix.astype(np.float32))
 
 
 def _covariance(differences: np.ndarray) -> np.ndarray:
+    """(D, D) of differences (N, D) from a mean."""
     return differences.T @ differences / len(differences)
 
 
-def _largest_first(values, vectors, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values (dim,), vectors (D, dim)) of what eigh gives in ascending order."""
+def _main_directions(
+    covariance: np.ndarray, dim: int, inside: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(s (dim,), directions v (D, dim)) that solve C v = s C_S v, largest s first; C_S = inside,
+    else the identity.
+    """
+    values, vectors = eigh(covariance, inside)  # ascending
     return values[::-1][:dim], vectors[:, ::-1][:, :dim]
 
 
@@ -124,7 +131,7 @@ def whitening(search: Search, dim: int, power: float = 1.0) -> Search:
 
 def learned_whitening(search: Search, dim: int) -> Search:
     """What differs inside the gallery's products made round, see `fit_learned_whitening`."""
-    labels = search.gallery_rows["product_id"].to_numpy()
+    labels = search.gallery_rows["product_id"]
     return fit_learned_whitening(search.gallery, labels, dim).applied(search)
 
 
@@ -215,13 +222,13 @@ def k_reciprocal(search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3)
             "lower k1"
         )
     scores, near = _neighbours(gallery, k1, device=search.device)
-    half, vectors = _encoded(gallery, near, k1)
+    vectors = _encoded(gallery, near, k1)
     first = ranks[:, :k1]
     rows = np.repeat(np.arange(len(first)), first.shape[1])
     cosine = _cosines(queries, gallery, rows, first.ravel()).reshape(first.shape)
     mutual = cosine >= scores[first, -1] - 1e-6  # a gallery of k1 or fewer: -inf, all are near
     own = _sparse(np.where(mutual, first, -1), len(gallery))
-    own = _weighted(_joined(own, half), queries, gallery)
+    own = _weighted(_joined(own, near, k1), queries, gallery)
     nearest = _sparse(first[:, : k2 - 1], len(gallery))
     own = sparse.diags_array(1 / (1 + nearest.sum(1))) @ (own + nearest @ vectors)
     return _reordered(search, own.tocsr(), _averaged(vectors, near, k2), weight)
@@ -240,11 +247,12 @@ def transductive_k_reciprocal(
     n, everything = len(search.gallery), np.concatenate([search.gallery, search.queries])
     ids = np.concatenate([search.gallery_rows["image_id"], search.query_rows["image_id"]])
     _, near = _neighbours(everything, k1, ids=ids, device=search.device)
-    vectors = _averaged(_encoded(everything, near, k1)[1], near, k2)
+    vectors = _averaged(_encoded(everything, near, k1), near, k2)
     return _reordered(search, vectors[n:], vectors[:n], weight)
 
 
 def _check_numbers(k1: int, k2: int, weight: float) -> None:
+    """Raises ValueError for numbers that k_reciprocal cannot have."""
     if k1 < 1 or k2 < 1 or not 0 <= weight <= 1:
         raise ValueError(
             "k_reciprocal needs k1 and k2 of at least 1 and a weight in 0..1, got "
@@ -252,12 +260,9 @@ def _check_numbers(k1: int, k2: int, weight: float) -> None:
         )
 
 
-def _encoded(x: np.ndarray, near: np.ndarray, k1: int) -> tuple[sparse.csr_array, sparse.csr_array]:
-    """(R(k1 / 2) as a set, neighbourhood vectors) of each row of x among all of them, both (N, N);
-    near as from `_neighbours`.
-    """
-    half = _reciprocal(near, round(k1 / 2))
-    return half, _weighted(_joined(_reciprocal(near, k1), half), x, x)
+def _encoded(x: np.ndarray, near: np.ndarray, k1: int) -> sparse.csr_array:
+    """(N, N) neighbourhood vectors of each row of x among all; near as from `_neighbours`."""
+    return _weighted(_joined(_reciprocal(near, k1), near, k1), x, x)
 
 
 def _reciprocal(near: np.ndarray, k: int) -> sparse.csr_array:
@@ -266,10 +271,11 @@ def _reciprocal(near: np.ndarray, k: int) -> sparse.csr_array:
     return sets.multiply(sets.T).tocsr()
 
 
-def _joined(full: sparse.csr_array, half: sparse.csr_array) -> sparse.csr_array:
-    """R(k1) of each row, and R(k1 / 2) of each member of it that has two thirds of its own in
-    R(k1).
+def _joined(full: sparse.csr_array, near: np.ndarray, k1: int) -> sparse.csr_array:
+    """The R(k1) given of each row, and R(k1 / 2) of each member of it that has two thirds of its
+    own in R(k1).
     """
+    half = _reciprocal(near, round(k1 / 2))
     common = (full @ half.T).multiply(full)  # |R(k1) of the row and R(k1 / 2) of the member|
     share = common @ sparse.diags_array(1 / half.sum(1))
     joins = share >= 2 / 3 - 1e-6

@@ -141,14 +141,17 @@ class Search:
             self.queries,
             self.gallery,
             k,
-            query_ids=self.query_rows["image_id"].to_numpy(),
-            gallery_ids=self.gallery_rows["image_id"].to_numpy(),
+            query_ids=self.query_rows["image_id"],
+            gallery_ids=self.gallery_rows["image_id"],
             device=self.device,
         )
         return replace(self, scores=scores, ranks=ranks, inliers=None)
 
     def sorted_by(self, scores: np.ndarray, inliers: np.ndarray | None = None) -> Search:
-        """With each list in the order of new scores (Q, K); what was verified is forgotten."""
+        """With each list in the order of new scores (Q, K).
+
+        What was verified is forgotten where its inliers (Q, K) are not given again.
+        """
         order = np.argsort(-scores, axis=1, kind="stable")
         if inliers is not None:
             inliers = np.take_along_axis(inliers, order, axis=1)
