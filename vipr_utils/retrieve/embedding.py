@@ -38,11 +38,10 @@ def embed(
 ) -> np.ndarray:
     """(N, D) float32 embeddings of the catalog rows given, by the model's own eval transform.
 
-    features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
+    features: the pooled output before the neck instead, as it is (for training.fit_head).
     image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see
-    `compute_dtype`. With cache_dir features are kept **per photo**, under the weights of backbone
-    and pooling, transform and precision: whatever rows and necks are asked for, a photo passes
-    the backbone once. A row that the store could not read gets NaN.
+    `compute_dtype`. With cache_dir a photo passes the backbone once, whatever rows and necks are
+    asked for. A row that the store could not read gets NaN.
     """
     size = image_size or model.record["image_size"]
     dtype = compute_dtype(precision, device)
