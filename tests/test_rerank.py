@@ -11,7 +11,7 @@ from vipr_utils.retrieve.search import Search, top_k
 
 
 def planted(n_queries=30, n_gallery=90, dim=12, seed=0):
-    """Queries and gallery around common centres, so that neighbours mean something; their products."""
+    """Queries and gallery around common centres, so that neighbours mean something; products."""
     rng = np.random.default_rng(seed)
     products = rng.integers(0, 12, n_queries + n_gallery)
     x = rng.normal(size=(12, dim))[products] + 0.9 * rng.normal(size=(len(products), dim))

@@ -16,7 +16,7 @@ from vipr_utils.retrieve.search import Search
 
 
 def textured(seed: int, side: int = 320) -> np.ndarray:
-    """Rectangles and discs of all sizes and colours, (side, side, 3) uint8: another for each seed."""
+    """Rectangles and discs of all sizes, (side, side, 3) uint8: another for each seed."""
     rng = np.random.default_rng(seed)
     image = np.full((side, side, 3), 128, np.uint8)
     for i in range(250):

@@ -32,7 +32,7 @@ ENLARGED = 2.0  # a small photo at most so many times
 KEYPOINTS = 1000  # of a photo, the strongest
 RATIO = 0.85  # nearest over second nearest distance; Lowe 2004 takes 0.8, geometry judges here too
 TOLERANCE_PX = 4.0  # of a match that a homography explains
-LEAST = 15  # inliers of a photo that is verified; any two pictures with print share up to 11
+LEAST = 15  # inliers of a verified photo; unrelated pictures full of shapes have up to 11
 SHARE = 0.7  # of its list's most inliers, for a photo to expand its query
 MOST_BYTES = 8 * 2**30  # of features at once: 60,000 photos
 KEYPOINT = np.dtype([("xy", np.float32, 2), ("descriptor", np.uint8, 128)])
@@ -86,8 +86,8 @@ def _features_of(path: Path) -> np.ndarray:
 
 
 def sift(image: np.ndarray) -> np.ndarray:
-    """(M,) of KEYPOINT of an RGB picture, the strongest, M <= KEYPOINTS: xy in longest sides and 512
-    times the descriptor.
+    """(M,) of KEYPOINT of an RGB picture, the strongest, M <= KEYPOINTS: xy in longest sides and
+    512 times the descriptor.
 
     RootSIFT: the square root of the L1-normalised SIFT histogram, so that the Euclidean distance is
     Hellinger's. Source: Lowe 2004 (IJCV 60); Arandjelovic and Zisserman 2012 (CVPR).
