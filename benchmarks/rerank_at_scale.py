@@ -15,15 +15,22 @@ import argparse
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from vipr_utils.judge import metrics
-from vipr_utils.retrieve import rerank, search
+from vipr_utils.retrieve import pipeline, rerank
+from vipr_utils.retrieve.search import Search
 
-STACK = ["dba:4", "aqe:5:3", "k_reciprocal:20:6:0.3"]
+STACK = [
+    "database_augmentation(4)",
+    "alpha_query_expansion(5, 3)",
+    "k_reciprocal(20, 6, 0.3)",
+]
 
 
 def planted(
@@ -89,22 +96,18 @@ def main() -> None:
         rows[-1]["map_at_5"] = float(np.nanmean(ap))
         print("mAP@5", round(rows[-1]["map_at_5"], 4), flush=True)
 
-    score(measured("top 5", lambda: search.top_k(q, g, 5), rows)[1])
-    g = measured(STACK[0], lambda: rerank.database_augmentation(g, 4), rows)
-    lists = measured("top 100", lambda: search.top_k(q, g, 100), rows)
-    score(lists[1])
-    q = measured(
-        STACK[1],
-        lambda: rerank.alpha_query_expansion(q, g, *(x[:, :5] for x in lists), alpha=3.0),
-        rows,
+    tables = (
+        pd.DataFrame({"image_id": [f"{side}/{i}" for i in range(len(x))]})
+        for side, x in (("test", q), ("train", g))
     )
-    lists = measured("top 100 again", lambda: search.top_k(q, g, 100), rows)
-    score(lists[1])
-    score(
-        measured(
-            STACK[2], lambda: rerank.k_reciprocal(q, g, lists[1], k1=20, k2=6, weight=0.3), rows
-        )[1]
-    )
+    search = Search(q, g, *tables)
+    score(measured("top 5", lambda: search.searched(5), rows).ranks)
+    augmented = measured(STACK[0], lambda: pipeline.bind(STACK[0])(search), rows)
+    found = measured("top 100", lambda: augmented.searched(100), rows)
+    score(found.ranks)
+    for step in STACK[1:]:
+        found = measured(step, partial(pipeline.bind(step), found), rows)
+        score(found.ranks)
     sizes = {
         "queries": n_queries,
         "gallery": n_gallery,

@@ -21,6 +21,8 @@ import pandas as pd
 from vipr_utils.data import catalog, toy
 from vipr_utils.host.device import hardware
 from vipr_utils.retrieve import verification
+from vipr_utils.retrieve.rerank import unit
+from vipr_utils.retrieve.search import Search
 
 
 def draw(root: Path, split: str, products: list[int]) -> None:
@@ -53,25 +55,29 @@ def main(n_queries: int = 400, n_gallery: int = 100) -> None:
         draw(Path(folder), "test", [i % n_gallery for i in range(n_queries)])
         photos, _ = catalog.read(folder)
         _, queries, gallery = catalog.split(photos, "test")
+        rng = np.random.default_rng(0)
+        embeddings = (unit(rng.normal(size=(len(rows), 8))) for rows in (queries, gallery))
+        search = Search(*embeddings, queries, gallery, cache_dir=Path(folder) / "cache")
+        search = search.searched(n_gallery)
         start = time.perf_counter()
-        q, g = (verification.features(table) for table in (queries, gallery))
+        keypoints = [
+            len(photo)
+            for table in (queries, gallery)
+            for photo in verification.features(table, cache_dir=search.cache_dir)
+        ]
         seconds = {"features_s": time.perf_counter() - start}
-    scores = np.sort(
-        np.random.default_rng(0).normal(0.5, 0.1, (n_queries, n_gallery)).astype(np.float32)
-    )[:, ::-1]
-    ranks = np.random.default_rng(1).permuted(np.tile(np.arange(n_gallery), (n_queries, 1)), axis=1)
-    start = time.perf_counter()
-    found = verification.spatial_verification(scores, ranks, q, g)
-    seconds["pairs_s"] = time.perf_counter() - start
+        start = time.perf_counter()
+        found = verification.verify(search, top=0)
+        seconds["pairs_s"] = time.perf_counter() - start
     first = (
         gallery["product_id"].to_numpy()[found.ranks[:, 0]] == queries["product_id"].to_numpy()
     ).mean()
     each = {
         "ms_per_photo": seconds["features_s"] / len(photos) * 1e3,
-        "ms_per_pair": seconds["pairs_s"] / ranks.size * 1e3,
+        "ms_per_pair": seconds["pairs_s"] / found.ranks.size * 1e3,
     }
     sizes = {
-        "keypoints": float(np.diff(q.offsets).mean()),
+        "keypoints": float(np.mean(keypoints)),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     print(

@@ -19,8 +19,8 @@ def network():
 
 @pytest.mark.parametrize(("precision", "bits"), [("float32", 24), ("bfloat16", 8), ("float16", 11)])
 def test_embeddings_are_the_models_own_of_the_eval_transform(toy_data, network, precision, bits):
-    """Within the bits of the format: each layer rounds its input, weights and output by up to 2 ** -bits, and independent
-    roundings add in squares."""
+    """Within the bits of the format: each layer rounds its input, weights and output by up to
+    2 ** -bits, and independent roundings add in squares."""
     photos, store = toy_data
     rows = photos.index[:5]
     found = embedding.embed(network, store, rows, image_size=32, batch_size=2, precision=precision)
@@ -48,9 +48,9 @@ def passes(monkeypatch):
     """The rows of every pass through a backbone."""
     seen, forwarded = [], embedding._forwarded
 
-    def counted(forward, model, store, rows, **settings):
-        seen.append(rows.tolist())
-        return forwarded(forward, model, store, rows, **settings)
+    def counted(model, forward, photos, **settings):
+        seen.append(photos.rows.tolist())
+        return forwarded(model, forward, photos, **settings)
 
     monkeypatch.setattr(embedding, "_forwarded", counted)
     return seen

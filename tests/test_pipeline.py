@@ -9,7 +9,7 @@ import pytest
 from test_rerank import planted
 
 from vipr_utils.retrieve import pipeline, rerank, verification
-from vipr_utils.retrieve.search import top_k
+from vipr_utils.retrieve.search import Search, top_k
 
 
 def table(products, name: str = "train") -> pd.DataFrame:
@@ -21,7 +21,7 @@ def searched(steps, queries, gallery, products=None, *, query_rows=None, **sizes
     """The lists of these steps, and their seconds."""
     gallery_rows = table(np.zeros(len(gallery), int) if products is None else products)
     rows = table(np.full(len(queries), -1), "test") if query_rows is None else query_rows
-    return pipeline.apply(steps, pipeline.Search(queries, gallery, rows, gallery_rows), **sizes)
+    return pipeline.apply(steps, Search(queries, gallery, rows, gallery_rows), **sizes)
 
 
 def test_no_step_is_plain_search():
@@ -34,11 +34,11 @@ def test_no_step_is_plain_search():
 
 def test_steps_are_their_functions_one_after_the_other():
     queries, gallery, _, _ = planted()
-    white = rerank.fit_whitening(gallery, 8, power=0.5)
-    q, g = white(queries), rerank.database_augmentation(white(gallery), 3)
-    scores, ranks = top_k(q, g, 40)
-    q = rerank.alpha_query_expansion(q, g, scores[:, :5], ranks[:, :5], alpha=3.0)
-    want = rerank.k_reciprocal(q, g, top_k(q, g, 40)[1], k1=10, k2=3, weight=0.4)
+    rows = table(np.full(len(queries), -1), "test"), table(np.zeros(len(gallery), int))
+    want = rerank.whitening(Search(queries, gallery, *rows), 8, power=0.5)
+    want = rerank.database_augmentation(want, 3).searched(40)
+    want = rerank.alpha_query_expansion(want, 5, alpha=3.0)
+    want = rerank.k_reciprocal(want, k1=10, k2=3, weight=0.4)
     steps = [
         "whitening(dim=8, power=0.5)",
         "database_augmentation(3)",
@@ -46,19 +46,10 @@ def test_steps_are_their_functions_one_after_the_other():
         "k_reciprocal(10, 3, weight=0.4)",
     ]
     found, seconds = searched(steps, queries, gallery, k=9, depth=40)
-    np.testing.assert_array_equal(found.ranks, want[1][:, :9])
-    np.testing.assert_allclose(found.scores, want[0][:, :9], atol=1e-5)
+    np.testing.assert_array_equal(found.ranks, want.ranks[:, :9])
+    np.testing.assert_allclose(found.scores, want.scores[:, :9], atol=1e-5)
     assert [row["step"] for row in seconds] == [*steps[:2], "search", *steps[2:]]
     assert all(row["seconds"] >= 0 for row in seconds)
-
-
-def test_average_expansion_is_alpha_expansion_that_weighs_all_alike():
-    queries, gallery, _, _ = planted()
-    one, other = (
-        searched([step], queries, gallery)[0].ranks
-        for step in ("average_query_expansion(4)", "alpha_query_expansion(4, 0)")
-    )
-    np.testing.assert_array_equal(one, other)
 
 
 NUMBERS = {
@@ -90,30 +81,31 @@ def test_verification_sorts_the_head_of_the_list_and_its_expansion_searches_agai
     queries, gallery, _, _ = planted()
     seen = {}
 
-    def verify(scores, ranks, query_rows, gallery_rows, *, depth, cache_dir):
-        seen["top"], seen["depth"] = depth, ranks.shape[1]
-        found = scores[:, ::-1], ranks[:, ::-1]
-        return verification.Verified(*found, np.ones(ranks.shape), np.ones(ranks.shape))
+    def inlier_counts(query_rows, gallery_rows, pairs, cache_dir):
+        """The last of each list has the most."""
+        seen["pairs"], depth = len(pairs), len(pairs) // len(queries)
+        return 15 + np.arange(len(pairs)) % depth
 
-    monkeypatch.setattr(verification, "verify", verify)
+    monkeypatch.setattr(verification, "_inlier_counts", inlier_counts)
     found, _ = searched(["verify(top=20)"], queries, gallery, k=3, depth=30)
-    assert seen == {"top": 20, "depth": 30}
-    np.testing.assert_array_equal(found.ranks, top_k(queries, gallery, 30)[1][:, ::-1][:, :3])
+    assert seen == {"pairs": 20 * len(queries)}
+    lists = top_k(queries, gallery, 30)[1]
+    np.testing.assert_array_equal(found.ranks, lists[:, 19:16:-1])
     searched(["verify(top=40)"], queries, gallery, depth=30)
-    assert seen == {"top": 40, "depth": 40}, "lists as long as they are verified"
+    assert seen == {"pairs": 40 * len(queries)}, "lists as long as they are verified"
     found, _ = searched(["verified_expansion(k=2)"], queries, gallery, depth=30)
-    last = top_k(queries, gallery, 30)[1][:, -2:]
-    again = rerank.unit(queries + gallery[last].sum(1))
+    again = rerank.unit(queries + gallery[lists[:, -2:]].sum(1))
     np.testing.assert_array_equal(found.ranks, top_k(again, gallery, 5)[1])
 
 
 def test_what_was_verified_is_forgotten_once_the_lists_change():
     queries, gallery, _, _ = planted()
     rows = table(np.full(len(queries), -1), "test"), table(np.zeros(len(gallery), int))
-    marked = pipeline.Search(queries, gallery, *rows, verified="of other lists").searched(30)
-    assert marked.verified is None
-    reordered = pipeline.bind("k_reciprocal(8, 3)")(replace(marked, verified="of other lists"))
-    assert reordered.verified is None
+    found = Search(queries, gallery, *rows).searched(30)
+    marked = replace(found, inliers=np.zeros(found.ranks.shape))
+    assert marked.searched(30).inliers is None
+    for step in ("k_reciprocal(8, 3)", "alpha_query_expansion(5)"):
+        assert pipeline.bind(step)(marked).inliers is None
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
-"""Every step against a slow loop of its paper's formula, and the stack that runs them by name."""
+"""Every step against a slow loop of its paper's formula."""
 
-import doctest
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from vipr_utils.retrieve import rerank, search
+from vipr_utils.retrieve import rerank
+from vipr_utils.retrieve.search import Search, top_k
 
 
 def planted(n_queries=30, n_gallery=90, dim=12, seed=0):
-    """Queries and gallery around common centres, so that neighbourhoods mean something; product of each."""
+    """Queries and gallery around common centres, so that neighbours mean something; products."""
     rng = np.random.default_rng(seed)
     products = rng.integers(0, 12, n_queries + n_gallery)
     x = rng.normal(size=(12, dim))[products] + 0.9 * rng.normal(size=(len(products), dim))
@@ -17,7 +19,21 @@ def planted(n_queries=30, n_gallery=90, dim=12, seed=0):
     return x[:n_queries], x[n_queries:], products[:n_queries], products[n_queries:]
 
 
-# --------------------------------------------------------------------------------------------------- projections
+def table(name: str, size: int) -> pd.DataFrame:
+    return pd.DataFrame({"image_id": [f"{name}/{i}.jpg" for i in range(size)]})
+
+
+def searched(queries, gallery, k: int = 5) -> Search:
+    rows = table("test", len(queries)), table("train", len(gallery))
+    return Search(queries, gallery, *rows).searched(k)
+
+
+def raw(projection, x):
+    """Before normalisation."""
+    return (x - projection.mean) @ projection.matrix
+
+
+# -------------------------------------------------------------------------------------- projections
 
 
 def test_whitened_data_has_identity_covariance_before_normalisation():
@@ -27,7 +43,7 @@ def test_whitened_data_has_identity_covariance_before_normalisation():
         + 5
     )
     for dim in (10, 4):
-        white = rerank.fit_whitening(x, dim).raw(x)
+        white = raw(rerank.fit_whitening(x, dim), x)
         np.testing.assert_allclose(np.cov(white, rowvar=False, bias=True), np.eye(dim), atol=1e-3)
         np.testing.assert_allclose(white.mean(0), 0, atol=1e-3)
 
@@ -36,10 +52,11 @@ def test_pca_is_scikit_learns():
     from sklearn.decomposition import PCA
 
     x = np.random.default_rng(0).normal(size=(200, 12)) * np.arange(1, 13)
-    ours, theirs = rerank.fit_whitening(x, 5, power=0.0).raw(x), PCA(5).fit_transform(x)
+    ours, theirs = raw(rerank.fit_whitening(x, 5, power=0.0), x), PCA(5).fit_transform(x)
     np.testing.assert_allclose(np.abs(ours), np.abs(theirs), atol=1e-3)  # a direction has no sign
     white = PCA(5, whiten=True).fit_transform(x) * np.sqrt(200 / 199)  # it divides by N - 1
-    np.testing.assert_allclose(np.abs(rerank.fit_whitening(x, 5).raw(x)), np.abs(white), atol=1e-3)
+    ours = raw(rerank.fit_whitening(x, 5), x)
+    np.testing.assert_allclose(np.abs(ours), np.abs(white), atol=1e-3)
 
 
 def test_whitening_refuses_more_directions_than_the_photos_span_and_survives_constant_ones():
@@ -56,17 +73,14 @@ def test_whitening_refuses_more_directions_than_the_photos_span_and_survives_con
 
 def test_centring_takes_the_gallerys_mean_from_both_sides():
     queries, gallery, _, _ = planted()
-    centre = rerank.fit_centring(gallery)
-    want = queries - gallery.mean(0)
-    np.testing.assert_allclose(
-        centre(queries), want / np.linalg.norm(want, axis=1, keepdims=True), atol=1e-5
-    )
-    np.testing.assert_allclose(centre.raw(gallery).mean(0), 0, atol=1e-6)
+    found = rerank.centring(searched(queries, gallery))
+    for x, centred in ((queries, found.queries), (gallery, found.gallery)):
+        np.testing.assert_allclose(centred, rerank.unit(x - gallery.mean(0)), atol=1e-5)
 
 
 def test_learned_whitening_makes_the_scatter_inside_products_round():
     _, x, _, products = planted(n_gallery=400)
-    out = rerank.fit_learned_whitening(x, products, shrink=0.0).raw(x)
+    out = raw(rerank.fit_learned_whitening(x, products, shrink=0.0), x)
     within = out - np.stack([out[products == p].mean(0) for p in products])
     np.testing.assert_allclose(within.T @ within / len(x), np.eye(12), atol=2e-3)
     total = np.cov(out, rowvar=False)
@@ -76,7 +90,7 @@ def test_learned_whitening_makes_the_scatter_inside_products_round():
         rerank.fit_learned_whitening(x, np.arange(400))
 
 
-# ----------------------------------------------------------------------------------------------------- expansion
+# ---------------------------------------------------------------------------------------- expansion
 
 
 def slow_expansion(q, gallery, k, alpha):
@@ -91,37 +105,39 @@ def slow_expansion(q, gallery, k, alpha):
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
 def test_alpha_query_expansion_is_the_papers_sum(alpha):
     queries, gallery, _, _ = planted()
-    lists = search.top_k(queries, gallery, 7)
-    out = rerank.alpha_query_expansion(queries, gallery, *lists, alpha=alpha)
-    np.testing.assert_allclose(
-        out, [slow_expansion(q, gallery, 7, alpha) for q in queries], atol=1e-5
-    )
+    found = rerank.alpha_query_expansion(searched(queries, gallery, 9), 7, alpha)
+    want = [slow_expansion(q, gallery, 7, alpha) for q in queries]
+    np.testing.assert_allclose(found.queries, want, atol=1e-5)
+    np.testing.assert_array_equal(found.ranks, top_k(found.queries, gallery, 9)[1])
 
 
 def test_alpha_zero_is_plain_average_expansion():
     queries, gallery, _, _ = planted()
-    lists = search.top_k(queries, gallery, 4)
-    mean = (queries + gallery[lists[1]].sum(1)) / 5
-    out = rerank.alpha_query_expansion(queries, gallery, *lists, alpha=0.0)
-    np.testing.assert_allclose(out, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-6)
+    before = searched(queries, gallery)
+    mean = (queries + gallery[before.ranks[:, :4]].sum(1)) / 5
+    for found in (
+        rerank.alpha_query_expansion(before, 4, alpha=0.0),
+        rerank.average_query_expansion(before, 4),
+    ):
+        np.testing.assert_allclose(found.queries, rerank.unit(mean), atol=1e-6)
 
 
 def test_places_without_a_photo_expand_nothing():
     queries, gallery, _, _ = planted()
-    none = np.full((len(queries), 3), -1)
-    out = rerank.alpha_query_expansion(
-        queries, gallery, np.full(none.shape, -np.inf), none, alpha=0.0
-    )
-    np.testing.assert_allclose(out, queries, atol=1e-6)
+    places = np.full((len(queries), 3), -1)
+    empty = replace(searched(queries, gallery), ranks=places, scores=np.full(places.shape, -np.inf))
+    found = rerank.alpha_query_expansion(empty, 3, alpha=0.0)
+    np.testing.assert_allclose(found.queries, queries, atol=1e-6)
 
 
 def test_database_augmentation_of_one_changes_nothing():
-    _, gallery, _, _ = planted()
-    np.testing.assert_array_equal(rerank.database_augmentation(gallery, 1), gallery)
+    queries, gallery, _, _ = planted()
+    found = rerank.database_augmentation(searched(queries, gallery), 1)
+    np.testing.assert_array_equal(found.gallery, gallery)
 
 
 def test_database_augmentation_weighs_by_rank_or_by_similarity():
-    _, gallery, _, _ = planted()
+    queries, gallery, _, _ = planted()
     similarity = gallery @ gallery.T
     np.fill_diagonal(similarity, 2.0)  # itself is first, whatever rounding says
     by_rank, by_score = np.zeros_like(gallery), np.zeros_like(gallery)
@@ -129,21 +145,20 @@ def test_database_augmentation_weighs_by_rank_or_by_similarity():
         for r, j in enumerate(np.argsort(-row)[:4]):
             by_rank[i] += (4 - r) / 4 * gallery[j]
             by_score[i] += (1.0 if r == 0 else max(row[j], 0) ** 2) * gallery[j]
-    np.testing.assert_allclose(
-        rerank.database_augmentation(gallery, 4), rerank.unit(by_rank), atol=1e-5
-    )
-    np.testing.assert_allclose(
-        rerank.database_augmentation(gallery, 4, alpha=2.0), rerank.unit(by_score), atol=1e-5
-    )
+    before = searched(queries, gallery)
+    for alpha, want in ((None, by_rank), (2.0, by_score)):
+        found = rerank.database_augmentation(before, 4, alpha)
+        np.testing.assert_allclose(found.gallery, rerank.unit(want), atol=1e-5)
 
 
 def test_augmentation_of_a_gallery_smaller_than_k_uses_what_is_there():
-    gallery = planted()[1][:2]
-    out = rerank.database_augmentation(gallery, 4)
-    np.testing.assert_allclose(out[0], rerank.unit(gallery[:1] + 0.75 * gallery[1:])[0], atol=1e-6)
+    queries, gallery = planted()[0], planted()[1][:2]
+    found = rerank.database_augmentation(searched(queries, gallery), 4)
+    want = rerank.unit(gallery[:1] + 0.75 * gallery[1:])[0]
+    np.testing.assert_allclose(found.gallery[0], want, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------- k-reciprocal
+# ------------------------------------------------------------------------------------- k-reciprocal
 
 
 def reciprocal(near, p, k):
@@ -185,13 +200,12 @@ def test_transductive_k_reciprocal_is_the_papers(k1, k2, weight):
     everything = np.concatenate([gallery, queries])
     _, vectors = slow_neighbourhoods(everything, k1, k2)
     want = slow_scores(queries, gallery, vectors[len(gallery) :], vectors[: len(gallery)], weight)
-    lists = search.top_k(queries, gallery, 40)[1]
-    scores, ranks = rerank.transductive_k_reciprocal(
-        queries, gallery, lists, k1=k1, k2=k2, weight=weight
-    )
-    assert (np.sort(ranks, 1) == np.sort(lists, 1)).all() and (ranks != lists).any()
-    np.testing.assert_allclose(scores, np.take_along_axis(want, ranks, 1), atol=1e-5)
-    assert (np.diff(scores, axis=1) <= 1e-9).all()
+    before = searched(queries, gallery, 40)
+    found = rerank.transductive_k_reciprocal(before, k1, k2, weight)
+    assert (np.sort(found.ranks, 1) == np.sort(before.ranks, 1)).all()
+    assert (found.ranks != before.ranks).any()
+    np.testing.assert_allclose(found.scores, np.take_along_axis(want, found.ranks, 1), atol=1e-5)
+    assert (np.diff(found.scores, axis=1) <= 1e-9).all()
 
 
 @pytest.mark.parametrize("k1, k2, weight", [(9, 4, 0.3), (6, 1, 0.0), (4, 3, 0.8)])
@@ -214,62 +228,52 @@ def test_inductive_k_reciprocal_adds_one_query_to_the_gallery_by_itself(k1, k2, 
         v = v / v.sum() if joined else v
         vq.append((v + plain[mine[: k2 - 1]].sum(0)) / k2)
     want = slow_scores(queries, gallery, np.array(vq), averaged, weight)
-    lists = search.top_k(queries, gallery, 40)[1]
-    scores, ranks = rerank.k_reciprocal(queries, gallery, lists, k1=k1, k2=k2, weight=weight)
-    np.testing.assert_allclose(scores, np.take_along_axis(want, ranks, 1), atol=1e-5)
-    assert (ranks != lists).any()
+    before = searched(queries, gallery, 40)
+    found = rerank.k_reciprocal(before, k1, k2, weight)
+    np.testing.assert_allclose(found.scores, np.take_along_axis(want, found.ranks, 1), atol=1e-5)
+    assert (found.ranks != before.ranks).any()
 
 
 def test_only_the_transductive_variant_looks_at_other_queries():
     queries, gallery, _, _ = planted()
-    lists = search.top_k(queries, gallery, 30)[1]
-    for function, blind in ((rerank.k_reciprocal, True), (rerank.transductive_k_reciprocal, False)):
-        together, alone = (
-            function(queries, gallery, lists),
-            function(queries[:1], gallery, lists[:1]),
-        )
-        assert np.allclose(together[0][:1], alone[0], atol=1e-6) is blind
+    both = searched(queries, gallery, 30), searched(queries[:1], gallery, 30)
+    for step, blind in ((rerank.k_reciprocal, True), (rerank.transductive_k_reciprocal, False)):
+        together, alone = (step(search).scores for search in both)
+        assert np.allclose(together[:1], alone, atol=1e-6) is blind
 
 
 def test_weight_one_keeps_the_order_of_plain_search():
     queries, gallery, _, _ = planted()
-    lists = search.top_k(queries, gallery, 30)
-    scores, ranks = rerank.k_reciprocal(queries, gallery, lists[1], weight=1.0)
-    assert (ranks == lists[1]).all()
-    np.testing.assert_allclose(scores, lists[0], atol=1e-5)
+    before = searched(queries, gallery, 30)
+    found = rerank.k_reciprocal(before, weight=1.0)
+    assert (found.ranks == before.ranks).all()
+    np.testing.assert_allclose(found.scores, before.scores, atol=1e-5)
 
 
 def test_k_reciprocal_lifts_a_hard_ranking_and_pays_for_chunks_with_nothing(monkeypatch):
     queries, gallery, wanted, there = planted(60, 400)
-    lists = search.top_k(queries, gallery, 100)[1]
-    _, ranks = rerank.k_reciprocal(queries, gallery, lists)
-    assert (there[ranks[:, :5]] == wanted[:, None]).mean() > (
-        there[lists[:, :5]] == wanted[:, None]
-    ).mean()
+    before = searched(queries, gallery, 100)
+    after = rerank.k_reciprocal(before)
+    right = [(there[x.ranks[:, :5]] == wanted[:, None]).mean() for x in (before, after)]
+    assert right[1] > right[0]
     monkeypatch.setattr(rerank, "CHUNK", 7)
-    np.testing.assert_array_equal(rerank.k_reciprocal(queries, gallery, lists)[1], ranks)
+    monkeypatch.setattr(rerank, "PAIRS", 50)
+    np.testing.assert_array_equal(rerank.k_reciprocal(before).ranks, after.ranks)
 
 
 def test_k_reciprocal_of_small_galleries_and_short_lists():
     queries, gallery, _, _ = planted(5, 8)
-    lists = search.top_k(queries, gallery, 12)[1]  # four places are empty
-    scores, ranks = rerank.k_reciprocal(queries, gallery, lists)
-    assert (
-        (ranks[:, 8:] == -1).all()
-        and np.isneginf(scores[:, 8:]).all()
-        and np.isfinite(scores[:, :8]).all()
-    )
+    found = rerank.k_reciprocal(searched(queries, gallery, 12))  # four places are empty
+    assert (found.ranks[:, 8:] == -1).all() and np.isneginf(found.scores[:, 8:]).all()
+    assert np.isfinite(found.scores[:, :8]).all()
+    short = searched(queries, gallery, 5)
     with pytest.raises(
         ValueError, match="needs lists of k1=6 photos, got 5: search deeper or lower k1"
     ):
-        rerank.k_reciprocal(queries, gallery, lists[:, :5], k1=6)
+        rerank.k_reciprocal(short, k1=6)
     for numbers in ({"k1": 0}, {"k2": 0}, {"weight": 1.5}):
         with pytest.raises(
             ValueError,
             match=r"k1 and k2 of at least 1 and a weight in 0..1, got .*: try 20, 6, 0.3",
         ):
-            rerank.k_reciprocal(queries, gallery, lists, **numbers)
-
-
-def test_examples_in_the_docstrings_hold():
-    assert doctest.testmod(rerank).failed == 0
+            rerank.k_reciprocal(short, **numbers)

@@ -237,10 +237,10 @@ class Task:
         """The embeddings (N, D) behind projections that are fitted on the whole gallery."""
         whole = self.views["test"].gallery
         embeddings = rerank.unit(embeddings)
-        search = pipeline.Search(embeddings, self.rows(embeddings, whole), self.photos, whole)
+        found = search.Search(embeddings, self.rows(embeddings, whole), self.photos, whole)
         for project in pipeline.check(steps):
-            search = project(search)
-        return search.queries
+            found = project(found)
+        return found.queries
 
     def evaluate(
         self, model_or_embeddings, *, steps=(), distance="cosine", image_size=0
@@ -328,7 +328,7 @@ def ranked(
         )
     # steps do not see which products the queries show
     unlabelled = view.queries.drop(columns=["product_id", "group"], errors="ignore")
-    unsearched = pipeline.Search(
+    unsearched = search.Search(
         queries, gallery, unlabelled, view.gallery, device=device, cache_dir=cache_dir
     )
     found, seconds = pipeline.apply(list(steps), unsearched)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,10 @@ import torch.nn.functional as F
 from vipr_utils.data import transforms
 from vipr_utils.data.store import Photos, loader
 from vipr_utils.host.device import autocast, compute_dtype
-from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.pooling import RMAC
 from vipr_utils.retrieve import rerank
+from vipr_utils.retrieve.cache import kept
 
 VERSION = 1  # of the cached features: rises with the code that computes them
 BLOCK = 4096  # photos whose features are on disk before the next are computed
@@ -40,42 +38,32 @@ def embed(
 ) -> np.ndarray:
     """(N, D) float32 embeddings of the catalog rows given, by the model's own eval transform.
 
-    features: the pooled backbone output before the neck instead, as it is (for training.fit_head).
+    features: the pooled output before the neck instead, as it is (for training.fit_head).
     image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see
-    `compute_dtype`. With cache_dir features are kept **per photo**, under the weights of backbone
-    and pooling, transform and precision: whatever rows and necks are asked for, a photo passes
-    the backbone once. A row that the store could not read gets NaN.
+    `compute_dtype`. With cache_dir a photo passes the backbone once, whatever rows and necks are
+    asked for. A row that the store could not read gets NaN.
     """
     size = image_size or model.record["image_size"]
     dtype = compute_dtype(precision, device)
-    compute = partial(
-        _features,
-        model,
-        store,
-        device=device,
-        batch_size=batch_size,
-        size=size,
-        dtype=dtype,
-        fit=fit,
-    )
     rows = np.asarray(rows, np.int64)
     readable = store.readable[rows]
     if not readable.any():
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
-    if cache_dir:
-        folder = Path(cache_dir) / "pooled" / _key(model, store, size, fit, dtype)
-        found = _cached(folder, rows[readable], compute)
-    else:
-        found = compute(rows[readable])
-    found = found if features else _through_neck(model, found)
+    transform = _transform(model, size, fit)
+
+    def pooled(rows: np.ndarray) -> np.ndarray:
+        photos = Photos(store, rows, transform)
+        return _forwarded(
+            model, model.features, photos, batch_size=batch_size, device=device, dtype=dtype
+        )
+
+    folder = cache_dir and Path(cache_dir) / "pooled" / _key(model, store, size, fit, dtype)
+    found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
+    if not features:
+        found = _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
     embeddings[readable] = found
     return embeddings
-
-
-def _features(model, store, rows: np.ndarray, **settings) -> np.ndarray:
-    """(N, C) pooled features of rows that the store can read."""
-    return np.concatenate(_forwarded(model.features, model, store, rows, **settings))
 
 
 def _through_neck(model, pooled: np.ndarray) -> np.ndarray:
@@ -88,31 +76,6 @@ def _through_neck(model, pooled: np.ndarray) -> np.ndarray:
         out = [F.normalize(model.neck(x.to(device)), dim=1).cpu().numpy() for x in blocks]
     model.neck.train(was_training)
     return np.concatenate(out)
-
-
-def _cached(folder: Path, rows: np.ndarray, compute) -> np.ndarray:
-    """compute(rows), each photo once; parts of the cache are only added."""
-    parts = [part for file in sorted(folder.glob("*.npz")) if (part := _part(file))]
-    known = np.concatenate([part[0] for part in parts]) if parts else np.empty(0, np.int64)
-    missing = np.setdiff1d(rows, known)
-    for start in range(0, len(missing), BLOCK):
-        block = missing[start : start + BLOCK]
-        parts.append((block, compute(block)))
-        name = hashlib.sha256(block.tobytes()).hexdigest()[:16]
-        with whole_file(folder / f"{name}.npz") as part, open(part, "wb") as file:
-            np.savez(file, rows=parts[-1][0], values=parts[-1][1])
-    known, first = np.unique(np.concatenate([part[0] for part in parts]), return_index=True)
-    values = np.concatenate([part[1] for part in parts])
-    return values[first[np.searchsorted(known, rows)]]
-
-
-def _part(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """(rows, values) of a file of the cache, None where it is damaged: it is computed anew."""
-    try:
-        with np.load(file) as part:
-            return part["rows"], part["values"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
 
 
 def embed_at_sizes(model, store, rows, *, image_sizes: tuple[int, ...], **settings) -> np.ndarray:
@@ -152,15 +115,15 @@ def fit_region_whitening(
             "pooling='rmac'"
         )
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
-    rows = rows[store.readable[rows]]
+    photos = Photos(store, rows[store.readable[rows]], _transform(model, size, fit))
+
+    def regions(pixels: torch.Tensor) -> torch.Tensor:
+        return model.pooling.regions(model.maps(pixels)).flatten(0, -2)
+
     dtype = compute_dtype(precision, device)
-    how = {"device": device, "batch_size": batch_size, "size": size, "fit": fit, "dtype": dtype}
-    regions = _forwarded(lambda x: model.pooling.regions(model.maps(x)), model, store, rows, **how)
-    regions = np.concatenate([r.reshape(-1, r.shape[-1]) for r in regions])
-    white, layer = (
-        rerank.fit_whitening(regions, regions.shape[1], power=power),
-        model.pooling.whitening,
-    )
+    found = _forwarded(model, regions, photos, batch_size=batch_size, device=device, dtype=dtype)
+    white = rerank.fit_whitening(found, found.shape[1], power=power)
+    layer = model.pooling.whitening
     with torch.no_grad():
         layer.weight.copy_(torch.as_tensor(white.matrix.T))
         layer.bias.copy_(torch.as_tensor(-white.mean @ white.matrix))
@@ -175,30 +138,31 @@ def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **setting
     """
     features = embed(model, store, rows.index, features=True, **settings)
     seen = ~np.isnan(features).any(1)
-    fitted = rerank.fit_learned_whitening(features[seen], rows["product_id"].to_numpy()[seen], dim)
+    fitted = rerank.fit_learned_whitening(features[seen], rows["product_id"][seen], dim)
     return models.with_projection(model, fitted.mean, fitted.matrix)
 
 
-def _forwarded(
-    forward, model, store, rows: np.ndarray, *, device, batch_size, size, dtype, fit="squash"
-) -> list:
-    """forward(pixels) of every batch of the photos, as float32 arrays; the model in eval mode
-    meanwhile.
-    """
-    r, out = model.record, []
-    transform = transforms.eval_transform(
-        size, mean=r["mean"], std=r["std"], interpolation=r["interpolation"], fit=fit
+def _transform(model, size: int, fit: str):
+    record = model.record
+    return transforms.eval_transform(
+        size,
+        mean=record["mean"],
+        std=record["std"],
+        interpolation=record["interpolation"],
+        fit=fit,
     )
-    photos = Photos(store, rows, transform)
-    batches = loader(photos, batch_size=batch_size, device=device)
-    was_training = model.training
+
+
+def _forwarded(model, forward, photos: Photos, *, batch_size: int, device, dtype) -> np.ndarray:
+    """forward(pixels) of all photos, float32; the model in eval mode meanwhile."""
+    was_training, found = model.training, []
     model.eval().to(device, memory_format=torch.channels_last)
     with torch.inference_mode(), autocast(device, dtype):
-        for pixels, _, _ in batches:
+        for pixels, _, _ in loader(photos, batch_size=batch_size, device=device):
             pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
-            out.append(forward(pixels).float().cpu().numpy())
+            found.append(forward(pixels).float().cpu().numpy())
     model.train(was_training)
-    return out
+    return np.concatenate(found)
 
 
 def _key(model, store, size: int, fit: str, dtype) -> str:

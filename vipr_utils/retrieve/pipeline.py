@@ -11,140 +11,29 @@ import ast
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-import pandas as pd
-import torch
-
 from vipr_utils.retrieve import rerank, verification
-from vipr_utils.retrieve.search import checked, top_k
-
-
-@dataclass(frozen=True)
-class Search:
-    """What one step hands to the next.
-
-    queries (Q, D) and gallery (G, D) with their catalog rows; scores and ranks (Q, K), best first,
-    are None until the gallery is searched.
-    """
-
-    queries: np.ndarray
-    gallery: np.ndarray
-    query_rows: pd.DataFrame
-    gallery_rows: pd.DataFrame
-    scores: np.ndarray | None = None
-    ranks: np.ndarray | None = None
-    device: str | torch.device = "cpu"
-    cache_dir: Path | None = None
-    verified: verification.Verified | None = None
-
-    def ids(self) -> dict:
-        """Image ids of both sides, for what must not take a query for its own answer."""
-        return {
-            "query_ids": self.query_rows["image_id"].to_numpy(),
-            "gallery_ids": self.gallery_rows["image_id"].to_numpy(),
-        }
-
-    def searched(self, k: int) -> Search:
-        """With the k nearest gallery rows of every query, by cosine."""
-        scores, ranks = top_k(self.queries, self.gallery, k, device=self.device, **self.ids())
-        return replace(self, scores=scores, ranks=ranks, verified=None)
-
-    def projected(self, projection: rerank.Projection) -> Search:
-        """With both sides through a projection that was fitted on the gallery."""
-        return replace(self, queries=projection(self.queries), gallery=projection(self.gallery))
-
-
-def centring(search: Search) -> Search:
-    return search.projected(rerank.fit_centring(search.gallery))
-
-
-def pca(search: Search, dim: int) -> Search:
-    return search.projected(rerank.fit_whitening(search.gallery, dim, power=0.0))
-
-
-def whitening(search: Search, dim: int, power: float = 1.0) -> Search:
-    return search.projected(rerank.fit_whitening(search.gallery, dim, power=power))
-
-
-def learned_whitening(search: Search, dim: int) -> Search:
-    labels = search.gallery_rows["product_id"].to_numpy()
-    return search.projected(rerank.fit_learned_whitening(search.gallery, labels, dim))
-
-
-def database_augmentation(search: Search, k: int, alpha: float | None = None) -> Search:
-    gallery = rerank.database_augmentation(search.gallery, k, alpha=alpha, device=search.device)
-    return replace(search, gallery=gallery)
-
-
-def alpha_query_expansion(search: Search, k: int, alpha: float = 3.0) -> Search:
-    first = search.scores[:, :k], search.ranks[:, :k]
-    queries = rerank.alpha_query_expansion(search.queries, search.gallery, *first, alpha=alpha)
-    return replace(search, queries=queries).searched(search.ranks.shape[1])
-
-
-def average_query_expansion(search: Search, k: int) -> Search:
-    return alpha_query_expansion(search, k, alpha=0.0)
-
-
-def k_reciprocal(search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3) -> Search:
-    return _reordered(search, rerank.k_reciprocal, k1=k1, k2=k2, weight=weight)
-
-
-def transductive_k_reciprocal(
-    search: Search, k1: int = 20, k2: int = 6, weight: float = 0.3
-) -> Search:
-    reorder = partial(rerank.transductive_k_reciprocal, **search.ids())
-    return _reordered(search, reorder, k1=k1, k2=k2, weight=weight)
-
-
-def _reordered(search: Search, reorder: Callable, **numbers) -> Search:
-    """With the lists in a new order; what was verified is no longer known by its place."""
-    scores, ranks = reorder(
-        search.queries, search.gallery, search.ranks, device=search.device, **numbers
-    )
-    return replace(search, scores=scores, ranks=ranks, verified=None)
-
-
-def verify(search: Search, top: int) -> Search:
-    found = verification.verify(
-        search.scores,
-        search.ranks,
-        search.query_rows,
-        search.gallery_rows,
-        depth=top,
-        cache_dir=search.cache_dir,
-    )
-    return replace(search, scores=found.scores, ranks=found.ranks, verified=found)
-
-
-def verified_expansion(search: Search, k: int) -> Search:
-    depth = search.ranks.shape[1]
-    found = search.verified or verify(search, top=depth).verified
-    queries = verification.verified_expansion(search.queries, search.gallery, found, most=k)
-    return replace(search, queries=queries).searched(depth)
-
+from vipr_utils.retrieve.search import Search, checked
 
 METHODS = {  # step -> what it is called in tables
-    centring: "centring",
-    pca: "PCA",
-    whitening: "whitening",
-    learned_whitening: "learned whitening",
-    database_augmentation: "database augmentation",
-    average_query_expansion: "average expansion",
-    alpha_query_expansion: "alpha expansion",
-    k_reciprocal: "k-reciprocal",
-    transductive_k_reciprocal: "k-reciprocal (transductive)",
-    verify: "verification",
-    verified_expansion: "verified expansion",
+    rerank.centring: "centring",
+    rerank.pca: "PCA",
+    rerank.whitening: "whitening",
+    rerank.learned_whitening: "learned whitening",
+    rerank.database_augmentation: "database augmentation",
+    rerank.average_query_expansion: "average expansion",
+    rerank.alpha_query_expansion: "alpha expansion",
+    rerank.k_reciprocal: "k-reciprocal",
+    rerank.transductive_k_reciprocal: "k-reciprocal (transductive)",
+    verification.verify: "verification",
+    verification.verified_expansion: "verified expansion",
 }
 STEPS = {function.__name__: function for function in METHODS}
-PROJECTIONS = (centring, pca, whitening, learned_whitening)
-ON_EMBEDDINGS = (*PROJECTIONS, database_augmentation)
+PROJECTIONS = (rerank.centring, rerank.pca, rerank.whitening, rerank.learned_whitening)
+ON_EMBEDDINGS = (*PROJECTIONS, rerank.database_augmentation)
 
 
 def bind(step: str) -> partial:
@@ -210,24 +99,20 @@ def apply(
 
     Steps on lists work on lists of max(k, depth) photos, or as many as are to be verified.
     """
-    bound, seconds = check(steps), []
-    depth = max([k, depth, *(step.keywords.get("top", 0) for step in bound)])
+    bound = check(steps)
+    on_lists = [step for step in bound if step.func not in ON_EMBEDDINGS]
+    tops = [step.keywords.get("top", 0) for step in on_lists]
+    find = partial(Search.searched, k=max([k, depth, *tops]) if on_lists else k)
+    plan = list(zip(steps, bound))
+    plan.insert(len(bound) - len(on_lists), ("search", find))
     queries = rerank.unit(checked(search.queries, "query"))
     gallery = rerank.unit(checked(search.gallery, "gallery"))
     search = replace(search, queries=queries, gallery=gallery)
-
-    def timed(name: str, step: Callable, search: Search) -> Search:
+    seconds = []
+    for name, step in plan:
         began = perf_counter()
         search = step(search)
         seconds.append({"step": name, "seconds": perf_counter() - began})
-        return search
-
-    for name, step in zip(steps, bound):
-        if search.ranks is None and step.func not in ON_EMBEDDINGS:
-            search = timed("search", partial(Search.searched, k=depth), search)
-        search = timed(name, step, search)
-    if search.ranks is None:
-        search = timed("search", partial(Search.searched, k=k), search)
     return replace(search, scores=search.scores[:, :k], ranks=search.ranks[:, :k]), seconds
 
 
@@ -238,7 +123,7 @@ def method(step: str) -> str:
 
 def transductive(steps: list[str]) -> bool:
     """Whether an answer depends on the other queries, which a shop that answers one has not."""
-    return any(bind(step).func is transductive_k_reciprocal for step in steps)
+    return any(bind(step).func is rerank.transductive_k_reciprocal for step in steps)
 
 
 def fitted_first(steps: list[str]) -> int:

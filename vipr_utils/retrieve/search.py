@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from vipr_utils.learn.losses import DISTANCES
 
@@ -22,92 +27,137 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores, ranks), both (Q, k): the k most similar gallery rows of each query, best first.
 
-    queries (Q, D), gallery (G, D). Scores are similarities: the cosine, or minus the distance. A query never meets
-    itself: gallery rows whose id equals the query's id are left out wherever they rank. Where fewer than k rows
-    remain, ranks are -1 and scores -inf. Equal scores stand in gallery order.
-    Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
+    queries (Q, D), gallery (G, D). Scores are similarities: the cosine, or minus the distance. A
+    query never meets itself: gallery rows whose id equals the query's id are left out wherever they
+    rank. Where fewer than k rows remain, ranks are -1 and scores -inf. Equal scores stand in
+    gallery order. Raises ValueError for NaN or infinite embeddings, unequal widths, an empty
+    gallery.
     """
-    q, g = checked(queries, "query"), checked(gallery, "gallery")
-    if q.shape[1] != g.shape[1]:
-        raise ValueError(
-            f"queries have {q.shape[1]} dimensions, the gallery {g.shape[1]}: embed both with one model"
-        )
-    if k < 1 or len(g) == 0:
-        raise ValueError(f"top_k needs k >= 1 and a gallery, got k={k} and {len(g)} gallery rows")
-    similarity = _similarity(distance)
+    q, g = checked(queries, "query").to(device), checked(gallery, "gallery").to(device)
+    _check_sizes(q, g, k, distance)
+    query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
     if distance == "cosine":
-        q, g = torch.nn.functional.normalize(q, dim=1), torch.nn.functional.normalize(g, dim=1)
-    own = _own_rows(query_ids, gallery_ids, len(q), len(g))
-    chunk = GALLERY_CHUNK if distance == "cosine" else GALLERY_CHUNK // 8
+        q, g = F.normalize(q, dim=1), F.normalize(g, dim=1)
     scores, ranks = [], []
-    for start in range(0, len(q), QUERY_CHUNK):
-        block = q[start : start + QUERY_CHUNK].to(device)
-        best = torch.full((len(block), 0), -torch.inf, device=device)
-        rows = torch.zeros((len(block), 0), dtype=torch.long, device=device)
-        for left in range(0, len(g), chunk):
-            part = similarity(block, g[left : left + chunk].to(device))  # (q, g)
-            _hide(part, own, start, left)
-            values, at = part.topk(min(k, part.shape[1]), dim=1)
-            best, rows = _merge(torch.cat([best, values], 1), torch.cat([rows, at + left], 1), k)
+    for block, ids in zip(q.split(QUERY_CHUNK), query_ids.split(QUERY_CHUNK)):
+        best = torch.full((len(block), k), -torch.inf, device=device)
+        rows = torch.full((len(block), k), -1, device=device)
+        for left in range(0, len(g), GALLERY_CHUNK):
+            section = slice(left, left + GALLERY_CHUNK)
+            part = _similarity(block, g[section], distance)  # (q, g)
+            part[ids[:, None] == gallery_ids[section]] = -torch.inf
+            best, rows = _merged(best, rows, part, left)
         scores.append(best.cpu())
-        ranks.append(torch.where(torch.isneginf(best), -1, rows).cpu())
-    return _padded(torch.cat(scores).numpy(), k, -np.inf), _padded(torch.cat(ranks).numpy(), k, -1)
+        ranks.append(rows.cpu())
+    return torch.cat(scores).numpy(), torch.cat(ranks).numpy()
 
 
 def checked(embeddings, what: str) -> torch.Tensor:
+    """(N, D) float32 on the CPU. Raises ValueError for another shape, NaN and infinity."""
     x = torch.as_tensor(np.asarray(embeddings, dtype=np.float32))
     if x.ndim != 2:
         raise ValueError(f"{what} embeddings must be (N, D), got shape {tuple(x.shape)}")
     bad = (~torch.isfinite(x).all(1)).nonzero().flatten()
     if len(bad):
         raise ValueError(
-            f"{len(bad)} of {len(x)} {what} embeddings hold NaN or infinity (first: row {int(bad[0])}): the model "
-            "diverged or fp16 overflowed; lower the learning rate or embed in float32."
+            f"{len(bad)} of {len(x)} {what} embeddings hold NaN or infinity (first: row "
+            f"{int(bad[0])}): the model diverged or fp16 overflowed; lower the learning rate or "
+            "embed in float32."
         )
     return x
 
 
-def _similarity(distance: str):
-    if distance == "cosine":
-        return lambda a, b: a @ b.T
-    if distance == "euclidean":
-        return lambda a, b: -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    if distance == "manhattan":
-        return lambda a, b: -torch.cdist(a, b, p=1.0)
-    raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
-
-
-def _own_rows(
-    query_ids, gallery_ids, n_queries: int, n_gallery: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(query rows, gallery rows) of every pair with one id, sorted by query row."""
-    if query_ids is None or gallery_ids is None:
-        return np.empty(0, int), np.empty(0, int)
-    if len(query_ids) != n_queries or len(gallery_ids) != n_gallery:
+def _check_sizes(q: torch.Tensor, g: torch.Tensor, k: int, distance: str) -> None:
+    """Raises ValueError for what cannot be searched."""
+    if q.shape[1] != g.shape[1]:
         raise ValueError(
-            f"ids do not match: {len(query_ids)} ids for {n_queries} queries, {len(gallery_ids)} for {n_gallery} rows"
+            f"queries have {q.shape[1]} dimensions, the gallery {g.shape[1]}: embed both with one "
+            "model"
         )
-    where: dict = {}
-    for row, image_id in enumerate(gallery_ids):
-        where.setdefault(image_id, []).append(row)
-    pairs = [(q, row) for q, image_id in enumerate(query_ids) for row in where.get(image_id, ())]
-    return tuple(np.array(pairs, int).reshape(-1, 2).T)
+    if k < 1 or len(g) == 0:
+        raise ValueError(f"top_k needs k >= 1 and a gallery, got k={k} and {len(g)} gallery rows")
+    if distance not in DISTANCES:
+        raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
 
 
-def _hide(part: torch.Tensor, own, start: int, left: int) -> None:
-    """Put -inf where a query meets itself, in the block of queries from `start` and gallery rows from `left`."""
-    q, g = own[0] - start, own[1] - left
-    inside = (q >= 0) & (q < part.shape[0]) & (g >= 0) & (g < part.shape[1])
-    part[torch.as_tensor(q[inside]), torch.as_tensor(g[inside])] = -torch.inf
+def _similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
+    """(Q, G): larger is nearer."""
+    if distance == "cosine":
+        return a @ b.T
+    power = 1.0 if distance == "manhattan" else 2.0
+    return -torch.cdist(a, b, p=power, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _merge(scores: torch.Tensor, rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k of the candidates; equal scores stand in gallery order."""
-    order = rows.argsort(dim=1, stable=True)
-    scores, rows = scores.gather(1, order), rows.gather(1, order)
+def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> tuple:
+    """Both sides' ids as whole numbers (Q,) and (G,), equal where the ids are; without ids no two
+    are equal.
+    """
+    if query_ids is None or gallery_ids is None:
+        query_ids, gallery_ids = np.arange(len(q)), -1 - np.arange(len(g))
+    if len(query_ids) != len(q) or len(gallery_ids) != len(g):
+        raise ValueError(
+            f"ids do not match: {len(query_ids)} ids for {len(q)} queries, {len(gallery_ids)} for "
+            f"{len(g)} rows"
+        )
+    numbers, _ = pd.factorize(np.concatenate([query_ids, gallery_ids]))
+    return torch.from_numpy(numbers).to(q.device).split([len(q), len(g)])
+
+
+def _merged(
+    best: torch.Tensor, rows: torch.Tensor, part: torch.Tensor, left: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of those so far and of a part's columns, the gallery rows from `left` on; equal
+    scores stand in gallery order, and -inf never takes a place.
+    """
+    k = best.shape[1]
+    at = part.topk(min(k, part.shape[1]), dim=1).indices.sort(dim=1).values
+    scores = torch.cat([best, part.gather(1, at)], 1)
+    rows = torch.cat([rows, at + left], 1)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return scores.gather(1, order), rows.gather(1, order)
 
 
-def _padded(x: np.ndarray, k: int, value) -> np.ndarray:
-    return np.pad(x, ((0, 0), (0, k - x.shape[1])), constant_values=value)
+@dataclass(frozen=True)
+class Search:
+    """What one step of post-processing hands to the next.
+
+    queries (Q, D) and gallery (G, D), L2-normalised, with their catalog rows; scores and ranks
+    (Q, K), best first, are None until the gallery is searched; inliers (Q, K) until `verify`.
+    """
+
+    queries: np.ndarray
+    gallery: np.ndarray
+    query_rows: pd.DataFrame
+    gallery_rows: pd.DataFrame
+    scores: np.ndarray | None = None
+    ranks: np.ndarray | None = None
+    inliers: np.ndarray | None = None
+    device: str | torch.device = "cpu"
+    cache_dir: Path | None = None
+
+    def searched(self, k: int) -> Search:
+        """With the k nearest gallery rows of every query, by cosine."""
+        scores, ranks = top_k(
+            self.queries,
+            self.gallery,
+            k,
+            query_ids=self.query_rows["image_id"],
+            gallery_ids=self.gallery_rows["image_id"],
+            device=self.device,
+        )
+        return replace(self, scores=scores, ranks=ranks, inliers=None)
+
+    def sorted_by(self, scores: np.ndarray, inliers: np.ndarray | None = None) -> Search:
+        """With each list in the order of new scores (Q, K).
+
+        What was verified is forgotten where its inliers (Q, K) are not given again.
+        """
+        order = np.argsort(-scores, axis=1, kind="stable")
+        if inliers is not None:
+            inliers = np.take_along_axis(inliers, order, axis=1)
+        return replace(
+            self,
+            scores=np.take_along_axis(scores, order, axis=1),
+            ranks=np.take_along_axis(self.ranks, order, axis=1),
+            inliers=inliers,
+        )

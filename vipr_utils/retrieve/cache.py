@@ -1,0 +1,46 @@
+"""Values that are computed once a row and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from vipr_utils.host.files import whole_file
+
+
+def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int) -> list:
+    """The value of each of these rows (N,) of whole numbers; compute(rows) gives an array (N, ...).
+
+    What the folder holds is taken from there; the rest is computed in blocks of so many rows, each
+    on disk before the next begins. Files are only added; a damaged one is computed anew.
+    """
+    if folder is None:
+        return list(compute(rows))
+    known = {}
+    for file in sorted(folder.glob("*.npz")):
+        known.update(_read(file, rows))
+    missing = np.setdiff1d(rows, list(known))
+    for start in range(0, len(missing), block):
+        part = missing[start : start + block]
+        values = compute(part)
+        known.update(zip(part.tolist(), values))
+        name = hashlib.sha256(part.tobytes()).hexdigest()[:16]
+        with whole_file(folder / f"{name}.npz") as path, open(path, "wb") as file:
+            np.savez(file, rows=part, values=values)
+    return [known[row] for row in rows.tolist()]
+
+
+def _read(file: Path, rows: np.ndarray) -> dict:
+    """row -> value of those of the rows that a file holds; {} where it is damaged."""
+    try:
+        with np.load(file) as part:  # an array is read when it is asked for
+            wanted = np.isin(part["rows"], rows)
+            if not wanted.any():
+                return {}
+            return dict(zip(part["rows"][wanted].tolist(), part["values"][wanted]))
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}
