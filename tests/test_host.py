@@ -34,13 +34,12 @@ def nowhere(monkeypatch, tmp_path):
         "COLAB_RELEASE_TAG",
         "VIPR_DATA",
         "VIPR_CACHE",
-        "KAGGLEHUB_CACHE",
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(platform, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
+    monkeypatch.setattr(platform, "PLATFORM_ROOT", tmp_path)
     monkeypatch.setattr(platform, "KAGGLE_WORKING", tmp_path / "kaggle" / "working")
-    monkeypatch.setattr(platform, "KAGGLE_TEMP", tmp_path / "kaggle" / "temp")
     monkeypatch.setattr(platform, "COLAB_CONTENT", tmp_path / "content")
+    monkeypatch.setattr(platform, "COLAB_DRIVE", tmp_path / "content" / "drive" / "MyDrive")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
@@ -71,7 +70,7 @@ def test_given_folder_wins_over_the_environment_variable_and_that_over_attached_
     tmp_path, monkeypatch
 ):
     given, named = data_root(tmp_path / "given"), data_root(tmp_path / "named")
-    attached = data_root(platform.KAGGLE_INPUT / "products-10k")
+    attached = data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "products-10k")
     on_kaggle(monkeypatch)
     assert platform.find_data_root() == (attached, f"attached: {attached}")
     monkeypatch.setenv("VIPR_DATA", str(named))
@@ -102,7 +101,7 @@ def test_nothing_attached_means_the_toy_set(monkeypatch):
 
 
 def test_attached_data_is_not_looked_for_on_a_local_machine():
-    data_root(platform.KAGGLE_INPUT / "products-10k")
+    data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "products-10k")
     assert platform.find_data_root() == (None, "toy")
 
 
@@ -118,21 +117,24 @@ def test_attached_data_is_not_looked_for_on_a_local_machine():
 def test_both_ways_in_which_kaggle_mounts_data_are_found(monkeypatch, mount):
     on_kaggle(monkeypatch)
     data_root(
-        platform.KAGGLE_INPUT / "datasets" / "someone" / "houses", header="id,price"
+        platform.PLATFORM_ROOT / "kaggle" / "input" / "datasets" / "someone" / "houses",
+        header="id,price",
     )  # another competition's
-    folder = data_root(platform.KAGGLE_INPUT / mount)
+    folder = data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / mount)
     assert platform.find_data_root() == (folder, f"attached: {folder}")
 
 
 def test_header_may_have_a_byte_order_mark_quotes_and_blanks(monkeypatch):
     on_kaggle(monkeypatch)
-    folder = data_root(platform.KAGGLE_INPUT / "windows", header='\ufeff"name", "class"')
+    folder = data_root(
+        platform.PLATFORM_ROOT / "kaggle" / "input" / "windows", header='\ufeff"name", "class"'
+    )
     assert platform.find_data_root()[0] == folder
 
 
 def test_image_folders_are_never_listed(monkeypatch):
     on_kaggle(monkeypatch)
-    products = platform.KAGGLE_INPUT / "competitions" / "products-10k"
+    products = platform.PLATFORM_ROOT / "kaggle" / "input" / "competitions" / "products-10k"
     hidden = data_root(products / "train" / "products", images=False)
     listed = []
     sys.addaudithook(
@@ -144,21 +146,23 @@ def test_image_folders_are_never_listed(monkeypatch):
 
 def test_folder_named_like_the_table_is_passed_over(monkeypatch):
     on_kaggle(monkeypatch)
-    (platform.KAGGLE_INPUT / "houses" / "train.csv").mkdir(parents=True)  # an unpacked archive
+    (platform.PLATFORM_ROOT / "kaggle" / "input" / "houses" / "train.csv").mkdir(
+        parents=True
+    )  # an unpacked archive
     assert platform.find_data_root() == (None, "toy")
 
 
 def test_search_ends_at_its_depth(monkeypatch):
     on_kaggle(monkeypatch)
-    data_root(platform.KAGGLE_INPUT / "a" / "b" / "c" / "d" / "e")
+    data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "a" / "b" / "c" / "d" / "e")
     assert platform.find_data_root() == (None, "toy")
 
 
 def test_tables_with_images_go_before_tables_alone(monkeypatch):
     on_kaggle(monkeypatch)
-    tables = data_root(platform.KAGGLE_INPUT / "a-tables", images=False)
+    tables = data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "a-tables", images=False)
     assert platform.find_data_root()[0] == tables
-    whole = data_root(platform.KAGGLE_INPUT / "datasets" / "owner" / "whole")
+    whole = data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "datasets" / "owner" / "whole")
     assert platform.find_data_root()[0] == whole
 
 
@@ -168,7 +172,7 @@ def test_tables_with_images_go_before_tables_alone(monkeypatch):
         "content/products-10k",
         "content/drive/MyDrive/vipr/products-10k",
         "kaggle/input/products-10k",
-        "home/.cache/kagglehub/datasets/warcoder/visual-product-recognition/versions/1",
+        "root/.cache/kagglehub/datasets/warcoder/visual-product-recognition/versions/1",
     ],
 )
 def test_data_on_colab_is_found_in_content_drive_and_the_kagglehub_cache(
@@ -191,7 +195,9 @@ def test_data_on_colab_is_found_in_content_drive_and_the_kagglehub_cache(
     ],
 )
 def test_attached_file_is_found_at_the_root_of_an_input_or_one_folder_below(monkeypatch, mount):
-    file = platform.KAGGLE_INPUT / mount / "submissions" / "04[a]" / "model.pt"
+    file = (
+        platform.PLATFORM_ROOT / "kaggle" / "input" / mount / "submissions" / "04[a]" / "model.pt"
+    )
     file.parent.mkdir(parents=True)
     file.touch()
     assert platform.attached("submissions/04[a]") == []  # nothing is attached to a laptop
@@ -360,7 +366,7 @@ def test_preflight_of_real_photos_on_kaggle_without_gpu_and_time_limit_warns_of_
     on_kaggle(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    data_root(platform.KAGGLE_INPUT / "products-10k")
+    data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "products-10k")
     with pytest.warns(UserWarning) as warned:
         table = platform.preflight({"epochs": 3, "max_minutes": 0.0})
     assert "choose Settings > Accelerator > GPU T4 x2" in table["to do"]["device"]
@@ -371,7 +377,7 @@ def test_preflight_of_real_photos_on_kaggle_without_gpu_and_time_limit_warns_of_
 
 def test_preflight_names_the_p100s_way_out(monkeypatch, p100):
     on_kaggle(monkeypatch)
-    data_root(platform.KAGGLE_INPUT / "products-10k")
+    data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "products-10k")
     with pytest.warns(UserWarning, match="running on the CPU: .*no kernel image is available"):
         table = platform.preflight({"epochs": 3, "max_minutes": 90.0})
     assert "GPU T4 x2" in table["to do"]["device"]

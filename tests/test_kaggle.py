@@ -33,7 +33,7 @@ def nowhere(monkeypatch, tmp_path):
         "KAGGLE_USERNAME",
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(platform, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
+    monkeypatch.setattr(platform, "PLATFORM_ROOT", tmp_path)
 
 
 def run_of(stem, folder=T4, **values):
@@ -106,7 +106,7 @@ def test_carried_weights_are_found_where_they_are_attached_and_are_the_same_netw
     tmp_path, monkeypatch, carried, mount
 ):
     original = models.create("tf_efficientnet_lite0")
-    shutil.copytree(carried, platform.KAGGLE_INPUT / mount)
+    shutil.copytree(carried, tmp_path / "kaggle" / "input" / mount)
     assert models.find_weights("tf_efficientnet_lite0")[0].startswith(
         "package"
     )  # nothing is attached to a laptop

@@ -18,22 +18,27 @@ from vipr_utils.host.device import GPU_MENUS, cores, memory_gb, tune, working_de
 MARKER = "train.csv"  # a data root is a folder that holds one whose header starts with name,class
 # Another one holds a rehearsal's /kaggle and /content
 PLATFORM_ROOT = Path(os.environ.get("VIPR_PLATFORM_ROOT", "/"))
-KAGGLE_INPUT = PLATFORM_ROOT / "kaggle" / "input"
 KAGGLE_WORKING = PLATFORM_ROOT / "kaggle" / "working"
-KAGGLE_TEMP = PLATFORM_ROOT / "kaggle" / "temp"
 COLAB_CONTENT = PLATFORM_ROOT / "content"
+COLAB_DRIVE = COLAB_CONTENT / "drive" / "MyDrive"
 KEPT_GB = 20  # what Kaggle keeps of /kaggle/working; more makes the run fail at its end
 # What is attached to a notebook, by both of Kaggle's schemes, or lies one folder below it
 MOUNTS = (
-    "*",
-    "*/*",
-    "competitions/*/*",
-    "datasets/*/*",
-    "datasets/*/*/*",
-    "notebooks/*/*",
-    "notebooks/*/*/*",
-    "models/*/*/*/*/*",
-    "models/*/*/*/*/*/*",
+    "kaggle/input/*",
+    "kaggle/input/*/*",
+    "kaggle/input/competitions/*/*",
+    "kaggle/input/datasets/*/*",
+    "kaggle/input/datasets/*/*/*",
+    "kaggle/input/notebooks/*/*",
+    "kaggle/input/notebooks/*/*/*",
+    "kaggle/input/models/*/*/*/*/*",
+    "kaggle/input/models/*/*/*/*/*/*",
+)
+COLAB_DATA = (  # where data lies on Colab beside these
+    "content/*",
+    "content/drive/MyDrive/*",
+    "content/drive/MyDrive/vipr/*",
+    "root/.cache/kagglehub/datasets/*/*/versions/*",
 )
 DEFAULTS = {
     "device": "auto",
@@ -93,29 +98,24 @@ def _attached_data() -> tuple[Path, str] | None:
     """A data root mounted by the platform; one that has its images goes before one that is only
     tables.
     """
-    tables = attached(MARKER)
-    if where() == "colab":
-        kagglehub = Path(os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub")
-        tables += sorted(kagglehub.glob(f"datasets/*/*/versions/*/{MARKER}"))
-        for place in ("*", "drive/MyDrive/*", "drive/MyDrive/vipr/*"):
-            tables += sorted(COLAB_CONTENT.glob(f"{place}/{MARKER}"))
+    tables = attached(MARKER, (*MOUNTS, *COLAB_DATA))
     roots = [table.parent for table in tables if _lists_products(table)]
     whole = [root for root in roots if (root / "train").is_dir()]
     root = next(iter(whole + roots), None)
     return root and (root, f"attached: {root}")
 
 
-def attached(name: str) -> list[Path]:
+def attached(name: str, mounts: tuple[str, ...] = MOUNTS) -> list[Path]:
     """Files or folders of this (relative) name in what the platform has mounted: at the root of an
     input, or one below.
 
-    Only the folders that MOUNTS stars are listed, never image folders of 142,000 files.
+    Only the folders before a star are listed, never image folders of 142,000 files.
     """
     if where() == "local":
         return []
     found = []
-    for mount in MOUNTS:
-        found += sorted(KAGGLE_INPUT.glob(f"{mount}/{glob.escape(name)}"))
+    for mount in mounts:
+        found += sorted(PLATFORM_ROOT.glob(f"{mount}/{glob.escape(name)}"))
     return found
 
 
@@ -130,7 +130,10 @@ def cache_folder(given: str = "") -> Path:
     """Scratch that may be lost: the parameter, $VIPR_CACHE, the platform's scratch disk,
     ~/.cache/vipr. Created.
     """
-    usual = {"kaggle": KAGGLE_TEMP / "vipr", "colab": COLAB_CONTENT / "vipr_cache"}
+    usual = {
+        "kaggle": PLATFORM_ROOT / "kaggle" / "temp" / "vipr",
+        "colab": COLAB_CONTENT / "vipr_cache",
+    }
     default = usual.get(where(), Path.home() / ".cache" / "vipr")
     folder = Path(given or os.environ.get("VIPR_CACHE") or default).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,9 +144,9 @@ def output_folder(given: str = "submissions") -> Path:
     """Where runs are kept; a relative one lies in /kaggle/working, on Colab in the mounted Drive's
     vipr/ or in /content, elsewhere in the checkout, else in here. Created.
     """
-    drive = COLAB_CONTENT / "drive" / "MyDrive"
-    kept = {"kaggle": KAGGLE_WORKING, "colab": drive / "vipr" if drive.is_dir() else COLAB_CONTENT}
-    folder = kept.get(where(), home()) / Path(given).expanduser()
+    colab = COLAB_DRIVE / "vipr" if COLAB_DRIVE.is_dir() else COLAB_CONTENT
+    kept = {"kaggle": KAGGLE_WORKING, "colab": colab, "local": home()}
+    folder = kept[where()] / Path(given).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -28,12 +28,9 @@ from safetensors.torch import save_file
 from vipr_utils.host import platform
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
-from vipr_utils.run.params import BadParameters, Run, load_runs
+from vipr_utils.run.params import BadParameters, Run, load_runs, setting
 
-KIT, WEIGHTS = (
-    "vipr-kit",
-    "vipr-weights",
-)  # slugs of the two datasets; Kaggle wants 6 to 50 characters
+KIT, WEIGHTS = "vipr-kit", "vipr-weights"  # slugs of the two datasets: 6 to 50 characters
 COMPETITION = "products-10k"
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
 BUNDLED = (
@@ -44,6 +41,7 @@ BUNDLED = (
     "README.md",
     "LICENSE",
 )
+REFUSED = re.compile(r"error:|could not be added", re.IGNORECASE)  # printed, with exit code 0
 
 
 class KaggleError(RuntimeError):
@@ -61,17 +59,12 @@ def bundle(folder: Path, *, owner: str) -> Path:
             "package alone"
         )
     folder = Path(folder) / KIT
-    with (
-        whole_file(folder / "vipr.zip") as part,
-        zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive,
-    ):
-        for file in sorted(found for pattern in BUNDLED for found in root.glob(pattern)):
+    files = sorted(found for pattern in BUNDLED for found in root.glob(pattern))
+    with whole_file(folder / "vipr.zip") as part, zipfile.ZipFile(part, "w") as archive:
+        for file in files:
             entry = zipfile.ZipInfo(f"vipr/{file.relative_to(root).as_posix()}")  # dated 1980
             archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
-    address = re.search(
-        r'^Repository = "(.+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.M
-    )[1]
-    about = f"The ViPR competition kit: notebooks, parameters and package. Source: {address}"
+    about = "The ViPR competition kit: notebooks, parameters and package."
     return _dataset(folder, owner, title="ViPR kit", description=about, licence="MIT")
 
 
@@ -82,28 +75,22 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     Attached on Kaggle, or named by $VIPR_WEIGHTS, `models.create` finds them; `sha256sum -c
     SHA256SUMS` checks them. Raises models.WeightsError when a backbone's weights cannot be had.
     """
-    folder, sums = Path(folder) / WEIGHTS, {}
+    folder, sums = Path(folder) / WEIGHTS, ""
     for name in names:
         model = models.create(name)
         if not (origin := model.record["weights"])["sha256"]:
             raise models.WeightsError(
                 f"{name} starts at random: it has no pretrained weights to carry along"
             )
-        # the kit's own names: no architecture's translation of foreign checkpoints touches them
-        # again
-        state = {
-            k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("backbone.")
-        }
+        # The kit's own names: no translation of foreign checkpoints touches them again
+        state = {f"backbone.{key}": value for key, value in model.backbone.state_dict().items()}
+        metadata = {"source": origin["source"], "source_sha256": origin["sha256"]}
         path = folder / f"{name.replace('/', '_')}.safetensors"
         with whole_file(path) as part:
-            save_file(
-                state,
-                part,
-                metadata={"source": origin["source"], "source_sha256": origin["sha256"]},
-            )
-        sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            save_file(state, part, metadata=metadata)
+        sums += f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
     with whole_file(folder / "SHA256SUMS") as part:
-        part.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        part.write_text(sums)
     about = f"Pretrained weights of {', '.join(names)}; each keeps the licence of its source."
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
@@ -112,14 +99,15 @@ def _dataset(folder: Path, owner: str, *, title: str, description: str, licence:
     metadata = {
         "id": f"{_owner(owner)}/{folder.name}",
         "title": title,
+        "description": description,
         "licenses": [{"name": licence}],
     }
-    return _write(folder / DATASET, metadata | {"description": description}).parent
+    return _write(folder / DATASET, metadata).parent
 
 
 def _write(path: Path, content: dict) -> Path:
     with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
@@ -162,26 +150,26 @@ def kernel_metadata(
     competition (or `data`, owner/slug of a dataset), and the kernels of the runs it builds on: its
     model_run, and `upstream`. Raises KaggleError for a name that Kaggle would refuse.
     """
-    slug, given = kernel_slug(run.name), run.defaults | run.params
-    computes = "device" in run.defaults
-    attached = [KIT, *([WEIGHTS] if given.get("weights") == "auto" and not internet else [])]
-    before = dict.fromkeys([*filter(None, [given.get("model_run")]), *upstream])
+    slug, computes = kernel_slug(run.name), "device" in run.defaults
+    datasets = [f"{_owner(owner)}/{KIT}"]
+    if run.values.get("weights") == "auto" and not internet:
+        datasets.append(f"{owner}/{WEIGHTS}")
+    if data:
+        datasets.append(data)
+    before = [run.starts_from] if run.starts_from else upstream
     return {
-        "id": f"{_owner(owner)}/{slug}",
+        "id": f"{owner}/{slug}",
         "title": slug.replace("-", " "),  # must give the slug again
         "code_file": f"{run.notebook.stem}.ipynb",
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
         "enable_gpu": computes,
-        "enable_tpu": False,
         "enable_internet": internet,
         "machine_shape": "NvidiaTeslaT4" if computes else "",
-        "dataset_sources": [*(f"{owner}/{name}" for name in attached), *([data] if data else [])],
+        "dataset_sources": datasets,
         "competition_sources": [] if data else [COMPETITION],
-        "kernel_sources": [f"{owner}/{kernel_slug(Path(name).name)}" for name in before],
-        "model_sources": [],
-        "keywords": [],
+        "kernel_sources": [f"{owner}/{kernel_slug(name)}" for name in before],
     }
 
 
@@ -196,29 +184,52 @@ def kernel_slug(run_name: str) -> str:
     return slug
 
 
+def prepare_all(paths: list[str], folder: Path, *, values: dict, **choices) -> list[Path]:
+    """A folder for each run of the parameter files; a scoreboard takes the kernels of the others.
+
+    values: as for `load_runs`; choices: those of `kernel_metadata`.
+    """
+    runs = load_runs(paths, values)
+    others = [run.name for run in runs if run.notebook.stem != "09_scoreboard"]
+    return [
+        prepare(run, folder, upstream=[] if run.name in others else others, **choices)
+        for run in runs
+    ]
+
+
 # ---------------------------------------------------------------------- through the official client
 
 
 def push(folder: Path) -> str:
     """Upload a prepared folder, a kernel (which then runs) or a dataset (new, or a new version);
     what Kaggle said.
+
+    Raises KaggleError when it was refused, in part too: a kernel without one of its sources fails.
     """
-    if (folder / KERNEL).is_file():
-        said = client("kernels", "push", "-p", str(folder))
-        if "successfully pushed" not in said:  # the client ends with 0 also when Kaggle refuses
-            raise KaggleError(f"{folder.name} was not pushed: {said}")
-        return said
-    if not (folder / DATASET).is_file():
+    is_kernel = (folder / KERNEL).is_file()
+    if is_kernel:
+        answer = client("kernels", "push", "-p", str(folder))
+    elif (folder / DATASET).is_file():
+        answer = _push_dataset(folder)
+    else:
         raise KaggleError(
             f"{folder} has neither {KERNEL} nor {DATASET}: make it with prepare, bundle or weights"
         )
+    if REFUSED.search(answer) or (is_kernel and "successfully pushed" not in answer):
+        raise KaggleError(f"{folder.name} was not pushed: {answer}")
+    return answer
+
+
+def _push_dataset(folder: Path) -> str:
     try:
-        client(
-            "datasets", "status", json.loads((folder / DATASET).read_text(encoding="utf-8"))["id"]
-        )
+        client("datasets", "status", _id(folder / DATASET))
     except KaggleError:
         return client("datasets", "create", "-p", str(folder))
     return client("datasets", "version", "-p", str(folder), "-m", "new version of the kit")
+
+
+def _id(metadata: Path) -> str:
+    return json.loads(metadata.read_text(encoding="utf-8"))["id"]
 
 
 def collect(folder: Path, output_dir: Path) -> list[Path]:
@@ -227,20 +238,18 @@ def collect(folder: Path, output_dir: Path) -> list[Path]:
 
     Raises KaggleError when the kernel failed, with its status.
     """
-    kernel = json.loads((folder / KERNEL).read_text(encoding="utf-8"))["id"]
+    kernel = _id(folder / KERNEL)
     status = client("kernels", "status", kernel)
-    if not (ended := re.search(r"complete|error|cancel", status, re.IGNORECASE)):
-        return []
-    if ended[0].lower() != "complete":
+    if re.search("error|cancel", status, re.IGNORECASE):
         raise KaggleError(f"{kernel} did not finish: {status}")
+    if "complete" not in status.lower():
+        return []
     with tempfile.TemporaryDirectory() as scratch:
         client("kernels", "output", kernel, "-p", scratch)
-        runs = sorted(Path(scratch).glob("submissions/*/run.json"))
-        for record in runs:
-            shutil.copytree(
-                record.parent, Path(output_dir) / record.parent.name, dirs_exist_ok=True
-            )
-    return [Path(output_dir) / record.parent.name for record in runs]
+        found = sorted(record.parent for record in Path(scratch).glob("submissions/*/run.json"))
+        return [
+            shutil.copytree(run, Path(output_dir) / run.name, dirs_exist_ok=True) for run in found
+        ]
 
 
 def client(*arguments: str) -> str:
@@ -253,31 +262,26 @@ def client(*arguments: str) -> str:
             "on kaggle.com"
         )
     done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
+    answer = (done.stdout + done.stderr).strip()
     if done.returncode:
-        raise KaggleError(f"kaggle {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout.strip()
+        raise KaggleError(f"kaggle {' '.join(arguments)}: {answer}")
+    return answer
 
 
 def main(arguments: list[str] | None = None) -> int:
     """One command; exit code 0, or 2 with what is wrong."""
     parser = argparse.ArgumentParser("vipr kaggle", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["bundle", "weights", "prepare", "push", "collect"])
-    parser.add_argument("names", nargs="*", help="backbones, parameter files, or prepared folders")
-    parser.add_argument(
-        "--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name"
-    )
-    parser.add_argument("--output", default="", help="folder; kaggle, for collect submissions")
-    parser.add_argument(
-        "--data", default="", help="prepare: owner/slug of a dataset in place of the competition"
-    )
-    parser.add_argument("--internet", action="store_true", help="prepare: switch the network on")
-    parser.add_argument(
-        "-p", action="append", default=[], metavar="name=value", help="prepare: as for batch"
-    )
+    add = parser.add_argument
+    add("command", choices=["bundle", "weights", "prepare", "push", "collect"])
+    add("names", nargs="*", help="backbones, parameter files, or prepared folders")
+    add("--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name")
+    add("--output", help="folder; kaggle, for collect submissions")
+    add("--data", default="", help="prepare: owner/slug of a dataset, not the competition")
+    add("--internet", action="store_true", help="prepare: switch the network on")
+    add("-p", action="append", default=[], type=setting, metavar="name=value", help="as for run")
     given = parser.parse_args(arguments)
-    out = Path(given.output or ("submissions" if given.command == "collect" else "kaggle"))
     try:
-        for line in _command(given, out):
+        for line in _lines(given):
             print(line)
     except (KaggleError, models.WeightsError, BadParameters) as error:
         print(error, file=sys.stderr)
@@ -285,25 +289,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _command(given: argparse.Namespace, out: Path) -> list[object]:
-    folders = [Path(name) for name in given.names]
+def _lines(given: argparse.Namespace) -> list[object]:
+    """What the command made or was answered."""
+    names, out = given.names, Path(given.output or "kaggle")
     if given.command == "bundle":
         return [bundle(out, owner=given.owner)]
     if given.command == "weights":
-        return [weights(given.names, out, owner=given.owner)]
+        return [weights(names, out, owner=given.owner)]
     if given.command == "push":
-        return [push(folder) for folder in folders]
-    if given.command == "collect":
-        return [
-            found
-            for folder in folders
-            for found in collect(folder, out) or [f"{folder.name} still runs"]
-        ]
-    runs = load_runs(given.names, dict(p.split("=", 1) for p in given.p))
-    choices = {"owner": given.owner, "internet": given.internet, "data": given.data}
-    others = {
-        "09_scoreboard": tuple(run.name for run in runs if run.notebook.stem != "09_scoreboard")
-    }
-    return [
-        prepare(run, out, upstream=others.get(run.notebook.stem, ()), **choices) for run in runs
-    ]
+        return [push(Path(name)) for name in names]
+    if given.command == "prepare":
+        choices = {"owner": given.owner, "internet": given.internet, "data": given.data}
+        return prepare_all(names, out, values=dict(given.p), **choices)
+    lines = []
+    for name in names:
+        lines += collect(Path(name), Path(given.output or "submissions")) or [f"{name} still runs"]
+    return lines
