@@ -135,41 +135,37 @@ def _collected(ray, run: Run, reference) -> Result:
     try:
         result, files = ray.get(reference)
     except ray.exceptions.RayError as error:
-        reason = f"Ray gave the run up: {str(error).splitlines()[0]}"
-        return Result(run, "FAIL", error=reason)
+        return Result(run, "FAIL", error=f"Ray gave the run up: {error}")
     for name, content in files.items():
         with whole_file(run.folder() / name) as part:
             part.write_bytes(content)
-    return replace(result, run=run)
+    return result
 
 
 def _in_waves(todo: list[Run], run_wave: Callable, report: Callable) -> list[Result]:
     """The results wave by wave; runs that start from a failed one fail."""
     results, failed = [], set()
-    width = max(len(run.name) for run in todo)
     for wave in waves(todo):
         blocked = [run for run in wave if run.starts_from in failed]
-        for run in blocked:
-            reason = f"it starts from {run.starts_from}, which failed"
-            results.append(Result(run, "FAIL", error=reason))
-        results += run_wave([run for run in wave if run not in blocked])
-        for result in results[-len(wave) :]:
-            report(_line(result, width))
-            if result.status == "FAIL":
-                failed.add(result.run.name)
+        reason = "it starts from {}, which failed"
+        done = [Result(run, "FAIL", error=reason.format(run.starts_from)) for run in blocked]
+        done += run_wave([run for run in wave if run not in blocked])
+        for result in done:
+            report(_line(result))
+        failed |= {result.run.name for result in done if result.status == "FAIL"}
+        results += done
     return results
 
 
 def waves(todo: list[Run]) -> list[list[Run]]:
     """Runs that may go side by side: rows of one file, up to a row that names one of them."""
-    found: list[list[Run]] = []
+    found, file, names = [], None, set()
     for run in todo:
-        last = found[-1] if found else [run]
-        names = [other.name for other in last]
-        if found and last[0].file == run.file and run.starts_from not in names:
-            last.append(run)
-        else:
-            found.append([run])
+        if run.file != file or run.starts_from in names:
+            file, names = run.file, set()
+            found.append([])
+        found[-1].append(run)
+        names.add(run.name)
     return found
 
 
@@ -241,12 +237,12 @@ def _mark(key: str, record: Path) -> str:
 
 
 def _key(run: Run) -> str:
-    """sha256 over what a run depends on: values, notebook, package, tables, the run it names."""
+    """sha256 over what a run depends on: values, notebook, package, tables, runs and weights."""
     values = run.values | {"output_dir": ""}
     found = json.dumps([values, os.environ.get("VIPR_PRECISION")], sort_keys=True)
     for cell in json.loads(run.notebook.read_text(encoding="utf-8"))["cells"]:
         found += "".join(cell["source"])
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    files = [*sorted(Path(__file__).parents[1].rglob("*.py")), Path(values.get("weights", ""))]
     if data := run.data():
         files += sorted(data.glob("*.csv"))
     if run.starts_from:
@@ -254,9 +250,6 @@ def _key(run: Run) -> str:
         files.append(platform.find_run(values["model_run"], output_dir=output_dir) / "run.json")
     for file in files:
         found += hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-    weights = Path(values.get("weights", ""))
-    if weights.is_file():  # too big to read each time
-        found += str(weights.stat().st_mtime_ns)
     return hashlib.sha256(found.encode()).hexdigest()
 
 
@@ -272,20 +265,10 @@ def _reason(done: subprocess.CompletedProcess) -> str:
     return f"{NO_MEMORY}\n{tail}" if MEMORY_SIGNS.search(tail) else tail
 
 
-def _line(result: Result, width: int) -> str:
-    """'ok   03_scratch_siamese   41 s   mAP@5 0.312', and for a failure the reason below."""
-    spent = "done before" if result.status == "skip" else f"{result.seconds:5.0f} s"
-    line = f"{result.status:4} {result.run.name:{width}}  {spent}"
-    if result.status == "FAIL":
-        return "\n     ".join([line, *result.error.splitlines()])
-    folder = result.run.folder()
-    if not (folder / "batch.json").is_file():  # run.json is absent or an older run's
-        return line
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    score = (record.get("metrics") or {}).get("map_at_5")
-    if score is not None:
-        line += f"   mAP@5 {score:.3f}"
-    return line + (f"   CUT SHORT {record['cut_short']}" if record.get("cut_short") else "")
+def _line(result: Result) -> str:
+    """'ok    41 s  03_scratch_siamese', and for a failure the reason below."""
+    spent = f"{result.status:4} {result.seconds:5.0f} s  {result.run.name}"
+    return "\n     ".join([spent, *result.error.splitlines()])
 
 
 # ----------------------------------------------------------------------------- command line
@@ -327,12 +310,12 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
         report(error, file=sys.stderr)
         return 2
     folders = [result.run.folder() for result in results if result.status != "FAIL"]
-    for output_dir in dict.fromkeys(folder.parent for folder in folders):
+    for output_dir in {folder.parent for folder in folders}:
         runs.write_runs_csv(output_dir)
         report("\n" + runs.table(runs.scoreboard(output_dir)))
-    for folder in folders:
-        if (folder / "submission.csv").is_file():
-            report(f"submission: {folder / 'submission.csv'}")
+    for submission in [folder / "submission.csv" for folder in folders]:
+        if submission.is_file():
+            report(f"submission: {submission}")
     return int(len(folders) < len(results))
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -83,7 +84,7 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
                 f"{name} starts at random: it has no pretrained weights to carry along"
             )
         # The kit's own names: no translation of foreign checkpoints touches them again
-        state = {f"backbone.{key}": value for key, value in model.backbone.state_dict().items()}
+        state = {f"backbone.{k}": v.contiguous() for k, v in model.backbone.state_dict().items()}
         metadata = {"source": origin["source"], "source_sha256": origin["sha256"]}
         path = folder / f"{name.replace('/', '_')}.safetensors"
         with whole_file(path) as part:
@@ -140,19 +141,17 @@ def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
     return _write(folder / KERNEL, metadata).parent
 
 
-def kernel_metadata(
-    run: Run, *, owner: str, internet: bool = False, data: str = "", upstream: tuple = ()
-) -> dict:
+def kernel_metadata(run: Run, *, owner: str, data: str = "", upstream: Iterable[str] = ()) -> dict:
     """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook
     computes, its sources.
 
-    Sources: the kit, the weights' dataset where "auto" asks for some and there is no network, the
+    There is no network. Sources: the kit, the weights' dataset where "auto" asks for some, the
     competition (or `data`, owner/slug of a dataset), and the kernels of the runs it builds on: its
-    model_run, and `upstream`. Raises KaggleError for a name that Kaggle would refuse.
+    model_run, else `upstream`.
     """
     slug, computes = kernel_slug(run.name), "device" in run.defaults
     datasets = [f"{_owner(owner)}/{KIT}"]
-    if run.values.get("weights") == "auto" and not internet:
+    if run.values.get("weights") == "auto":
         datasets.append(f"{owner}/{WEIGHTS}")
     if data:
         datasets.append(data)
@@ -165,7 +164,7 @@ def kernel_metadata(
         "kernel_type": "notebook",
         "is_private": True,
         "enable_gpu": computes,
-        "enable_internet": internet,
+        "enable_internet": False,
         "machine_shape": "NvidiaTeslaT4" if computes else "",
         "dataset_sources": datasets,
         "competition_sources": [] if data else [COMPETITION],
@@ -174,25 +173,20 @@ def kernel_metadata(
 
 
 def kernel_slug(run_name: str) -> str:
-    """'vipr-06-submission': lower-case letters, digits, single hyphens, at most 50 characters."""
-    slug = "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
-    if not 5 < len(slug) <= 50:
-        raise KaggleError(
-            f"run_name {run_name!r} gives the kernel {slug!r} of {len(slug)} characters, "
-            "6 to 50 are allowed"
-        )
-    return slug
+    """'vipr-06-submission': lower-case letters, digits, single hyphens; Kaggle takes up to 50."""
+    return "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
 
 
-def prepare_all(paths: list[str], folder: Path, *, values: dict, **choices) -> list[Path]:
-    """A folder for each run of the parameter files; a scoreboard takes the kernels of the others.
-
-    values: as for `load_runs`; choices: those of `kernel_metadata`.
+def prepare_all(
+    paths: list[str], folder: Path, *, owner: str, data: str = "", values: dict | None = None
+) -> list[Path]:
+    """A folder for each run of the parameter files, with values in place of theirs; a scoreboard
+    takes the kernels of all others.
     """
     runs = load_runs(paths, values)
     others = [run.name for run in runs if run.notebook.stem != "09_scoreboard"]
     return [
-        prepare(run, folder, upstream=[] if run.name in others else others, **choices)
+        prepare(run, folder, owner=owner, data=data, upstream=[] if run.name in others else others)
         for run in runs
     ]
 
@@ -233,23 +227,18 @@ def _id(metadata: Path) -> str:
 
 
 def collect(folder: Path, output_dir: Path) -> list[Path]:
-    """Run folders that a pushed kernel left under submissions/, copied into `output_dir`; [] while
-    it still runs.
+    """Run folders that a pushed kernel left under submissions/, copied into `output_dir`.
 
-    Raises KaggleError when the kernel failed, with its status.
+    Raises KaggleError when the kernel failed or still runs, with its status.
     """
     kernel = _id(folder / KERNEL)
     status = client("kernels", "status", kernel)
-    if re.search("error|cancel", status, re.IGNORECASE):
-        raise KaggleError(f"{kernel} did not finish: {status}")
     if "complete" not in status.lower():
-        return []
+        raise KaggleError(f"{kernel} has not finished: {status}")
     with tempfile.TemporaryDirectory() as scratch:
         client("kernels", "output", kernel, "-p", scratch)
         found = sorted(record.parent for record in Path(scratch).glob("submissions/*/run.json"))
-        return [
-            shutil.copytree(run, Path(output_dir) / run.name, dirs_exist_ok=True) for run in found
-        ]
+        return [shutil.copytree(run, output_dir / run.name, dirs_exist_ok=True) for run in found]
 
 
 def client(*arguments: str) -> str:
@@ -275,9 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("command", choices=["bundle", "weights", "prepare", "push", "collect"])
     add("names", nargs="*", help="backbones, parameter files, or prepared folders")
     add("--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name")
-    add("--output", help="folder; kaggle, for collect submissions")
+    add("--output", type=Path, help="folder; kaggle, for collect submissions")
     add("--data", default="", help="prepare: owner/slug of a dataset, not the competition")
-    add("--internet", action="store_true", help="prepare: switch the network on")
     add("-p", action="append", default=[], type=setting, metavar="name=value", help="as for run")
     given = parser.parse_args(arguments)
     try:
@@ -289,19 +277,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _lines(given: argparse.Namespace) -> list[object]:
+def _lines(given: argparse.Namespace) -> Iterator[object]:
     """What the command made or was answered."""
-    names, out = given.names, Path(given.output or "kaggle")
+    out = given.output or Path("kaggle")
     if given.command == "bundle":
-        return [bundle(out, owner=given.owner)]
-    if given.command == "weights":
-        return [weights(names, out, owner=given.owner)]
-    if given.command == "push":
-        return [push(Path(name)) for name in names]
-    if given.command == "prepare":
-        choices = {"owner": given.owner, "internet": given.internet, "data": given.data}
-        return prepare_all(names, out, values=dict(given.p), **choices)
-    lines = []
-    for name in names:
-        lines += collect(Path(name), Path(given.output or "submissions")) or [f"{name} still runs"]
-    return lines
+        yield bundle(out, owner=given.owner)
+    elif given.command == "weights":
+        yield weights(given.names, out, owner=given.owner)
+    elif given.command == "prepare":
+        values = dict(given.p)
+        yield from prepare_all(given.names, out, owner=given.owner, data=given.data, values=values)
+    for folder in map(Path, given.names):
+        if given.command == "push":
+            yield push(folder)
+        elif given.command == "collect":
+            yield from collect(folder, given.output or Path("submissions"))

@@ -24,7 +24,6 @@ from vipr_utils.host import platform
 from vipr_utils.retrieve import pipeline
 
 SCALARS = {"str": str, "int": int, "float": float, "bool": bool}
-KINDS = re.compile(r"str|int|float|bool|list\[(str|int|float|bool|Step|Stack)\]|Literal\[[\w, ]+\]")
 
 
 class BadParameters(ValueError):
@@ -57,8 +56,7 @@ class Run:
 
     def folder(self) -> Path:
         """The run folder, created; ValueError for a name that is none."""
-        output_dir = self.values.get("output_dir", "submissions")
-        return platform.run_folder(output_dir, self.name).resolve()
+        return platform.run_folder(self.values["output_dir"], self.name).resolve()
 
     def data(self) -> Path | None:
         """The data root, None for the toy set; FileNotFoundError when it holds no data."""
@@ -80,23 +78,17 @@ def _naming(place: object) -> Iterator[None]:
 def parameters_of(notebook: Path) -> dict[str, tuple[str, object]]:
     """{name: (type, default)} of the cell tagged `parameters`, in its order, as papermill reads it.
 
-    Raises BadParameters for a type that the kit cannot check.
+    Types are str, int, float and bool, lists of one of these, `list[Step]`, `list[Stack]` and
+    `Literal[a, b]`; the last three in quotes. A value of another type is an error.
     """
     try:
         from papermill import inspect_notebook
     except ImportError:
         raise BadParameters("papermill is missing: pip install papermill ipykernel") from None
-    found = {}
-    for name, parameter in inspect_notebook(str(notebook)).items():
-        kind = parameter["inferred_type_name"]
-        if not KINDS.fullmatch(kind):
-            raise BadParameters(
-                f"{notebook.name}: parameter {name} has the type {kind}: write one of "
-                f"{', '.join(SCALARS)}, or in quotes list[one of these], list[Step], list[Stack] "
-                "or Literal[a, b]"
-            )
-        found[name] = kind, ast.literal_eval(parameter["default"])
-    return found
+    return {
+        name: (found["inferred_type_name"], ast.literal_eval(found["default"]))
+        for name, found in inspect_notebook(str(notebook)).items()
+    }
 
 
 def check(name: str, value: object, kind: str) -> object:
@@ -106,12 +98,15 @@ def check(name: str, value: object, kind: str) -> object:
     """
     outer, _, inner = kind.removesuffix("]").partition("[")
     if outer == "Literal":
-        choices = inner.split(", ")
-        if value not in choices:
-            raise BadParameters(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        if value not in inner.split(", "):
+            raise BadParameters(f"{name}: expected one of {inner}, got {value!r}")
         return value
     if outer == "list" and type(value) is list:
-        return _checked_list(name, value, inner)
+        is_steps = inner in ("Step", "Stack")
+        items = [check(name, item, "str" if is_steps else inner) for item in value]
+        if is_steps:
+            _check_steps(name, items, inner)
+        return items
     if kind == "float" and type(value) is int:
         return float(value)
     if type(value) is not SCALARS.get(kind):
@@ -119,16 +114,12 @@ def check(name: str, value: object, kind: str) -> object:
     return value
 
 
-def _checked_list(name: str, items: list, kind: str) -> list:
-    if kind not in ("Step", "Stack"):
-        return [check(name, item, kind) for item in items]
-    texts = [check(name, item, "str") for item in items]
+def _check_steps(name: str, texts: list[str], kind: str) -> None:
     try:
         for stack in [texts] if kind == "Step" else map(pipeline.split, texts):
             pipeline.check(stack)
     except ValueError as error:
         raise BadParameters(f"{name}: {error}") from None
-    return texts
 
 
 def _wrong_type(name: str, value: object, kind: str) -> BadParameters:
@@ -188,8 +179,7 @@ def load_runs(
     runs = [_checked(run, types[run.notebook], overrides) for run in chosen]
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
-            files = {str(run.file) for run in runs if run.name == name}
-            raise BadParameters(f"{', '.join(files)}: run_name: {count} runs are called {name!r}")
+            raise BadParameters(f"run_name: {count} runs are called {name!r}")
     return runs
 
 
@@ -213,14 +203,14 @@ def _is_asked_for(run: Run, only: str) -> bool:
     return any(fnmatchcase(name, start) for name in names for start in starts)
 
 
-def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
+def _files(paths: Iterable[str | Path]) -> list[Path]:
+    found = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise BadParameters(f"{path}: no such file or folder")
         files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
-        if not files:
-            raise BadParameters(f"{path}: no *.yaml in it")
-        yield from files
+        if not files or not files[0].exists():
+            raise BadParameters(f"{path}: no such file, or a folder with no *.yaml in it")
+        found += files
+    return found
 
 
 def _runs_of(file: Path) -> list[Run]:
@@ -234,31 +224,28 @@ def _runs_of(file: Path) -> list[Run]:
             raise BadParameters(f"not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise BadParameters("expected lines 'name: value'")
-        if "notebook" not in content:
-            return [Run(find_notebook(file.stem), content, {}, file)]
-        notebook = find_notebook(Path(content["notebook"]).stem)
-        return [Run(notebook, values, {}, file) for values in _rows(file.stem, content)]
+        notebook = find_notebook(content.get("notebook", file.stem))
+        rows = _rows(file.stem, content) if "notebook" in content else [content]
+    return [Run(notebook, values, {}, file) for values in rows]
 
 
-def _rows(name: str, content: dict) -> list[dict]:
+def _rows(sweep: str, content: dict) -> list[dict]:
     """The value sets of a sweep."""
-    if wrong := sorted(map(str, set(content) - {"notebook", "base", "runs", "grid"})):
-        raise BadParameters(f"{', '.join(wrong)}: a sweep has notebook, base, and runs or grid")
-    if ("runs" in content) == ("grid" in content):
-        raise BadParameters("a sweep has either runs or grid")
-    rows = content["runs"] if "runs" in content else _combinations(name, content["grid"])
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise BadParameters(f"runs: expected a list of value sets, got {row!r}")
-        if not row.get("run_name"):
-            raise BadParameters(f"run_name: missing in run {number}")
-    return [content.get("base", {}) | row for row in rows]
+    keys = content.keys() - {"base"}
+    if keys not in ({"notebook", "runs"}, {"notebook", "grid"}):
+        given = ", ".join(map(str, content))
+        raise BadParameters(f"a sweep has notebook, base, and either runs or grid, got {given}")
+    try:
+        rows = content["runs"] if "runs" in content else _combinations(sweep, content["grid"])
+        return [content.get("base", {}) | row for row in rows]
+    except (TypeError, AttributeError):
+        raise BadParameters("expected runs: list of value sets, or grid: lists of values") from None
 
 
 def _combinations(sweep: str, grid: dict) -> list[dict]:
     """Every combination of the grid's values, each with a run_name made of them."""
-    if wrong := [name for name, values in grid.items() if not isinstance(values, list)]:
-        raise BadParameters(f"{', '.join(wrong)}: a grid wants a list of values")
+    if not all(isinstance(values, list) for values in grid.values()):
+        raise TypeError
     rows = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for row in rows:
         row["run_name"] = "-".join([sweep, *(_word(n, v) for n, v in row.items())])
@@ -272,10 +259,10 @@ def _word(name: str, value: object) -> str:
 
 
 def find_notebook(stem: str) -> Path:
-    """notebooks/<stem>.ipynb of the checkout or of the working folder."""
-    for root in (platform.home(), Path.cwd()):
-        if (path := root / "notebooks" / f"{stem}.ipynb").is_file():
-            return path
+    """notebooks/<stem>.ipynb of the checkout, else of the working folder."""
+    path = platform.home() / "notebooks" / f"{stem}.ipynb"
+    if path.is_file():
+        return path
     raise BadParameters(
         f"there is no notebooks/{stem}.ipynb (a parameter file is named like its notebook)"
     )
