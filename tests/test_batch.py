@@ -146,13 +146,11 @@ def test_value_outside_the_choices_of_a_literal_is_an_error_that_lists_them(repo
     known = params.parameters_of(path)
     assert (
         known == {"precision": ("Literal[auto, float32]", "auto")}
-        and params.check("precision", "float32", known["precision"][0]) == "float32"
+        and params.check("float32", known["precision"][0]) == "float32"
     )
     for wrong in ("half", 32, True):
-        with pytest.raises(
-            params.BadParameters, match=f"precision: expected one of auto, float32, got {wrong!r}"
-        ):
-            params.check("precision", wrong, known["precision"][0])
+        with pytest.raises(ValueError, match=f"expected one of auto, float32, got {wrong!r}"):
+            params.check(wrong, known["precision"][0])
 
 
 def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, capsys):
@@ -175,7 +173,7 @@ def test_unknown_parameter_is_an_error_that_names_the_nearest(repo, no_kernel, c
         ("milestones: 3", "milestones: expected list[int], got 3 (int)"),
         ("milestones: [1, two]", "milestones: expected int, got 'two' (str)"),
         ("- seed", "expected lines 'name: value'"),
-        ("seed: [1", "not YAML"),
+        ("seed: [1", "expected ',' or ']'"),
     ],
 )
 def test_wrong_type_is_an_error_with_the_remedy(repo, no_kernel, text, message):
@@ -211,9 +209,7 @@ def test_override_goes_to_every_notebook_that_has_the_parameter_and_is_read_by_i
     files = [params_file(repo, "seed: 1\n"), params_file(repo, "", "other")]
     first, second = params.load_runs(files, {"seed": "7", "rate": "1e-4", "fail": "123"})
     assert first.params == {"seed": 7, "fail": "123"} and second.params == {"rate": 1e-4}
-    with pytest.raises(
-        params.BadParameters, match="-p: sead: unknown parameter; did you mean seed"
-    ):
+    with pytest.raises(params.BadParameters, match="-p sead: unknown parameter; did you mean seed"):
         params.load_runs(files, {"sead": "7"})
 
 
@@ -348,10 +344,8 @@ def fake_kernel(monkeypatch):
 def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
     def again():
         before = len(fake_kernel)
-        batch.run_all(
-            params.load_runs([file], {"data_root": str(data), "output_dir": "out"}),
-            report=lambda line: None,
-        )
+        todo = params.load_runs([file], {"data_root": str(data), "output_dir": "out"})
+        list(batch.run_all(todo))
         return len(fake_kernel) > before
 
     file, data = params_file(repo, "seed: 1\n"), repo / "data"
@@ -382,7 +376,7 @@ def test_submission_of_the_best_run_is_made_anew_each_time(repo, fake_kernel):
         file = params_file(repo, f"model_run: {model_run}\n")
         for _ in range(2):
             todo = params.load_runs([file], {"output_dir": f"out/{model_run}"})
-            batch.run_all(todo, report=lambda line: None)
+            list(batch.run_all(todo))
         assert len(fake_kernel) == kernels
 
 
@@ -503,10 +497,9 @@ def test_every_row_runs_once_on_a_free_slot_and_results_keep_their_order(repo, m
 
     monkeypatch.setattr(batch, "_papermill", papermill)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    lines = []
     rows = sweep(repo, [{"run_name": n} for n in "abcdef"])
-    results = batch.run_all(params.load_runs([rows], {"output_dir": "out"}), report=lines.append)
-    assert [r.run.name for r in results] == list("abcdef") == [line.split()[-1] for line in lines]
+    results = list(batch.run_all(params.load_runs([rows], {"output_dir": "out"})))
+    assert [result.run.name for result in results] == list("abcdef")
     assert sorted(name for name, _ in seen) == list("abcdef") and {gpu for _, gpu in seen} == {
         "0",
         "1",

@@ -21,7 +21,7 @@ model_run: str = ""  # an earlier run
 def test_without_a_command_those_there_are_get_listed(arguments, code, capsys):
     assert command.main(arguments) == code
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in ("run", "submit", "score", "board", "kaggle"))
+    assert all(f"\n{name} " in printed for name in ("run", "submit", "score", "board", "kaggle"))
 
 
 def test_every_command_answers_help():

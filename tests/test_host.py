@@ -358,7 +358,7 @@ def test_preflight_says_what_is_here_and_warns_of_nothing_on_a_laptop_with_the_t
     items = ["data", "device", "memory", "outputs", "cache", "weights"]
     assert list(table.index) == items
     assert table.found["data"] == "toy set (generated)"
-    assert re.fullmatch(r"\d+ cores, \d+ of \d+ GB available", table.found["memory"])
+    assert re.fullmatch(r"\d+ GB available", table.found["memory"])
     assert not [w for w in recwarn if "session" in str(w.message) or "GPU" in str(w.message)]
 
 
@@ -368,33 +368,32 @@ def test_preflight_of_real_photos_on_kaggle_without_gpu_and_time_limit_warns_of_
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "products-10k")
     with pytest.warns(UserWarning) as warned:
-        table = platform.preflight({"epochs": 3, "max_minutes": 0.0})
-    assert "choose Settings > Accelerator > GPU T4 x2" in table["to do"]["device"]
-    assert "the session ends after 12 h, done or not: set max_minutes" in table["to do"]["time"]
-    assert {str(w.message).split(":")[0] for w in warned} >= {"device", "time"}
-    assert "time" not in platform.preflight({"epochs": 3, "max_minutes": 90.0}).index
+        platform.preflight({"epochs": 3, "max_minutes": 0.0})
+    gpu, limit = "choose Settings > Accelerator > GPU T4 x2", "set max_minutes"
+    assert {gpu, limit} <= {
+        str(w.message).split(": ")[-1].split("done or not: ")[-1] for w in warned
+    }
+    with pytest.warns(UserWarning) as warned:
+        platform.preflight({"epochs": 3, "max_minutes": 90.0})
+    assert not any(limit in str(w.message) for w in warned)
 
 
-def test_preflight_names_the_p100s_way_out(monkeypatch, p100):
-    on_kaggle(monkeypatch)
-    data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "products-10k")
-    with pytest.warns(UserWarning, match="running on the CPU: .*no kernel image is available"):
-        table = platform.preflight({"epochs": 3, "max_minutes": 90.0})
-    assert "GPU T4 x2" in table["to do"]["device"]
+def test_preflight_names_the_p100s_way_out(p100):
+    with pytest.warns(UserWarning, match="no kernel image.*Settings > Accelerator > GPU T4 x2"):
+        platform.preflight({})
 
 
 def test_preflight_warns_of_a_full_disk_and_of_photos_that_would_fill_what_is_kept(keeps_little):
-    with pytest.warns(UserWarning, match="outputs: 0 GB free: 2 GB are needed: free some"):
-        table = platform.preflight({"cache_dir": str(keeps_little / "cache")})
-    assert table["to do"]["cache"].startswith("1 GB are needed")
+    with pytest.warns(UserWarning) as warned:
+        platform.preflight({"cache_dir": str(keeps_little / "cache")})
+    advice = "0 GB free, {} GB are needed: free some or name another"
+    assert any(str(w.message).endswith(f"submissions: {advice.format(2)}") for w in warned)
+    assert any(str(w.message).endswith(f"cache: {advice.format(1)}") for w in warned)
 
 
-def test_preflight_shows_a_wrong_data_root_instead_of_raising(tmp_path):
-    with pytest.warns(UserWarning, match="data: .*nowhere does not exist"):
-        assert (
-            "does not exist"
-            in platform.preflight({"data_root": str(tmp_path / "nowhere")})["to do"]["data"]
-        )
+def test_preflight_ends_at_a_wrong_data_root(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        platform.preflight({"data_root": str(tmp_path / "nowhere")})
 
 
 # ---------------------------------------------------------------------------------------------- device and memory
@@ -412,6 +411,7 @@ def p100(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100-PCIE-16GB")
     monkeypatch.setattr(torch, "ones", ones)
 
 
@@ -429,12 +429,6 @@ def test_card_without_kernels_is_passed_over_with_the_menu_entry_that_helps(p100
 def test_card_without_kernels_is_an_error_when_it_was_asked_for(p100):
     with pytest.raises(RuntimeError, match=NO_KERNEL):
         working_device("cuda")
-
-
-def test_device_that_computes_something_else_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda image, kernel: torch.zeros(1))
-    with pytest.raises(RuntimeError, match="product gave \\(0.0, 512.0\\)"):
-        working_device("cpu")
 
 
 @pytest.mark.parametrize("name", ["cuda", "abacus"])
@@ -570,9 +564,9 @@ def test_precision_on_a_cpu_goes_by_its_units(monkeypatch, amx, avx512, embeddin
 def test_unknown_precision_names_where_it_was_set_and_the_known(monkeypatch):
     with pytest.raises(
         ValueError,
-        match="precision 'half' is unknown: use 'auto', 'float32', 'bfloat16' or 'float16'",
+        match="precision 'half' is unknown, .*: use 'auto', 'float32', 'bfloat16' or 'float16'",
     ):
         compute_dtype("half", torch.device("cpu"))
     monkeypatch.setenv("VIPR_PRECISION", "fp8")
-    with pytest.raises(ValueError, match=r"\$VIPR_PRECISION 'fp8' is unknown"):
+    with pytest.raises(ValueError, match=r"'fp8' is unknown, by parameter or \$VIPR_PRECISION"):
         compute_dtype("auto", torch.device("cpu"))

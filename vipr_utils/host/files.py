@@ -40,7 +40,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes its place, on any error the old
     file stays.
 
-    Raises OSError (no space) with the file, what was written, the room left and the remedy; in
+    Raises OSError (no space) with the file, the room left and the remedy; in
     /kaggle/working also when the file would pass the 20 GB that Kaggle keeps.
     """
     path = Path(path)
@@ -57,10 +57,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except Exception as error:
         if not _is_full_disk(error):
             raise
-        written = part.stat().st_size / 1e9 if part.exists() else 0.0
-        free = platform.room_gb(path.parent)
         message = (
-            f"disk full while writing {path.name} ({written:.2f} GB written, {free:.2f} GB free, "
+            f"disk full while writing {path.name} ({platform.room_gb(path.parent):.2f} GB free, "
             f"{error}): the file before it is untouched. Free space in {path.parent} or give "
             "another output_dir or cache_dir"
         )

@@ -11,9 +11,8 @@ import warnings
 from pathlib import Path
 
 import pandas as pd
-import torch
 
-from vipr_utils.host.device import GPU_MENUS, cores, memory_gb, tune, working_device
+from vipr_utils.host.device import GPU_MENUS, hardware, memory_gb, tune, working_device
 
 MARKER = "train.csv"  # a data root is a folder that holds one whose header starts with name,class
 # Another one holds a rehearsal's /kaggle and /content
@@ -63,8 +62,7 @@ def where() -> str:
 def repository() -> Path | None:
     """The checkout this package runs from, None when it was installed or attached without one."""
     folder = Path(__file__).resolve().parents[2]
-    whole = (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir()
-    return folder if whole else None
+    return folder if (folder / "pyproject.toml").is_file() else None
 
 
 def home() -> Path:
@@ -197,56 +195,45 @@ def git_revision() -> str:
 
 
 def preflight(params: dict) -> pd.DataFrame:
-    """Set up threads and memory, and say what this notebook will meet here.
-
-    (6 rows, or 7) item -> found, to do; what would cost hours is also warned of.
+    """Set up threads and memory, and say what this notebook will meet here: (6 rows) item -> found.
 
     `params` are the notebook's. The data, the device by a real operation, memory, room for outputs
-    and caches, where weights come from, and a session that ends before its training.
+    and caches, where weights come from. Warns of what would cost hours. Raises FileNotFoundError
+    for a data root and RuntimeError for a device that was named and is none.
     """
     tune()
     given = DEFAULTS | params
-    data, rows = None, {}
-    try:
-        data, how = find_data_root(given["data_root"])
-        rows["data"] = (f"{data.name}, {how}" if data else "toy set (generated)", "")
-    except FileNotFoundError as error:
-        rows["data"] = given["data_root"] or "$VIPR_DATA", str(error)
-    in_session = bool(data and given["epochs"] and where() != "local")  # trains on real photos
-    rows["device"] = _device(given["device"], in_session)
-    total, available = memory_gb()
-    rows["memory"] = (
-        f"{cores()} cores, {available:.0f} of {total:.0f} GB available",
-        "kernels die below 3 GB: close others" if available < 3 else "",
-    )
-    rows["outputs"] = _room(output_folder(given["output_dir"]), 2)
-    rows["cache"] = _room(cache_folder(given["cache_dir"]), 30 if data else 1)
-    rows["weights"] = _weights(given["weights"]), ""
-    if in_session and not given["max_minutes"]:
-        rows["time"] = "no limit", "the session ends after 12 h, done or not: set max_minutes"
-    for item, (found, todo) in rows.items():
-        if todo:
-            warnings.warn(f"{item}: {found}: {todo}", stacklevel=2)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["found", "to do"])
+    data, how = find_data_root(given["data_root"])
+    device = working_device(given["device"])
+    available = memory_gb()[1]
+    rows = {
+        "data": f"{data.name}, {how}" if data else "toy set (generated)",
+        "device": f"{device}, {hardware()}",
+        "memory": f"{available:.0f} GB available",
+        "outputs": _room(output_folder(given["output_dir"]), 2),
+        "cache": _room(cache_folder(given["cache_dir"]), 30 if data else 1),
+        "weights": _weights(given["weights"]),
+    }
+    if available < 3:
+        warnings.warn("memory: kernels die below 3 GB: close others", stacklevel=2)
+    if data and given["epochs"] and where() != "local":  # real photos, in a session
+        if device.type == "cpu":
+            advice = f"training takes hours without a GPU: choose {GPU_MENUS[where()]}"
+            warnings.warn(advice, stacklevel=2)
+        if not given["max_minutes"]:
+            advice = "the session ends after 12 h, done or not: set max_minutes"
+            warnings.warn(advice, stacklevel=2)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["found"])
 
 
-def _device(name: str, in_session: bool) -> tuple[str, str]:
-    """The device that computes; on a platform, real photos and training on a CPU are hours."""
-    try:
-        device = working_device(name)
-    except RuntimeError as error:
-        return name, str(error)
-    if device.type == "cuda":
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, works", ""
-    menu = GPU_MENUS.get(where())
-    advice = f"training takes hours without a GPU: choose {menu}" if in_session else ""
-    return str(device), advice
-
-
-def _room(folder: Path, needed_gb: float) -> tuple[str, str]:
+def _room(folder: Path, needed_gb: float) -> str:
     room = room_gb(folder)
-    advice = f"{needed_gb} GB are needed: free some, or name another folder"
-    return f"{room:.0f} GB free", advice if room < needed_gb else ""
+    if room < needed_gb:
+        advice = (
+            f"{folder}: {room:.0f} GB free, {needed_gb} GB are needed: free some or name another"
+        )
+        warnings.warn(advice, stacklevel=3)
+    return f"{room:.0f} GB free"
 
 
 def _weights(weights: str) -> str:

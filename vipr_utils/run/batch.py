@@ -1,12 +1,13 @@
 """Run notebooks headless: a folder of parameter files, or a sweep, one papermill process per run.
 
     vipr run params/smoke [more paths] [--only 03] [--output-dir DIR] [-p name=value ...] [--force]
-             [--jobs N] [--engine ray [--address HOST:PORT]]
+             [--jobs N] [--engine ray]
 
 The rows of one sweep run side by side, one a GPU or `--jobs`; files run one after the other, in the
 order of their names, and so does a row that names another (`model_run`) after it. With Ray the rows
-go to its workers, here or on a cluster. Every run is checked before the first kernel starts. What
-was done before with the same inputs is not done again; what starts from a failed run fails with it.
+go to its workers, here or on the cluster that $RAY_ADDRESS names. Every run is checked before the
+first kernel starts. What was done before with the same inputs is not done again; what starts from a
+failed run fails with it.
 Exit code 0: all runs are done; 1: one failed; 2: wrong parameters.
 """
 
@@ -17,12 +18,12 @@ import ctypes
 import hashlib
 import json
 import os
-import queue
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +37,7 @@ from vipr_utils.host import platform
 from vipr_utils.host.device import cores, memory_gb
 from vipr_utils.host.files import locked, whole_file
 from vipr_utils.judge import runs
-from vipr_utils.run.params import BadParameters, Run, find_notebook, load_runs, setting
+from vipr_utils.run.params import BadParameters, Run, find_notebook, load_runs, naming, setting
 
 NO_MEMORY = "out of memory: lower batch_size or image_size"
 MEMORY_SIGNS = re.compile(
@@ -60,43 +61,31 @@ class Result:
 # ------------------------------------------------------------------------------- side by side
 
 
-def run_all(
-    todo: list[Run], *, force: bool = False, jobs: int = 0, report: Callable = print
-) -> list[Result]:
-    """Run them, `jobs` rows of a sweep at a time (0: see `slots`); `report` gets a line a run.
+def run_all(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterator[Result]:
+    """Run them, `jobs` rows of a sweep at a time (0: see `slots`); results as they come.
 
     A failed run stops only what names it as its model_run. Results do not depend on `jobs` where
     threads per run are the same: on a CPU a run's share of the cores is its number of threads,
     unless $OMP_NUM_THREADS says it.
     """
-    free = queue.Queue()
-    for slot in slots(jobs):
-        free.put(slot)
+    free, own = slots(jobs), threading.local()
+
+    def take_slot() -> None:
+        own.slot = free.pop(0)
 
     def one(run: Run) -> Result:
-        slot = free.get()
-        try:
-            return run_one(run, force=force, slot=slot)
-        finally:
-            free.put(slot)
+        return run_one(run, force=force, slot=own.slot)
 
-    with ThreadPoolExecutor(free.qsize()) as pool:  # each run is a process of its own
-        return _in_waves(todo, lambda wave: pool.map(one, wave), report)
+    with ThreadPoolExecutor(len(free), initializer=take_slot) as pool:  # each run is a process
+        yield from _in_waves(todo, lambda wave: pool.map(one, wave))
 
 
-def run_on_ray(
-    todo: list[Run],
-    *,
-    force: bool = False,
-    jobs: int = 0,
-    address: str = "",
-    report: Callable = print,
-) -> list[Result]:
+def run_on_ray(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterator[Result]:
     """`run_all` on Ray's workers: a task a run with its GPU, tried again where a worker is lost.
 
-    address: of a running cluster, which gets the repository and needs its packages, and the data
-    under the same path; empty starts Ray here. Records come back whatever machine made them.
-    Raises BadParameters without Ray.
+    $RAY_ADDRESS names a running cluster, which gets the repository and needs its packages, and the
+    data under the same path; without it Ray starts here. Records come back whatever machine made
+    them. Raises BadParameters without Ray.
     """
     try:
         import ray
@@ -104,9 +93,9 @@ def run_on_ray(
         raise BadParameters(
             "--engine ray: Ray is missing: pip install ray, or leave --engine out"
         ) from None
-    if address:
+    if os.environ.get("RAY_ADDRESS"):
         carried = {"working_dir": str(platform.home()), "excludes": NOT_CARRIED}
-        ray.init(address=address, runtime_env=carried, log_to_driver=False)
+        ray.init(runtime_env=carried, log_to_driver=False)
     else:
         ray.init(num_cpus=len(slots(jobs)), include_dashboard=False, log_to_driver=False)
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
@@ -117,7 +106,7 @@ def run_on_ray(
         return [_collected(ray, run, reference) for run, reference in zip(wave, references)]
 
     try:
-        return _in_waves(todo, several, report)
+        yield from _in_waves(todo, several)
     finally:
         ray.shutdown()
 
@@ -142,19 +131,19 @@ def _collected(ray, run: Run, reference) -> Result:
     return result
 
 
-def _in_waves(todo: list[Run], run_wave: Callable, report: Callable) -> list[Result]:
-    """The results wave by wave; runs that start from a failed one fail."""
-    results, failed = [], set()
+def _in_waves(todo: list[Run], run_wave: Callable) -> Iterator[Result]:
+    """The results of all; runs that start from a failed one fail."""
+    failed = set()
     for wave in waves(todo):
         blocked = [run for run in wave if run.starts_from in failed]
-        reason = "it starts from {}, which failed"
-        done = [Result(run, "FAIL", error=reason.format(run.starts_from)) for run in blocked]
-        done += run_wave([run for run in wave if run not in blocked])
-        for result in done:
-            report(_line(result))
-        failed |= {result.run.name for result in done if result.status == "FAIL"}
-        results += done
-    return results
+        for run in blocked:
+            reason = f"it starts from {run.starts_from}, which failed"
+            failed.add(run.name)
+            yield Result(run, "FAIL", error=reason)
+        for result in run_wave([run for run in wave if run not in blocked]):
+            if result.status == "FAIL":
+                failed.add(result.run.name)
+            yield result
 
 
 def waves(todo: list[Run]) -> list[list[Run]]:
@@ -192,15 +181,14 @@ def run_one(run: Run, *, force: bool, slot: dict) -> Result:
     folder = run.folder()
     mark, record, executed = (folder / n for n in ("batch.json", "run.json", "notebook.ipynb"))
     with locked(folder):  # another batch may be at it
-        key = _key(run)
+        inputs = _inputs(run)
         again = force or run.starts_from == "best"  # of whatever runs there are by now
-        if not again and mark.is_file() and mark.read_text() == _mark(key, record):
+        if not again and mark.is_file() and mark.read_text() == _mark(inputs, record):
             return Result(run, "skip")
         mark.unlink(missing_ok=True)
         executed.unlink(missing_ok=True)
-        values = run.params | {"run_name": run.name, "output_dir": str(folder.parent)}
-        if values.get("data_root"):
-            values["data_root"] = str(run.data())  # the kernel's working folder may be another
+        places = {"output_dir": str(folder.parent), "data_root": str(run.data() or "")}
+        values = run.params | {"run_name": run.name} | places  # whatever the kernel's own folder
         started = time.time()
         done = _papermill(run.notebook, executed, values, slot)
         seconds = time.time() - started
@@ -208,7 +196,7 @@ def run_one(run: Run, *, force: bool, slot: dict) -> Result:
             return Result(run, "FAIL", seconds, _reason(done))
         if record.is_file() and record.stat().st_mtime > started - 2:  # file systems round times
             with whole_file(mark) as part:
-                part.write_text(_mark(key, record))
+                part.write_text(_mark(inputs, record))
         return Result(run, "ok", seconds)
 
 
@@ -230,13 +218,13 @@ def _end_with_parent() -> None:
     LIBC.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
 
-def _mark(key: str, record: Path) -> str:
-    """What stands in batch.json when the run with this key has left this record."""
+def _mark(inputs: str, record: Path) -> str:
+    """What stands in batch.json when a run of these inputs has left this record."""
     content = record.read_bytes() if record.is_file() else b""
-    return json.dumps([key, hashlib.sha256(content).hexdigest()])
+    return json.dumps([inputs, hashlib.sha256(content).hexdigest()])
 
 
-def _key(run: Run) -> str:
+def _inputs(run: Run) -> str:
     """sha256 over what a run depends on: values, notebook, package, tables, runs and weights."""
     values = run.values | {"output_dir": ""}
     found = json.dumps([values, os.environ.get("VIPR_PRECISION")], sort_keys=True)
@@ -283,7 +271,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--only", default="", help="beginning of a notebook or run name; several with commas")
     add("--jobs", type=int, default=0, help="rows at once; 0: one a GPU, else 2 cores each")
     add("--engine", choices=["local", "ray"], default="local", help="ray: its workers")
-    add("--address", default="", help="of a Ray cluster")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -301,11 +288,17 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
     values = dict(given.p)
     if given.output_dir:
         values["output_dir"] = str(Path(given.output_dir).expanduser().resolve())
-    engine = partial(run_on_ray, address=given.address) if given.engine == "ray" else run_all
+    engine = run_on_ray if given.engine == "ray" else run_all
+    results = []
     try:
         todo = load_runs(paths, values, given.only)
-        _require_places(todo)
-        results = engine(todo, force=given.force, jobs=given.jobs, report=report)
+        for run in todo:
+            with naming(run.file):  # no kernel starts before all places are known to be right
+                run.folder()
+                run.data()
+        for result in engine(todo, force=given.force, jobs=given.jobs):
+            report(_line(result))
+            results.append(result)
     except BadParameters as error:
         report(error, file=sys.stderr)
         return 2
@@ -317,13 +310,3 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
         if submission.is_file():
             report(f"submission: {submission}")
     return int(len(folders) < len(results))
-
-
-def _require_places(todo: list[Run]) -> None:
-    """A wrong run name or data root is known before any kernel starts."""
-    for run in todo:
-        try:
-            run.folder()
-            run.data()
-        except (ValueError, FileNotFoundError) as error:
-            raise BadParameters(f"{run.file}: {error}") from None

@@ -32,6 +32,7 @@ from vipr_utils.learn import models
 from vipr_utils.run.params import BadParameters, Run, load_runs, setting
 
 KIT, WEIGHTS = "vipr-kit", "vipr-weights"  # slugs of the two datasets: 6 to 50 characters
+SCOREBOARD = "09_scoreboard"
 COMPETITION = "products-10k"
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
 BUNDLED = (
@@ -123,7 +124,7 @@ def _owner(name: str) -> str:
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
+def prepare(run: Run, folder: Path, **choices) -> Path:
     """Folder of one kernel: the notebook with the run's values in a cell of their own, no outputs.
 
     choices: those of `kernel_metadata`.
@@ -131,7 +132,7 @@ def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    metadata = kernel_metadata(run, owner=owner, **choices)
+    metadata = kernel_metadata(run, **choices)
     folder = Path(folder) / metadata["id"].split("/")[1]
     notebook = parameterize_notebook(load_notebook_node(str(run.notebook)), run.params)
     for cell in notebook["cells"]:
@@ -147,7 +148,7 @@ def kernel_metadata(run: Run, *, owner: str, data: str = "", upstream: Iterable[
 
     There is no network. Sources: the kit, the weights' dataset where "auto" asks for some, the
     competition (or `data`, owner/slug of a dataset), and the kernels of the runs it builds on: its
-    model_run, else `upstream`.
+    model_run, and for a scoreboard all `upstream`.
     """
     slug, computes = kernel_slug(run.name), "device" in run.defaults
     datasets = [f"{_owner(owner)}/{KIT}"]
@@ -155,7 +156,7 @@ def kernel_metadata(run: Run, *, owner: str, data: str = "", upstream: Iterable[
         datasets.append(f"{owner}/{WEIGHTS}")
     if data:
         datasets.append(data)
-    before = [run.starts_from] if run.starts_from else upstream
+    before = upstream if run.notebook.stem == SCOREBOARD else filter(None, [run.starts_from])
     return {
         "id": f"{owner}/{slug}",
         "title": slug.replace("-", " "),  # must give the slug again
@@ -177,20 +178,6 @@ def kernel_slug(run_name: str) -> str:
     return "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
 
 
-def prepare_all(
-    paths: list[str], folder: Path, *, owner: str, data: str = "", values: dict | None = None
-) -> list[Path]:
-    """A folder for each run of the parameter files, with values in place of theirs; a scoreboard
-    takes the kernels of all others.
-    """
-    runs = load_runs(paths, values)
-    others = [run.name for run in runs if run.notebook.stem != "09_scoreboard"]
-    return [
-        prepare(run, folder, owner=owner, data=data, upstream=[] if run.name in others else others)
-        for run in runs
-    ]
-
-
 # ---------------------------------------------------------------------- through the official client
 
 
@@ -201,14 +188,7 @@ def push(folder: Path) -> str:
     Raises KaggleError when it was refused, in part too: a kernel without one of its sources fails.
     """
     is_kernel = (folder / KERNEL).is_file()
-    if is_kernel:
-        answer = client("kernels", "push", "-p", str(folder))
-    elif (folder / DATASET).is_file():
-        answer = _push_dataset(folder)
-    else:
-        raise KaggleError(
-            f"{folder} has neither {KERNEL} nor {DATASET}: make it with prepare, bundle or weights"
-        )
+    answer = client("kernels", "push", "-p", str(folder)) if is_kernel else _push_dataset(folder)
     if REFUSED.search(answer) or (is_kernel and "successfully pushed" not in answer):
         raise KaggleError(f"{folder.name} was not pushed: {answer}")
     return answer
@@ -271,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for line in _lines(given):
             print(line)
-    except (KaggleError, models.WeightsError, BadParameters) as error:
+    except (KaggleError, models.WeightsError, BadParameters, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -285,8 +265,10 @@ def _lines(given: argparse.Namespace) -> Iterator[object]:
     elif given.command == "weights":
         yield weights(given.names, out, owner=given.owner)
     elif given.command == "prepare":
-        values = dict(given.p)
-        yield from prepare_all(given.names, out, owner=given.owner, data=given.data, values=values)
+        runs = load_runs(given.names, dict(given.p))
+        upstream = [run.name for run in runs if run.notebook.stem != SCOREBOARD]
+        for run in runs:
+            yield prepare(run, out, owner=given.owner, data=given.data, upstream=upstream)
     for folder in map(Path, given.names):
         if given.command == "push":
             yield push(folder)

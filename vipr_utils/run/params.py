@@ -64,11 +64,11 @@ class Run:
 
 
 @contextmanager
-def _naming(place: object) -> Iterator[None]:
-    """What is wrong in here is said with its place before it."""
+def naming(place: object) -> Iterator[None]:
+    """What is found wrong in here is a BadParameters that says the place."""
     try:
         yield
-    except BadParameters as error:
+    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
         raise BadParameters(f"{place}: {error}") from None
 
 
@@ -91,44 +91,41 @@ def parameters_of(notebook: Path) -> dict[str, tuple[str, object]]:
     }
 
 
-def check(name: str, value: object, kind: str) -> object:
+def check(value: object, kind: str) -> object:
     """The value in its parameter's type; an int becomes a float.
 
-    Raises BadParameters with the remedy. Step and Stack are calls: see `pipeline`.
+    Raises ValueError with the remedy. Step and Stack are calls: see `pipeline`.
     """
     outer, _, inner = kind.removesuffix("]").partition("[")
     if outer == "Literal":
         if value not in inner.split(", "):
-            raise BadParameters(f"{name}: expected one of {inner}, got {value!r}")
+            raise ValueError(f"expected one of {inner}, got {value!r}")
         return value
     if outer == "list" and type(value) is list:
-        is_steps = inner in ("Step", "Stack")
-        items = [check(name, item, "str" if is_steps else inner) for item in value]
-        if is_steps:
-            _check_steps(name, items, inner)
-        return items
+        return _checked_list(value, inner)
     if kind == "float" and type(value) is int:
         return float(value)
     if type(value) is not SCALARS.get(kind):
-        raise _wrong_type(name, value, kind)
+        advice = _advice(value, kind)
+        raise ValueError(f"expected {kind}, got {value!r} ({type(value).__name__}){advice}")
     return value
 
 
-def _check_steps(name: str, texts: list[str], kind: str) -> None:
-    try:
-        for stack in [texts] if kind == "Step" else map(pipeline.split, texts):
-            pipeline.check(stack)
-    except ValueError as error:
-        raise BadParameters(f"{name}: {error}") from None
+def _checked_list(items: list, kind: str) -> list:
+    if kind not in ("Step", "Stack"):
+        return [check(item, kind) for item in items]
+    texts = [check(item, "str") for item in items]
+    for stack in [texts] if kind == "Step" else map(pipeline.split, texts):
+        pipeline.check(stack)
+    return texts
 
 
-def _wrong_type(name: str, value: object, kind: str) -> BadParameters:
-    remedy = ""
+def _advice(value: object, kind: str) -> str:
     if kind == "str":
-        remedy = '; write "" for an empty one' if value is None else "; put it in quotes"
+        return '; write "" for an empty one' if value is None else "; put it in quotes"
     if kind == "float" and isinstance(value, str):
-        remedy = ": YAML reads 1e-4 as text, write 1.0e-4, with a point and a signed exponent"
-    return BadParameters(f"{name}: expected {kind}, got {value!r} ({type(value).__name__}){remedy}")
+        return ": YAML reads 1e-4 as text, write 1.0e-4, with a point and a signed exponent"
+    return ""
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -151,7 +148,7 @@ def _require_known(name: str, known: Iterable[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise BadParameters(f"{name}: unknown parameter; {advice}")
+        raise ValueError(f"unknown parameter; {advice}")
 
 
 # --------------------------------------------------------------------------------------- runs
@@ -174,7 +171,7 @@ def load_runs(
     types = {run.notebook: parameters_of(run.notebook) for run in chosen}
     everywhere = sorted(set().union(*types.values()))
     for name in overrides:
-        with _naming("-p"):
+        with naming(f"-p {name}"):
             _require_known(name, everywhere)
     runs = [_checked(run, types[run.notebook], overrides) for run in chosen]
     for name, count in Counter(run.name for run in runs).items():
@@ -189,10 +186,10 @@ def _checked(run: Run, types: dict, overrides: dict[str, str]) -> Run:
     for name, text in overrides.items():
         if name in types:
             values[name] = _typed(text, types[name][0])
-    with _naming(run.file):
-        for name, value in values.items():
+    for name, value in values.items():
+        with naming(f"{run.file}: {name}"):
             _require_known(name, types)
-            values[name] = check(name, value, types[name][0])
+            values[name] = check(value, types[name][0])
     defaults = {name: default for name, (_, default) in types.items()}
     return Run(run.notebook, values, defaults, run.file)
 
@@ -217,13 +214,10 @@ def _runs_of(file: Path) -> list[Run]:
     """The runs of a parameter file or a sweep, values as they stand there; or of a notebook."""
     if file.suffix == ".ipynb":
         return [Run(file, {}, {}, file)]
-    with _naming(file):
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise BadParameters(f"not YAML: {' '.join(str(error).split())}") from None
+    with naming(file):
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         if not isinstance(content, dict):
-            raise BadParameters("expected lines 'name: value'")
+            raise ValueError("expected lines 'name: value'")
         notebook = find_notebook(content.get("notebook", file.stem))
         rows = _rows(file.stem, content) if "notebook" in content else [content]
     return [Run(notebook, values, {}, file) for values in rows]
@@ -234,12 +228,12 @@ def _rows(sweep: str, content: dict) -> list[dict]:
     keys = content.keys() - {"base"}
     if keys not in ({"notebook", "runs"}, {"notebook", "grid"}):
         given = ", ".join(map(str, content))
-        raise BadParameters(f"a sweep has notebook, base, and either runs or grid, got {given}")
+        raise ValueError(f"a sweep has notebook, base, and either runs or grid, got {given}")
     try:
         rows = content["runs"] if "runs" in content else _combinations(sweep, content["grid"])
         return [content.get("base", {}) | row for row in rows]
     except (TypeError, AttributeError):
-        raise BadParameters("expected runs: list of value sets, or grid: lists of values") from None
+        raise ValueError("expected runs: list of value sets, or grid: lists of values") from None
 
 
 def _combinations(sweep: str, grid: dict) -> list[dict]:
