@@ -220,7 +220,7 @@ def test_override_that_is_no_yaml_is_answered_with_the_type(repo, no_kernel, cap
 
 def test_data_root_that_is_none_is_an_error_before_any_kernel_starts(repo, no_kernel, capsys):
     assert batch.main([str(params_file(repo, "")), "-p", "data_root=nowhere"]) == 2
-    assert "nowhere does not exist" in capsys.readouterr().err
+    assert "nowhere has no train.csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -534,7 +534,7 @@ def test_sweep_on_ray_survives_a_killed_worker_and_gives_the_numbers_of_the_loca
     file = params_file(repo, yaml.safe_dump({"notebook": "ray_tiny", "runs": rows}), "rows")
     local = yaml.safe_dump({"notebook": "ray_tiny", "runs": [r | {"fail": ""} for r in rows]})
     places = os.environ | {
-        "PYTHONPATH": str(Path(batch.__file__).parents[1]),
+        "PYTHONPATH": str(Path(batch.__file__).parents[2]),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = [sys.executable, "-m", "vipr_utils", "run", "--jobs", "2", "--output-dir"]

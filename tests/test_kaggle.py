@@ -164,14 +164,10 @@ def test_kernel_asks_for_two_t4_no_internet_and_names_every_source(tmp_path):
     }
 
 
-def test_notebook_that_computes_nothing_takes_no_gpu_and_data_may_be_a_dataset():
-    found = kaggle.kernel_metadata(
-        run_of("01_eda"), owner="some-one", data="warcoder/visual-product-recognition"
-    )
-    assert (
-        not found["enable_gpu"] and not found["machine_shape"] and not found["competition_sources"]
-    )
-    assert found["dataset_sources"] == ["some-one/vipr-kit", "warcoder/visual-product-recognition"]
+def test_notebook_that_computes_nothing_takes_no_gpu():
+    found = kaggle.kernel_metadata(run_of("01_eda"), owner="some-one")
+    assert not found["enable_gpu"] and not found["machine_shape"]
+    assert found["dataset_sources"] == ["some-one/vipr-kit"]
 
 
 def test_scoreboard_of_a_series_takes_the_kernels_of_all_its_runs(tmp_path, capsys):

@@ -45,7 +45,7 @@ def _seen_to_compute(name: str) -> torch.device:
         image = torch.ones(1, 1, 8, 8, device=device)
         float(functional.conv2d(image, image) + (image @ image).sum())  # fetched: it has run
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise RuntimeError(
             f"device {name!r} does not work: {reason}. Use 'auto' or 'cpu'; on Kaggle choose "
             f"{GPU_MENUS['kaggle']}"
@@ -129,11 +129,9 @@ def seed_everything(seed: int) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what numbers may hang on; what is not loaded is left out."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "timm", "numpy", "pandas"):
-        if package in sys.modules:
-            found[package] = sys.modules[package].__version__
-    return found
+    packages = ("torch", "torchvision", "timm", "numpy", "pandas")
+    loaded = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
+    return {"python": platform.python_version(), **loaded}
 
 
 def hardware() -> str:

@@ -84,9 +84,8 @@ def find_data_root(given: str = "") -> tuple[Path | None, str]:
     if not folder.exists():
         folder = home() / folder
     if not (folder / MARKER).is_file():
-        problem = f"has no {MARKER}" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"{how}: {named} {problem}. Expected a folder with train.csv (name,class,group), "
+            f"{how}: {named} has no {MARKER}. Expected a folder with train.csv (name,class,group), "
             "test.csv and the image folders train/ and test/; leave it empty for the toy set."
         )
     return folder.resolve(), how
@@ -125,15 +124,15 @@ def _lists_products(table: Path) -> bool:
 
 
 def cache_folder(given: str = "") -> Path:
-    """Scratch that may be lost: the parameter, $VIPR_CACHE, the platform's scratch disk,
-    ~/.cache/vipr. Created.
+    """Scratch that may be lost: the parameter, the platform's scratch disk, ~/.cache/vipr.
+    Created.
     """
     usual = {
         "kaggle": PLATFORM_ROOT / "kaggle" / "temp" / "vipr",
         "colab": COLAB_CONTENT / "vipr_cache",
     }
     default = usual.get(where(), Path.home() / ".cache" / "vipr")
-    folder = Path(given or os.environ.get("VIPR_CACHE") or default).expanduser()
+    folder = Path(given or default).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -206,13 +205,14 @@ def preflight(params: dict) -> pd.DataFrame:
     data, how = find_data_root(given["data_root"])
     device = working_device(given["device"])
     available = memory_gb()[1]
+    carried = [f"attached {sums.parent.name}" for sums in attached("SHA256SUMS")]
     rows = {
         "data": f"{data.name}, {how}" if data else "toy set (generated)",
         "device": f"{device}, {hardware()}",
         "memory": f"{available:.0f} GB available",
         "outputs": _room(output_folder(given["output_dir"]), 2),
         "cache": _room(cache_folder(given["cache_dir"]), 30 if data else 1),
-        "weights": _weights(given["weights"]),
+        "weights": ", ".join([given["weights"], *carried]),
     }
     if available < 3:
         warnings.warn("memory: kernels die below 3 GB: close others", stacklevel=2)
@@ -234,11 +234,3 @@ def _room(folder: Path, needed_gb: float) -> str:
         )
         warnings.warn(advice, stacklevel=3)
     return f"{room:.0f} GB free"
-
-
-def _weights(weights: str) -> str:
-    """Where weights may come from; models.find_weights names the file."""
-    if weights != "auto":
-        return weights
-    folders = [os.environ.get("VIPR_WEIGHTS"), *(p.parent.name for p in attached("SHA256SUMS"))]
-    return next(filter(None, folders), "an installed package, else the hub")

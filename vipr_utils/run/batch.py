@@ -93,11 +93,11 @@ def run_on_ray(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterat
         raise BadParameters(
             "--engine ray: Ray is missing: pip install ray, or leave --engine out"
         ) from None
+    carried, processes = None, len(slots(jobs))
     if os.environ.get("RAY_ADDRESS"):
         carried = {"working_dir": str(platform.home()), "excludes": NOT_CARRIED}
-        ray.init(runtime_env=carried, log_to_driver=False)
-    else:
-        ray.init(num_cpus=len(slots(jobs)), include_dashboard=False, log_to_driver=False)
+        processes = None  # as many as the cluster has
+    ray.init(num_cpus=processes, runtime_env=carried, log_to_driver=False)
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_on_a_worker)
 
@@ -186,7 +186,6 @@ def run_one(run: Run, *, force: bool, slot: dict) -> Result:
         if not again and mark.is_file() and mark.read_text() == _mark(inputs, record):
             return Result(run, "skip")
         mark.unlink(missing_ok=True)
-        executed.unlink(missing_ok=True)
         places = {"output_dir": str(folder.parent), "data_root": str(run.data() or "")}
         values = run.params | {"run_name": run.name} | places  # whatever the kernel's own folder
         started = time.time()

@@ -91,8 +91,7 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
         with whole_file(path) as part:
             save_file(state, part, metadata=metadata)
         sums += f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-    with whole_file(folder / "SHA256SUMS") as part:
-        part.write_text(sums)
+    (folder / "SHA256SUMS").write_text(sums)
     about = f"Pretrained weights of {', '.join(names)}; each keeps the licence of its source."
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
@@ -133,7 +132,7 @@ def prepare(run: Run, folder: Path, **choices) -> Path:
     from papermill.parameterize import parameterize_notebook
 
     metadata = kernel_metadata(run, **choices)
-    folder = Path(folder) / metadata["id"].split("/")[1]
+    folder = Path(folder) / kernel_slug(run.name)
     notebook = parameterize_notebook(load_notebook_node(str(run.notebook)), run.params)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
@@ -142,20 +141,18 @@ def prepare(run: Run, folder: Path, **choices) -> Path:
     return _write(folder / KERNEL, metadata).parent
 
 
-def kernel_metadata(run: Run, *, owner: str, data: str = "", upstream: Iterable[str] = ()) -> dict:
+def kernel_metadata(run: Run, *, owner: str, upstream: Iterable[str] = ()) -> dict:
     """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook
     computes, its sources.
 
     There is no network. Sources: the kit, the weights' dataset where "auto" asks for some, the
-    competition (or `data`, owner/slug of a dataset), and the kernels of the runs it builds on: its
-    model_run, and for a scoreboard all `upstream`.
+    competition, and the kernels of the runs it builds on: its model_run, and for a scoreboard all
+    `upstream`.
     """
     slug, computes = kernel_slug(run.name), "device" in run.defaults
     datasets = [f"{_owner(owner)}/{KIT}"]
     if run.values.get("weights") == "auto":
         datasets.append(f"{owner}/{WEIGHTS}")
-    if data:
-        datasets.append(data)
     before = upstream if run.notebook.stem == SCOREBOARD else filter(None, [run.starts_from])
     return {
         "id": f"{owner}/{slug}",
@@ -168,7 +165,7 @@ def kernel_metadata(run: Run, *, owner: str, data: str = "", upstream: Iterable[
         "enable_internet": False,
         "machine_shape": "NvidiaTeslaT4" if computes else "",
         "dataset_sources": datasets,
-        "competition_sources": [] if data else [COMPETITION],
+        "competition_sources": [COMPETITION],
         "kernel_sources": [f"{owner}/{kernel_slug(name)}" for name in before],
     }
 
@@ -217,8 +214,11 @@ def collect(folder: Path, output_dir: Path) -> list[Path]:
         raise KaggleError(f"{kernel} has not finished: {status}")
     with tempfile.TemporaryDirectory() as scratch:
         client("kernels", "output", kernel, "-p", scratch)
-        found = sorted(record.parent for record in Path(scratch).glob("submissions/*/run.json"))
-        return [shutil.copytree(run, output_dir / run.name, dirs_exist_ok=True) for run in found]
+        records = sorted(Path(scratch).glob("submissions/*/run.json"))
+        return [
+            shutil.copytree(record.parent, output_dir / record.parent.name, dirs_exist_ok=True)
+            for record in records
+        ]
 
 
 def client(*arguments: str) -> str:
@@ -245,7 +245,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("names", nargs="*", help="backbones, parameter files, or prepared folders")
     add("--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name")
     add("--output", type=Path, help="folder; kaggle, for collect submissions")
-    add("--data", default="", help="prepare: owner/slug of a dataset, not the competition")
     add("-p", action="append", default=[], type=setting, metavar="name=value", help="as for run")
     given = parser.parse_args(arguments)
     try:
@@ -268,7 +267,7 @@ def _lines(given: argparse.Namespace) -> Iterator[object]:
         runs = load_runs(given.names, dict(given.p))
         upstream = [run.name for run in runs if run.notebook.stem != SCOREBOARD]
         for run in runs:
-            yield prepare(run, out, owner=given.owner, data=given.data, upstream=upstream)
+            yield prepare(run, out, owner=given.owner, upstream=upstream)
     for folder in map(Path, given.names):
         if given.command == "push":
             yield push(folder)
