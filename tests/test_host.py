@@ -359,8 +359,7 @@ def test_preflight_says_what_is_here_and_warns_of_nothing_on_a_laptop_with_the_t
 
 def test_preflight_of_real_photos_on_kaggle_without_gpu_and_time_limit_warns_of_both(monkeypatch):
     on_kaggle(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     data_root(platform.PLATFORM_ROOT / "kaggle" / "input" / "products-10k")
     with pytest.warns(UserWarning) as warned:
         platform.preflight({"epochs": 3, "max_minutes": 0.0})
@@ -404,8 +403,11 @@ def p100(monkeypatch):
             "CUDA kernel errors might be asynchronously reported at some other API call"
         )
 
+    def accelerator(check_available):
+        return torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100-PCIE-16GB")
     monkeypatch.setattr(torch, "ones", ones)
 

@@ -150,7 +150,7 @@ def test_kernel_asks_for_two_t4_no_internet_and_names_every_source(tmp_path):
     found = metadata(kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one"))
     assert found == {
         "id": "some-one/vipr-06-submission",
-        "title": "vipr 06 submission",
+        "title": "vipr-06-submission",
         "code_file": "06_submission.ipynb",
         "language": "python",
         "kernel_type": "notebook",

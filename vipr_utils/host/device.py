@@ -9,6 +9,7 @@ import random
 import sys
 import warnings
 
+import joblib
 import numpy as np
 import psutil
 import torch
@@ -21,18 +22,16 @@ GPU_MENUS = {  # where a platform lends a card that works
 
 
 def working_device(name: str = "auto") -> torch.device:
-    """A device that was seen to work; 'auto' takes CUDA, Apple's MPS, else the CPU.
+    """A device that was seen to work; 'auto' takes the accelerator there is, else the CPU.
 
-    `cuda.is_available()` is also true for cards that the installed torch has no kernels for
-    (Kaggle's P100): only an operation tells. Raises RuntimeError when a named device does not
-    work; 'auto' warns and goes on with the CPU.
+    torch also lists cards that it has no kernels for (Kaggle's P100): only an operation tells.
+    Raises RuntimeError when a named device does not work; 'auto' warns and goes on with the CPU.
     """
     if name != "auto":
         return _seen_to_compute(name)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    for accelerator in filter(there.get, there):
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
         try:
-            return _seen_to_compute(accelerator)
+            return _seen_to_compute(accelerator.type)
         except RuntimeError as error:
             warnings.warn(f"running on the CPU: {error}", stacklevel=2)
     return torch.device("cpu")
@@ -75,8 +74,8 @@ def tune(threads: int = 0) -> None:
 
 
 def cores() -> int:
-    """Processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors this process may use, by affinity and by a container's limits."""
+    return joblib.cpu_count()
 
 
 def compute_dtype(name: str, device: torch.device, *, training: bool = False) -> torch.dtype:

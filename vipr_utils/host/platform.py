@@ -187,10 +187,9 @@ def git_revision() -> str:
     """Short commit of the checkout, with '+' when files differ from it; '' without git."""
     command = ["git", "-C", str(repository()), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
         return ""
-    return done.stdout.strip()
 
 
 def preflight(params: dict) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
@@ -135,12 +135,14 @@ def _in_waves(todo: list[Run], run_wave: Callable) -> Iterator[Result]:
     """The results of all; runs that start from a failed one fail."""
     failed = set()
     for wave in waves(todo):
-        blocked = [run for run in wave if run.starts_from in failed]
-        for run in blocked:
+        ready, blocked = [], []
+        for run in wave:
             reason = f"it starts from {run.starts_from}, which failed"
-            failed.add(run.name)
-            yield Result(run, "FAIL", error=reason)
-        for result in run_wave([run for run in wave if run not in blocked]):
+            if run.starts_from in failed:
+                blocked.append(Result(run, "FAIL", error=reason))
+            else:
+                ready.append(run)
+        for result in chain(blocked, run_wave(ready)):
             if result.status == "FAIL":
                 failed.add(result.run.name)
             yield result
@@ -286,7 +288,7 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
     report = partial(print, flush=True)
     values = dict(given.p)
     if given.output_dir:
-        values["output_dir"] = str(Path(given.output_dir).expanduser().resolve())
+        values["output_dir"] = str(Path(given.output_dir).resolve())
     engine = run_on_ray if given.engine == "ray" else run_all
     results = []
     try:

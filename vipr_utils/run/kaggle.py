@@ -156,7 +156,7 @@ def kernel_metadata(run: Run, *, owner: str, upstream: Iterable[str] = ()) -> di
     before = upstream if run.notebook.stem == SCOREBOARD else filter(None, [run.starts_from])
     return {
         "id": f"{owner}/{slug}",
-        "title": slug.replace("-", " "),  # must give the slug again
+        "title": slug,
         "code_file": f"{run.notebook.stem}.ipynb",
         "language": "python",
         "kernel_type": "notebook",
@@ -233,7 +233,7 @@ def client(*arguments: str) -> str:
     done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
     answer = (done.stdout + done.stderr).strip()
     if done.returncode:
-        raise KaggleError(f"kaggle {' '.join(arguments)}: {answer}")
+        raise KaggleError(answer)
     return answer
 
 

@@ -238,8 +238,6 @@ def _rows(sweep: str, content: dict) -> list[dict]:
 
 def _combinations(sweep: str, grid: dict) -> list[dict]:
     """Every combination of the grid's values, each with a run_name made of them."""
-    if not all(isinstance(values, list) for values in grid.values()):
-        raise TypeError
     rows = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for row in rows:
         row["run_name"] = "-".join([sweep, *(_word(n, v) for n, v in row.items())])
@@ -253,10 +251,10 @@ def _word(name: str, value: object) -> str:
 
 
 def find_notebook(stem: str) -> Path:
-    """notebooks/<stem>.ipynb of the checkout, else of the working folder."""
-    path = platform.home() / "notebooks" / f"{stem}.ipynb"
-    if path.is_file():
-        return path
+    """notebooks/<stem>.ipynb of the checkout or of the working folder."""
+    for root in (platform.home(), Path.cwd()):
+        if (path := root / "notebooks" / f"{stem}.ipynb").is_file():
+            return path
     raise BadParameters(
         f"there is no notebooks/{stem}.ipynb (a parameter file is named like its notebook)"
     )
