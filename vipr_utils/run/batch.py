@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -135,14 +135,11 @@ def _in_waves(todo: list[Run], run_wave: Callable) -> Iterator[Result]:
     """The results of all; runs that start from a failed one fail."""
     failed = set()
     for wave in waves(todo):
-        ready, blocked = [], []
         for run in wave:
-            reason = f"it starts from {run.starts_from}, which failed"
             if run.starts_from in failed:
-                blocked.append(Result(run, "FAIL", error=reason))
-            else:
-                ready.append(run)
-        for result in chain(blocked, run_wave(ready)):
+                failed.add(run.name)
+                yield Result(run, "FAIL", error=f"it starts from {run.starts_from}, which failed")
+        for result in run_wave([run for run in wave if run.name not in failed]):
             if result.status == "FAIL":
                 failed.add(result.run.name)
             yield result
@@ -307,7 +304,7 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
     for output_dir in {folder.parent for folder in folders}:
         runs.write_runs_csv(output_dir)
         report("\n" + runs.table(runs.scoreboard(output_dir)))
-    for submission in [folder / "submission.csv" for folder in folders]:
-        if submission.is_file():
+    for folder in folders:
+        for submission in folder.glob("submission.csv"):
             report(f"submission: {submission}")
     return int(len(folders) < len(results))

@@ -66,8 +66,7 @@ def bundle(folder: Path, *, owner: str) -> Path:
         for file in files:
             entry = zipfile.ZipInfo(f"vipr/{file.relative_to(root).as_posix()}")  # dated 1980
             archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
-    about = "The ViPR competition kit: notebooks, parameters and package."
-    return _dataset(folder, owner, title="ViPR kit", description=about, licence="MIT")
+    return _dataset(folder, owner, title="ViPR kit", licence="MIT")
 
 
 def weights(names: list[str], folder: Path, *, owner: str) -> Path:
@@ -96,7 +95,7 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
 
-def _dataset(folder: Path, owner: str, *, title: str, description: str, licence: str) -> Path:
+def _dataset(folder: Path, owner: str, *, title: str, licence: str, description: str = "") -> Path:
     metadata = {
         "id": f"{_owner(owner)}/{folder.name}",
         "title": title,
