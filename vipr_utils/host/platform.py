@@ -95,7 +95,7 @@ def _attached_data() -> tuple[Path, str] | None:
     """A data root mounted by the platform; one that has its images goes before one that is only
     tables.
     """
-    tables = attached(MARKER, (*MOUNTS, *COLAB_DATA))
+    tables = attached(MARKER, MOUNTS + COLAB_DATA)
     roots = [table.parent for table in tables if _lists_products(table)]
     whole = [root for root in roots if (root / "train").is_dir()]
     root = next(iter(whole + roots), None)
@@ -180,7 +180,7 @@ def room_gb(folder: Path) -> float:
 
 
 def is_kept(folder: Path) -> bool:
-    return where() == "kaggle" and Path(folder).resolve().is_relative_to(KAGGLE_WORKING.resolve())
+    return where() == "kaggle" and folder.resolve().is_relative_to(KAGGLE_WORKING.resolve())
 
 
 def git_revision() -> str:

@@ -185,8 +185,11 @@ def run_one(run: Run, *, force: bool, slot: dict) -> Result:
         if not again and mark.is_file() and mark.read_text() == _mark(inputs, record):
             return Result(run, "skip")
         mark.unlink(missing_ok=True)
-        places = {"output_dir": str(folder.parent), "data_root": str(run.data() or "")}
-        values = run.params | {"run_name": run.name} | places  # whatever the kernel's own folder
+        values = run.params | {  # folders in full: the kernel starts in another
+            "run_name": run.name,
+            "output_dir": str(folder.parent),
+            "data_root": str(run.data() or ""),
+        }
         started = time.time()
         done = _papermill(run.notebook, executed, values, slot)
         seconds = time.time() - started

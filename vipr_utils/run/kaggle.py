@@ -60,7 +60,7 @@ def bundle(folder: Path, *, owner: str) -> Path:
             "bundle needs the repository (pyproject.toml and notebooks/), not an installed "
             "package alone"
         )
-    folder = Path(folder) / KIT
+    folder = folder / KIT
     files = sorted(found for pattern in BUNDLED for found in root.glob(pattern))
     with whole_file(folder / "vipr.zip") as part, zipfile.ZipFile(part, "w") as archive:
         for file in files:
@@ -76,7 +76,7 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     Attached on Kaggle, or named by $VIPR_WEIGHTS, `models.create` finds them; `sha256sum -c
     SHA256SUMS` checks them. Raises models.WeightsError when a backbone's weights cannot be had.
     """
-    folder, sums = Path(folder) / WEIGHTS, ""
+    folder, sums = folder / WEIGHTS, ""
     for name in names:
         model = models.create(name)
         if not (origin := model.record["weights"])["sha256"]:
@@ -107,7 +107,7 @@ def _dataset(folder: Path, owner: str, *, title: str, licence: str, description:
 
 def _write(path: Path, content: dict) -> Path:
     with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(json.dumps(content, indent=1))
     return path
 
 
@@ -131,7 +131,7 @@ def prepare(run: Run, folder: Path, **choices) -> Path:
     from papermill.parameterize import parameterize_notebook
 
     metadata = kernel_metadata(run, **choices)
-    folder = Path(folder) / kernel_slug(run.name)
+    folder = folder / kernel_slug(run.name)
     notebook = parameterize_notebook(load_notebook_node(str(run.notebook)), run.params)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":

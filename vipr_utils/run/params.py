@@ -182,10 +182,8 @@ def load_runs(
 
 def _checked(run: Run, types: dict, overrides: dict[str, str]) -> Run:
     """The run with the overrides, every value in its type, and the notebook's defaults."""
-    values = dict(run.params)
-    for name, text in overrides.items():
-        if name in types:
-            values[name] = _typed(text, types[name][0])
+    given = {n: _typed(text, types[n][0]) for n, text in overrides.items() if n in types}
+    values = run.params | given
     for name, value in values.items():
         with naming(f"{run.file}: {name}"):
             _require_known(name, types)
