@@ -21,7 +21,7 @@ model_run: str = ""  # an earlier run
 def test_without_a_command_those_there_are_get_listed(arguments, code, capsys):
     assert command.main(arguments) == code
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in ("run", "submit", "score", "board", "kaggle"))
+    assert all(f"\n{name} " in printed for name in ("run", "submit", "score", "board", "kaggle"))
 
 
 def test_every_command_answers_help():
@@ -43,6 +43,7 @@ def test_submit_runs_notebook_06_with_that_model(repo, monkeypatch):  # noqa: F8
     monkeypatch.setattr(batch, "run_all", run_all)
     arguments = ["submit", "best", "--data", str(repo), "--output-dir", "out"]
     assert command.main(arguments) == 0
-    (((run,), settings),) = asked
-    assert run.name == "06_submission" and settings["output_dir"] == "out"
-    assert run.params == {"model_run": "best", "data_root": str(repo)}
+    (((run,), _),) = asked
+    assert run.name == "06_submission"
+    values = {"model_run": "best", "data_root": str(repo), "output_dir": str(repo / "out")}
+    assert run.params == values

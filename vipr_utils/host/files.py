@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+FULL_DISK = re.compile(  # the last three are torch's words
+    "No space left|Disk quota exceeded|over Kaggle's limit|"
+    "file write failed|PytorchStreamWriter failed|unexpected pos"
+)
 
 
 @contextmanager
@@ -34,54 +40,33 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes its place, on any error the old
     file stays.
 
-    Raises OSError (no space) with the file, what was written, the room left and the remedy; in
+    Raises OSError (no space) with the file, the room left and the remedy; in
     /kaggle/working also when the file would pass the 20 GB that Kaggle keeps.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        part.touch()
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        if (
-            platform.is_kept(path.parent) and platform.room_gb(path.parent) < 0
-        ):  # of what the disk has, not of what is kept
-            raise OSError(errno.EDQUOT, "over Kaggle's limit")
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)  # mkstemp gives 0600
+        if platform.is_kept(path.parent) and platform.room_gb(path.parent) < 0:
+            raise OSError(f"over Kaggle's limit of {platform.KEPT_GB} GB in {path.parent}")
         os.replace(part, path)
     except Exception as error:
-        if _is_full_disk(error):
-            written, free = part.stat().st_size / 1e9, platform.room_gb(path.parent)
-            limit = (
-                f", and {platform.KAGGLE_WORKING} keeps {platform.KEPT_GB} GB"
-                if platform.is_kept(path.parent)
-                else ""
-            )
-            raise OSError(
-                errno.ENOSPC,
-                f"disk full while writing {path.name} ({written:.2f} GB written, {free:.2f} GB "
-                f"free{limit}): the file before it is untouched. Free space in {path.parent} or "
-                "give another output_dir or cache_dir",
-            ) from error
-        raise
+        if not _is_full_disk(error):
+            raise
+        message = (
+            f"disk full while writing {path.name} ({platform.room_gb(path.parent):.2f} GB free, "
+            f"{error}): the file before it is untouched. Free space in {path.parent} or give "
+            "another output_dir or cache_dir"
+        )
+        raise OSError(errno.ENOSPC, message) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """ENOSPC, also where torch's writer hides it in a RuntimeError."""
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        getattr(errno, "EDQUOT", errno.ENOSPC),
-    ):
-        return True
-    hidden = isinstance(error, RuntimeError) and any(
-        s in str(error)
-        for s in ("No space left", "file write failed", "PytorchStreamWriter failed")
-    )
-    return hidden or (error.__context__ is not None and _is_full_disk(error.__context__))
+    """Whether no space was left, also where torch's writer hides it."""
+    return FULL_DISK.search(str(error)) is not None

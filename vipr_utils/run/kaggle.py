@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -28,12 +29,10 @@ from safetensors.torch import save_file
 from vipr_utils.host import platform
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
-from vipr_utils.run.params import BadParameters, Run, load_runs
+from vipr_utils.run.params import BadParameters, Run, load_runs, setting
 
-KIT, WEIGHTS = (
-    "vipr-kit",
-    "vipr-weights",
-)  # slugs of the two datasets; Kaggle wants 6 to 50 characters
+KIT, WEIGHTS = "vipr-kit", "vipr-weights"  # slugs of the two datasets: 6 to 50 characters
+SCOREBOARD = "09_scoreboard"
 COMPETITION = "products-10k"
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
 BUNDLED = (
@@ -44,6 +43,7 @@ BUNDLED = (
     "README.md",
     "LICENSE",
 )
+REFUSED = re.compile(r"error:|could not be added", re.IGNORECASE)  # printed, with exit code 0
 
 
 class KaggleError(RuntimeError):
@@ -60,19 +60,13 @@ def bundle(folder: Path, *, owner: str) -> Path:
             "bundle needs the repository (pyproject.toml and notebooks/), not an installed "
             "package alone"
         )
-    folder = Path(folder) / KIT
-    with (
-        whole_file(folder / "vipr.zip") as part,
-        zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive,
-    ):
-        for file in sorted(found for pattern in BUNDLED for found in root.glob(pattern)):
+    folder = folder / KIT
+    files = sorted(found for pattern in BUNDLED for found in root.glob(pattern))
+    with whole_file(folder / "vipr.zip") as part, zipfile.ZipFile(part, "w") as archive:
+        for file in files:
             entry = zipfile.ZipInfo(f"vipr/{file.relative_to(root).as_posix()}")  # dated 1980
             archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
-    address = re.search(
-        r'^Repository = "(.+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.M
-    )[1]
-    about = f"The ViPR competition kit: notebooks, parameters and package. Source: {address}"
-    return _dataset(folder, owner, title="ViPR kit", description=about, licence="MIT")
+    return _dataset(folder, owner, title="ViPR kit", licence="MIT")
 
 
 def weights(names: list[str], folder: Path, *, owner: str) -> Path:
@@ -82,44 +76,38 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     Attached on Kaggle, or named by $VIPR_WEIGHTS, `models.create` finds them; `sha256sum -c
     SHA256SUMS` checks them. Raises models.WeightsError when a backbone's weights cannot be had.
     """
-    folder, sums = Path(folder) / WEIGHTS, {}
+    folder, sums = folder / WEIGHTS, ""
     for name in names:
         model = models.create(name)
         if not (origin := model.record["weights"])["sha256"]:
             raise models.WeightsError(
                 f"{name} starts at random: it has no pretrained weights to carry along"
             )
-        # the kit's own names: no architecture's translation of foreign checkpoints touches them
-        # again
-        state = {
-            k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("backbone.")
-        }
+        # The kit's own names: no translation of foreign checkpoints touches them again
+        state = {f"backbone.{k}": v.contiguous() for k, v in model.backbone.state_dict().items()}
+        metadata = {"source": origin["source"], "source_sha256": origin["sha256"]}
         path = folder / f"{name.replace('/', '_')}.safetensors"
         with whole_file(path) as part:
-            save_file(
-                state,
-                part,
-                metadata={"source": origin["source"], "source_sha256": origin["sha256"]},
-            )
-        sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    with whole_file(folder / "SHA256SUMS") as part:
-        part.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+            save_file(state, part, metadata=metadata)
+        sums += f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    (folder / "SHA256SUMS").write_text(sums)
     about = f"Pretrained weights of {', '.join(names)}; each keeps the licence of its source."
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
 
-def _dataset(folder: Path, owner: str, *, title: str, description: str, licence: str) -> Path:
+def _dataset(folder: Path, owner: str, *, title: str, licence: str, description: str = "") -> Path:
     metadata = {
         "id": f"{_owner(owner)}/{folder.name}",
         "title": title,
+        "description": description,
         "licenses": [{"name": licence}],
     }
-    return _write(folder / DATASET, metadata | {"description": description}).parent
+    return _write(folder / DATASET, metadata).parent
 
 
 def _write(path: Path, content: dict) -> Path:
     with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, indent=1))
     return path
 
 
@@ -134,7 +122,7 @@ def _owner(name: str) -> str:
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
+def prepare(run: Run, folder: Path, **choices) -> Path:
     """Folder of one kernel: the notebook with the run's values in a cell of their own, no outputs.
 
     choices: those of `kernel_metadata`.
@@ -142,8 +130,8 @@ def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    metadata = kernel_metadata(run, owner=owner, **choices)
-    folder = Path(folder) / metadata["id"].split("/")[1]
+    metadata = kernel_metadata(run, **choices)
+    folder = folder / kernel_slug(run.name)
     notebook = parameterize_notebook(load_notebook_node(str(run.notebook)), run.params)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
@@ -152,48 +140,38 @@ def prepare(run: Run, folder: Path, *, owner: str, **choices) -> Path:
     return _write(folder / KERNEL, metadata).parent
 
 
-def kernel_metadata(
-    run: Run, *, owner: str, internet: bool = False, data: str = "", upstream: tuple = ()
-) -> dict:
+def kernel_metadata(run: Run, *, owner: str, upstream: Iterable[str] = ()) -> dict:
     """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook
     computes, its sources.
 
-    Sources: the kit, the weights' dataset where "auto" asks for some and there is no network, the
-    competition (or `data`, owner/slug of a dataset), and the kernels of the runs it builds on: its
-    model_run, and `upstream`. Raises KaggleError for a name that Kaggle would refuse.
+    There is no network. Sources: the kit, the weights' dataset where "auto" asks for some, the
+    competition, and the kernels of the runs it builds on: its model_run, and for a scoreboard all
+    `upstream`.
     """
-    slug, given = kernel_slug(run.name), run.defaults | run.params
-    computes = "device" in run.defaults
-    attached = [KIT, *([WEIGHTS] if given.get("weights") == "auto" and not internet else [])]
-    before = dict.fromkeys([*filter(None, [given.get("model_run")]), *upstream])
+    slug, computes = kernel_slug(run.name), "device" in run.defaults
+    datasets = [f"{_owner(owner)}/{KIT}"]
+    if run.values.get("weights") == "auto":
+        datasets.append(f"{owner}/{WEIGHTS}")
+    before = upstream if run.notebook.stem == SCOREBOARD else filter(None, [run.starts_from])
     return {
-        "id": f"{_owner(owner)}/{slug}",
-        "title": slug.replace("-", " "),  # must give the slug again
+        "id": f"{owner}/{slug}",
+        "title": slug,
         "code_file": f"{run.notebook.stem}.ipynb",
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
         "enable_gpu": computes,
-        "enable_tpu": False,
-        "enable_internet": internet,
+        "enable_internet": False,
         "machine_shape": "NvidiaTeslaT4" if computes else "",
-        "dataset_sources": [*(f"{owner}/{name}" for name in attached), *([data] if data else [])],
-        "competition_sources": [] if data else [COMPETITION],
-        "kernel_sources": [f"{owner}/{kernel_slug(Path(name).name)}" for name in before],
-        "model_sources": [],
-        "keywords": [],
+        "dataset_sources": datasets,
+        "competition_sources": [COMPETITION],
+        "kernel_sources": [f"{owner}/{kernel_slug(name)}" for name in before],
     }
 
 
 def kernel_slug(run_name: str) -> str:
-    """'vipr-06-submission': lower-case letters, digits, single hyphens, at most 50 characters."""
-    slug = "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
-    if not 5 < len(slug) <= 50:
-        raise KaggleError(
-            f"run_name {run_name!r} gives the kernel {slug!r} of {len(slug)} characters, "
-            "6 to 50 are allowed"
-        )
-    return slug
+    """'vipr-06-submission': lower-case letters, digits, single hyphens; Kaggle takes up to 50."""
+    return "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
 
 
 # ---------------------------------------------------------------------- through the official client
@@ -202,45 +180,44 @@ def kernel_slug(run_name: str) -> str:
 def push(folder: Path) -> str:
     """Upload a prepared folder, a kernel (which then runs) or a dataset (new, or a new version);
     what Kaggle said.
+
+    Raises KaggleError when it was refused, in part too: a kernel without one of its sources fails.
     """
-    if (folder / KERNEL).is_file():
-        said = client("kernels", "push", "-p", str(folder))
-        if "successfully pushed" not in said:  # the client ends with 0 also when Kaggle refuses
-            raise KaggleError(f"{folder.name} was not pushed: {said}")
-        return said
-    if not (folder / DATASET).is_file():
-        raise KaggleError(
-            f"{folder} has neither {KERNEL} nor {DATASET}: make it with prepare, bundle or weights"
-        )
+    is_kernel = (folder / KERNEL).is_file()
+    answer = client("kernels", "push", "-p", str(folder)) if is_kernel else _push_dataset(folder)
+    if REFUSED.search(answer) or (is_kernel and "successfully pushed" not in answer):
+        raise KaggleError(f"{folder.name} was not pushed: {answer}")
+    return answer
+
+
+def _push_dataset(folder: Path) -> str:
     try:
-        client(
-            "datasets", "status", json.loads((folder / DATASET).read_text(encoding="utf-8"))["id"]
-        )
+        client("datasets", "status", _id(folder / DATASET))
     except KaggleError:
         return client("datasets", "create", "-p", str(folder))
     return client("datasets", "version", "-p", str(folder), "-m", "new version of the kit")
 
 
-def collect(folder: Path, output_dir: Path) -> list[Path]:
-    """Run folders that a pushed kernel left under submissions/, copied into `output_dir`; [] while
-    it still runs.
+def _id(metadata: Path) -> str:
+    return json.loads(metadata.read_text(encoding="utf-8"))["id"]
 
-    Raises KaggleError when the kernel failed, with its status.
+
+def collect(folder: Path, output_dir: Path) -> list[Path]:
+    """Run folders that a pushed kernel left under submissions/, copied into `output_dir`.
+
+    Raises KaggleError when the kernel failed or still runs, with its status.
     """
-    kernel = json.loads((folder / KERNEL).read_text(encoding="utf-8"))["id"]
+    kernel = _id(folder / KERNEL)
     status = client("kernels", "status", kernel)
-    if not (ended := re.search(r"complete|error|cancel", status, re.IGNORECASE)):
-        return []
-    if ended[0].lower() != "complete":
-        raise KaggleError(f"{kernel} did not finish: {status}")
+    if "complete" not in status.lower():
+        raise KaggleError(f"{kernel} has not finished: {status}")
     with tempfile.TemporaryDirectory() as scratch:
         client("kernels", "output", kernel, "-p", scratch)
-        runs = sorted(Path(scratch).glob("submissions/*/run.json"))
-        for record in runs:
-            shutil.copytree(
-                record.parent, Path(output_dir) / record.parent.name, dirs_exist_ok=True
-            )
-    return [Path(output_dir) / record.parent.name for record in runs]
+        records = sorted(Path(scratch).glob("submissions/*/run.json"))
+        return [
+            shutil.copytree(record.parent, output_dir / record.parent.name, dirs_exist_ok=True)
+            for record in records
+        ]
 
 
 def client(*arguments: str) -> str:
@@ -253,57 +230,45 @@ def client(*arguments: str) -> str:
             "on kaggle.com"
         )
     done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
+    answer = (done.stdout + done.stderr).strip()
     if done.returncode:
-        raise KaggleError(f"kaggle {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout.strip()
+        raise KaggleError(answer)
+    return answer
 
 
 def main(arguments: list[str] | None = None) -> int:
     """One command; exit code 0, or 2 with what is wrong."""
     parser = argparse.ArgumentParser("vipr kaggle", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["bundle", "weights", "prepare", "push", "collect"])
-    parser.add_argument("names", nargs="*", help="backbones, parameter files, or prepared folders")
-    parser.add_argument(
-        "--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name"
-    )
-    parser.add_argument("--output", default="", help="folder; kaggle, for collect submissions")
-    parser.add_argument(
-        "--data", default="", help="prepare: owner/slug of a dataset in place of the competition"
-    )
-    parser.add_argument("--internet", action="store_true", help="prepare: switch the network on")
-    parser.add_argument(
-        "-p", action="append", default=[], metavar="name=value", help="prepare: as for batch"
-    )
+    add = parser.add_argument
+    add("command", choices=["bundle", "weights", "prepare", "push", "collect"])
+    add("names", nargs="*", help="backbones, parameter files, or prepared folders")
+    add("--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name")
+    add("--output", type=Path, help="folder; kaggle, for collect submissions")
+    add("-p", action="append", default=[], type=setting, metavar="name=value", help="as for run")
     given = parser.parse_args(arguments)
-    out = Path(given.output or ("submissions" if given.command == "collect" else "kaggle"))
     try:
-        for line in _command(given, out):
+        for line in _lines(given):
             print(line)
-    except (KaggleError, models.WeightsError, BadParameters) as error:
+    except (KaggleError, models.WeightsError, BadParameters, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _command(given: argparse.Namespace, out: Path) -> list[object]:
-    folders = [Path(name) for name in given.names]
+def _lines(given: argparse.Namespace) -> Iterator[object]:
+    """What the command made or was answered."""
+    out = given.output or Path("kaggle")
     if given.command == "bundle":
-        return [bundle(out, owner=given.owner)]
-    if given.command == "weights":
-        return [weights(given.names, out, owner=given.owner)]
-    if given.command == "push":
-        return [push(folder) for folder in folders]
-    if given.command == "collect":
-        return [
-            found
-            for folder in folders
-            for found in collect(folder, out) or [f"{folder.name} still runs"]
-        ]
-    runs = load_runs(given.names, dict(p.split("=", 1) for p in given.p))
-    choices = {"owner": given.owner, "internet": given.internet, "data": given.data}
-    others = {
-        "09_scoreboard": tuple(run.name for run in runs if run.notebook.stem != "09_scoreboard")
-    }
-    return [
-        prepare(run, out, upstream=others.get(run.notebook.stem, ()), **choices) for run in runs
-    ]
+        yield bundle(out, owner=given.owner)
+    elif given.command == "weights":
+        yield weights(given.names, out, owner=given.owner)
+    elif given.command == "prepare":
+        runs = load_runs(given.names, dict(given.p))
+        upstream = [run.name for run in runs if run.notebook.stem != SCOREBOARD]
+        for run in runs:
+            yield prepare(run, out, owner=given.owner, upstream=upstream)
+    for folder in map(Path, given.names):
+        if given.command == "push":
+            yield push(folder)
+        elif given.command == "collect":
+            yield from collect(folder, given.output or Path("submissions"))

@@ -12,7 +12,8 @@ import difflib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,23 +24,52 @@ from vipr_utils.host import platform
 from vipr_utils.retrieve import pipeline
 
 SCALARS = {"str": str, "int": int, "float": float, "bool": bool}
-LISTS = {f"list[{element}]" for element in (*SCALARS, "Step", "Stack")}
-LITERAL = re.compile(r"Literal\[([\w, ]+)\]")
 
 
 class BadParameters(ValueError):
-    """All that is wrong with the runs asked for, one problem a line."""
+    """What is wrong with the runs asked for, with its file and key."""
 
 
 @dataclass
 class Run:
     """One notebook with one set of values."""
 
-    name: str  # of the run folder
     notebook: Path
-    params: dict  # what the file and the command line say, checked
+    params: dict  # what the file and the command line say
     defaults: dict  # what the notebook says
     file: Path  # where the values come from
+
+    @property
+    def name(self) -> str:
+        """Of the run folder."""
+        return str(self.params.get("run_name") or self.notebook.stem)
+
+    @property
+    def values(self) -> dict:
+        """All parameters, as the kernel will have them."""
+        return self.defaults | self.params
+
+    @property
+    def starts_from(self) -> str:
+        """Name of the run whose model it takes, '' for none."""
+        return Path(self.params.get("model_run", "")).name
+
+    def folder(self) -> Path:
+        """The run folder, created; ValueError for a name that is none."""
+        return platform.run_folder(self.values["output_dir"], self.name).resolve()
+
+    def data(self) -> Path | None:
+        """The data root, None for the toy set; FileNotFoundError when it holds no data."""
+        return platform.find_data_root(self.values.get("data_root", ""))[0]
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """What is found wrong in here is a BadParameters that says the place."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+        raise BadParameters(f"{place}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------- types
@@ -48,65 +78,60 @@ class Run:
 def parameters_of(notebook: Path) -> dict[str, tuple[str, object]]:
     """{name: (type, default)} of the cell tagged `parameters`, in its order, as papermill reads it.
 
-    Raises BadParameters for a type that the kit cannot check.
+    Types are str, int, float and bool, lists of one of these, `list[Step]`, `list[Stack]` and
+    `Literal[a, b]`; the last three in quotes. A value of another type is an error.
     """
-    from papermill import inspect_notebook
-
-    found = {}
-    for name, parameter in inspect_notebook(str(notebook)).items():
-        kind = parameter["inferred_type_name"]
-        known = kind in SCALARS or kind == "list" or kind in LISTS or LITERAL.fullmatch(kind)
-        if not known:
-            raise BadParameters(
-                f"{notebook.name}: parameter {name} has the type {kind}: write one of "
-                f"{', '.join(SCALARS)}, list, {', '.join(sorted(LISTS))} or Literal[...], lists "
-                "and Literal in quotes"
-            )
-        found[name] = kind, ast.literal_eval(parameter["default"])
-    return found
+    try:
+        from papermill import inspect_notebook
+    except ImportError:
+        raise BadParameters("papermill is missing: pip install papermill ipykernel") from None
+    return {
+        name: (found["inferred_type_name"], ast.literal_eval(found["default"]))
+        for name, found in inspect_notebook(str(notebook)).items()
+    }
 
 
-def check(name: str, value: object, kind: str) -> object:
+def check(value: object, kind: str) -> object:
     """The value in its parameter's type; an int becomes a float.
 
-    Raises BadParameters with the remedy. Step and Stack are calls: see `pipeline`.
+    Raises ValueError with the remedy. Step and Stack are calls: see `pipeline`.
     """
-    if kind.startswith("Literal"):
-        choices = LITERAL.fullmatch(kind)[1].split(", ")
-        if value not in choices:
-            raise BadParameters(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    outer, _, inner = kind.removesuffix("]").partition("[")
+    if outer == "Literal":
+        if value not in inner.split(", "):
+            raise ValueError(f"expected one of {inner}, got {value!r}")
         return value
-    if kind.startswith("list"):
-        return _checked_list(name, value, kind)
+    if outer == "list" and type(value) is list:
+        return _checked_list(value, inner)
     if kind == "float" and type(value) is int:
         return float(value)
-    if type(value) is not SCALARS[kind]:
-        raise _wrong_type(name, value, kind)
+    if type(value) is not SCALARS.get(kind):
+        advice = _advice(value, kind)
+        raise ValueError(f"expected {kind}, got {value!r} ({type(value).__name__}){advice}")
     return value
 
 
-def _checked_list(name: str, value: object, kind: str) -> list:
-    if type(value) is not list:
-        raise _wrong_type(name, value, kind)
-    element = kind.removeprefix("list").strip("[]")
-    if element not in ("Step", "Stack"):
-        return [check(name, item, element) for item in value] if element else value
-    texts = [check(name, item, "str") for item in value]
-    try:
-        for stack in [texts] if element == "Step" else map(pipeline.split, texts):
-            pipeline.check(stack)
-    except ValueError as error:
-        raise BadParameters(f"{name}: {error}") from None
+def _checked_list(items: list, kind: str) -> list:
+    if kind not in ("Step", "Stack"):
+        return [check(item, kind) for item in items]
+    texts = [check(item, "str") for item in items]
+    for stack in [texts] if kind == "Step" else map(pipeline.split, texts):
+        pipeline.check(stack)
     return texts
 
 
-def _wrong_type(name: str, value: object, kind: str) -> BadParameters:
-    remedy = ""
+def _advice(value: object, kind: str) -> str:
     if kind == "str":
-        remedy = '; write "" for an empty one' if value is None else "; put it in quotes"
+        return '; write "" for an empty one' if value is None else "; put it in quotes"
     if kind == "float" and isinstance(value, str):
-        remedy = ": YAML reads 1e-4 as text, write 1.0e-4, with a point and a signed exponent"
-    return BadParameters(f"{name}: expected {kind}, got {value!r} ({type(value).__name__}){remedy}")
+        return ": YAML reads 1e-4 as text, write 1.0e-4, with a point and a signed exponent"
+    return ""
+
+
+def setting(text: str) -> tuple[str, str]:
+    """(name, value) of 'name=value'; ValueError without a '='."""
+    name, value = text.split("=", 1)
+    return name, value
 
 
 def _typed(text: str, kind: str) -> object:
@@ -119,10 +144,11 @@ def _typed(text: str, kind: str) -> object:
         return text  # `check` names what is wrong with it
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    return f"unknown parameter; {advice}"
+def _require_known(name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        raise ValueError(f"unknown parameter; {advice}")
 
 
 # --------------------------------------------------------------------------------------- runs
@@ -131,106 +157,85 @@ def _unknown(name: str, known: Iterable[str]) -> str:
 def load_runs(
     paths: Iterable[str | Path], overrides: dict[str, str] | None = None, only: str = ""
 ) -> list[Run]:
-    """The runs that files and folders ask for, checked, in the order of the files.
+    """The runs that files, folders and notebooks ask for, checked, in the order of the files.
 
     only: beginnings of notebook or run names, with commas; * stands for anything.
-    Raises BadParameters with every problem found, each naming its file and key.
+    Raises BadParameters with the file and key of the first problem.
     """
-    overrides, problems, found = overrides or {}, [], []
-    for file in _files(paths):
-        try:
-            found += [(file, notebook, values) for notebook, values in _value_sets(file)]
-        except BadParameters as error:
-            problems.append(f"{file}: {error}")
-    chosen = [row for row in found if _is_asked_for(row[1], row[2], only)]
-    if not chosen and not problems:
-        names = ", ".join(_name(notebook, values) for _, notebook, values in found)
+    overrides = overrides or {}
+    found = [run for file in _files(paths) for run in _runs_of(file)]
+    chosen = [run for run in found if _is_asked_for(run, only)]
+    if not chosen:
+        names = ", ".join(run.name for run in found)
         raise BadParameters(f"--only {only}: none of {names} begins so")
-    types = {notebook: parameters_of(notebook) for _, notebook, _ in chosen}
+    types = {run.notebook: parameters_of(run.notebook) for run in chosen}
     everywhere = sorted(set().union(*types.values()))
     for name in overrides:
-        if name not in everywhere:
-            problems.append(f"-p {name}: {_unknown(name, everywhere)}")
-    runs = []
-    for file, notebook, values in chosen:
-        known = types[notebook]
-        given = {n: _typed(text, known[n][0]) for n, text in overrides.items() if n in known}
-        values, wrong = _checked(values | given, known)
-        problems += [f"{file}: {problem}" for problem in wrong]
-        defaults = {name: default for name, (_, default) in known.items()}
-        runs.append(Run(_name(notebook, values), notebook, values, defaults, file))
+        with naming(f"-p {name}"):
+            _require_known(name, everywhere)
+    runs = [_checked(run, types[run.notebook], overrides) for run in chosen]
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
-            files = dict.fromkeys(str(run.file) for run in runs if run.name == name)
-            problems.append(f"{' and '.join(files)}: run_name: {count} runs are called {name!r}")
-    if problems:
-        raise BadParameters("\n".join(dict.fromkeys(problems)))
+            raise BadParameters(f"run_name: {count} runs are called {name!r}")
     return runs
 
 
-def _checked(values: dict, known: dict) -> tuple[dict, list[str]]:
-    """(values in their types, what is wrong with the others)."""
-    checked, problems = {}, []
+def _checked(run: Run, types: dict, overrides: dict[str, str]) -> Run:
+    """The run with the overrides, every value in its type, and the notebook's defaults."""
+    given = {n: _typed(text, types[n][0]) for n, text in overrides.items() if n in types}
+    values = run.params | given
     for name, value in values.items():
-        try:
-            if name not in known:
-                raise BadParameters(f"{name}: {_unknown(name, known)}")
-            checked[name] = check(name, value, known[name][0])
-        except BadParameters as error:
-            problems.append(str(error))
-    return checked, problems
+        with naming(f"{run.file}: {name}"):
+            _require_known(name, types)
+            values[name] = check(value, types[name][0])
+    defaults = {name: default for name, (_, default) in types.items()}
+    return Run(run.notebook, values, defaults, run.file)
 
 
-def _is_asked_for(notebook: Path, values: dict, only: str) -> bool:
-    starts = [start.strip() for start in only.split(",") if start.strip()] or [""]
-    names = notebook.stem, _name(notebook, values)
-    return any(fnmatchcase(name, f"{start}*") for name in names for start in starts)
-
-
-def _name(notebook: Path, values: dict) -> str:
-    return str(values.get("run_name") or notebook.stem)
+def _is_asked_for(run: Run, only: str) -> bool:
+    starts = [f"{start.strip()}*" for start in only.strip(", ").split(",")]
+    names = run.notebook.stem, run.name
+    return any(fnmatchcase(name, start) for name in names for start in starts)
 
 
 def _files(paths: Iterable[str | Path]) -> list[Path]:
     found = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise BadParameters(f"{path}: no such file or folder")
         files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
-        if not files:
-            raise BadParameters(f"{path}: no *.yaml in it")
+        if not files or not files[0].exists():
+            raise BadParameters(f"{path}: no such file, or a folder with no *.yaml in it")
         found += files
-    return list(dict.fromkeys(found))
+    return found
 
 
-def _value_sets(file: Path) -> list[tuple[Path, dict]]:
-    """(notebook, values) for each run of a parameter file or a sweep."""
-    try:
+def _runs_of(file: Path) -> list[Run]:
+    """The runs of a parameter file or a sweep, values as they stand there; or of a notebook."""
+    if file.suffix == ".ipynb":
+        return [Run(file, {}, {}, file)]
+    with naming(file):
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise BadParameters(f"not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise BadParameters("expected lines 'name: value'")
-    if "notebook" not in content:
-        return [(find_notebook(file.stem), content)]
-    if wrong := sorted(map(str, set(content) - {"notebook", "base", "runs", "grid"})):
-        raise BadParameters(f"{', '.join(wrong)}: a sweep has notebook, base, and runs or grid")
-    base, rows, grid = content.get("base") or {}, content.get("runs"), content.get("grid")
-    if bool(rows) == bool(grid):
-        raise BadParameters("a sweep has either runs or grid")
-    for number, row in enumerate(rows := rows or _combinations(file.stem, grid), start=1):
-        if not isinstance(row, dict):
-            raise BadParameters(f"runs: expected a list of value sets, got {row!r}")
-        if not row.get("run_name"):
-            raise BadParameters(f"run_name: missing in run {number}")
-    notebook = find_notebook(Path(content["notebook"]).stem)
-    return [(notebook, base | row) for row in rows]
+        if not isinstance(content, dict):
+            raise ValueError("expected lines 'name: value'")
+        notebook = find_notebook(content.get("notebook", file.stem))
+        rows = _rows(file.stem, content) if "notebook" in content else [content]
+    return [Run(notebook, values, {}, file) for values in rows]
+
+
+def _rows(sweep: str, content: dict) -> list[dict]:
+    """The value sets of a sweep."""
+    keys = content.keys() - {"base"}
+    if keys not in ({"notebook", "runs"}, {"notebook", "grid"}):
+        given = ", ".join(map(str, content))
+        raise ValueError(f"a sweep has notebook, base, and either runs or grid, got {given}")
+    try:
+        rows = content["runs"] if "runs" in content else _combinations(sweep, content["grid"])
+        return [content.get("base", {}) | row for row in rows]
+    except (TypeError, AttributeError):
+        raise ValueError("expected runs: list of value sets, or grid: lists of values") from None
 
 
 def _combinations(sweep: str, grid: dict) -> list[dict]:
     """Every combination of the grid's values, each with a run_name made of them."""
-    if wrong := [name for name, values in grid.items() if not isinstance(values, list)]:
-        raise BadParameters(f"{', '.join(wrong)}: a grid wants a list of values")
     rows = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for row in rows:
         row["run_name"] = "-".join([sweep, *(_word(n, v) for n, v in row.items())])
@@ -238,17 +243,15 @@ def _combinations(sweep: str, grid: dict) -> list[dict]:
 
 
 def _word(name: str, value: object) -> str:
-    """A value as a part of a run's name."""
-    text = f"{name}_{value}" if isinstance(value, bool) else str(value)
-    if name == "seed":
-        text = f"seed{value}"
+    """A value as a part of a run's name: text as it is, all else with its parameter's name."""
+    text = value if isinstance(value, str) else f"{name}{value}"
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or f"no_{name}"
 
 
 def find_notebook(stem: str) -> Path:
     """notebooks/<stem>.ipynb of the checkout or of the working folder."""
-    for root in (platform.repository(), Path.cwd()):
-        if root and (path := root / "notebooks" / f"{stem}.ipynb").is_file():
+    for root in (platform.home(), Path.cwd()):
+        if (path := root / "notebooks" / f"{stem}.ipynb").is_file():
             return path
     raise BadParameters(
         f"there is no notebooks/{stem}.ipynb (a parameter file is named like its notebook)"
