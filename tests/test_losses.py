@@ -196,8 +196,6 @@ def test_unknown_names_are_named_with_the_choices():
         losses.distance_matrix(x, x, "chebyshev")
     with pytest.raises(ValueError, match="'hardest' is unknown.*batch_hard"):
         losses.triplet(x, labels, margin=0.1, mining="hardest")
-    with pytest.raises(ValueError, match="'arcface' has no margin in a distance"):
-        losses.default_margin("arcface", "cosine", 8)
 
 
 @pytest.mark.parametrize("distance", losses.DISTANCES)
