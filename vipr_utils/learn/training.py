@@ -538,7 +538,7 @@ def fit_head(
     optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=weight_decay)
     inputs = torch.as_tensor(features, dtype=torch.float32, device=device)
     targets = torch.as_tensor(labels, device=device)
-    sampler = ShuffledSampler(len(inputs), batch_size=batch_size, seed=seed)
+    sampler = ShuffledSampler(np.arange(len(inputs)), batch_size=batch_size, seed=seed)
     steps = len(sampler.batches(0))
     results = []
     for epoch in range(epochs):
