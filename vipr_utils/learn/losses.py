@@ -74,22 +74,10 @@ def criterion(
     if counts is None:
         raise ValueError(f"loss {loss!r} needs counts, the images of each label")
     margins = adaptive_margins(counts) if loss == "adaptive_arcface" else margin or 0.3
-    arcface = ArcFace(embedding_dim, len(counts), margin=margins, subcentres=3)
-    if loss != "arcface+triplet":
-        return arcface
-    return Guided(arcface, criterion("triplet", distance, embedding_dim, mining=mining))
-
-
-class Guided(nn.Module):
-    """Classification + metric loss; reports the classification's accuracy."""
-
-    def __init__(self, arcface: nn.Module, guide) -> None:
-        super().__init__()
-        self.arcface, self.guide = arcface, guide
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-        loss, accuracy = self.arcface(embeddings, labels)
-        return loss + self.guide(embeddings, labels)[0], accuracy
+    guide = None
+    if loss == "arcface+triplet":
+        guide = criterion("triplet", distance, embedding_dim, mining=mining)
+    return ArcFace(embedding_dim, len(counts), margin=margins, subcentres=3, guide=guide)
 
 
 def contrastive(
@@ -158,6 +146,7 @@ class ArcFace(nn.Module):
     logits = scale * cos(theta + margin of the true class), cross-entropy. margin in radians, one
     number or one per class (adaptive margins for long tails: Ha et al. 2020, arXiv:2010.05350).
     subcentres K > 1: the nearest of K centres speaks for the class (Deng et al. 2020, ECCV).
+    guide: a loss of pairs that is added (Bai 2020, arXiv:2008.10545).
     Source: Deng et al. 2019, arXiv:1801.07698. The centres are parameters: the optimiser's, too.
     """
 
@@ -169,13 +158,14 @@ class ArcFace(nn.Module):
         margin=0.3,
         scale: float = 30.0,
         subcentres: int = 1,
+        guide=None,
     ):
         super().__init__()
         self.centres = nn.Parameter(torch.empty(n_classes * subcentres, embedding_dim))
         nn.init.xavier_uniform_(self.centres)
         margins = torch.as_tensor(margin, dtype=torch.float32).expand(n_classes).clone()
         self.register_buffer("margins", margins)
-        self.scale, self.subcentres = scale, subcentres
+        self.scale, self.subcentres, self.guide = scale, subcentres, guide
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
         centres = F.normalize(self.centres, dim=1)
@@ -187,8 +177,10 @@ class ArcFace(nn.Module):
         straight = true - margin.sin() * margin
         shifted = torch.where(true > -margin.cos(), torch.cos(true.acos() + margin), straight)
         logits = self.scale * cosines.scatter(1, labels[:, None], shifted)
-        accuracy = (cosines.argmax(1) == labels).float().mean().item()
-        return F.cross_entropy(logits, labels), accuracy
+        loss = F.cross_entropy(logits, labels)
+        if self.guide:
+            loss = loss + self.guide(embeddings, labels)[0]
+        return loss, (cosines.argmax(1) == labels).float().mean().item()
 
 
 def adaptive_margins(counts, *, low: float = 0.2, high: float = 0.5) -> torch.Tensor:

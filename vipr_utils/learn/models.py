@@ -44,11 +44,16 @@ class Siamese90M(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 64, 128, 256, 256)
-        layers: list[nn.Module] = []
-        for channels_in, channels_out in zip(widths, widths[1:]):
-            layers += [Conv2dNormActivation(channels_in, channels_out), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(
+            Conv2dNormActivation(3, 64),
+            nn.MaxPool2d(2),
+            Conv2dNormActivation(64, 128),
+            nn.MaxPool2d(2),
+            Conv2dNormActivation(128, 256),
+            nn.MaxPool2d(2),
+            Conv2dNormActivation(256, 256),
+            nn.MaxPool2d(2),
+        )
         self.wide = nn.Linear(256 * 14 * 14, 1792)
         self.num_features = 1792
 
@@ -156,17 +161,17 @@ def _backbone(name: str, weights: Path | None) -> nn.Module:
     """The network without its classifier, at random or with all its tensors from a file."""
     if not weights:
         return SCRATCH[name]() if name in SCRATCH else timm.create_model(name, num_classes=0)
-    state = read_state(weights)
     try:
+        state = read_state(weights)
         if name not in SCRATCH:
             return _timm_backbone(name, state)
         network = SCRATCH[name]()
         network.load_state_dict(state)
         return network
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]  # torch lists every tensor
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]  # not every tensor
         raise WeightsError(
-            f"the weights in {weights} do not fit {name!r}: {reason}. "
+            f"the weights in {weights} cannot be read or do not fit {name!r} ({reason}). "
             "Give the file made for this architecture."
         ) from error
 
@@ -201,16 +206,16 @@ def create(
     Raises WeightsError when weights cannot be had: there is never a silent random start.
     """
     if name not in SCRATCH and not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        near = timm.list_models(f"*{name[:6]}*")[:5]
         raise ValueError(
             f"backbone {name!r} is no timm model; near it: {near}. "
             f"Scratch networks: {list(SCRATCH)}"
         )
-    if weights == "none" or (weights == "auto" and name in SCRATCH):
-        return Embedder(name, embedding_dim=embedding_dim, pooling=pooling).eval()
-    source, path = find_weights(name, weights)
+    source, path, digest = "random", None, ""
+    if weights != "none" and not (weights == "auto" and name in SCRATCH):
+        source, path = find_weights(name, weights)
+        digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     model = Embedder(name, embedding_dim=embedding_dim, pooling=pooling, weights=path)
-    digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     model.record["weights"] = {"source": source, "sha256": digest}
     return model.eval()
 
@@ -266,18 +271,13 @@ def _from_hub(name: str) -> tuple[str, Path]:
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file, by name; wrappers are opened.
 
-    Of a checkpoint of this kit the backbone's. Raises WeightsError for anything else.
+    Of a checkpoint of this kit the backbone's. Raises ValueError where there are none.
     """
-    try:
-        state = timm.models.load_state_dict(str(path))
-        state = state.get("state", state)
-        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-        if not tensors:  # timm would take the hub's instead
-            raise ValueError("it holds no tensors")
-    except Exception as error:
-        raise WeightsError(
-            f"{path} is no readable weights file ({type(error).__name__}: {error})"
-        ) from error
+    state = timm.models.load_state_dict(str(path))
+    state = state.get("state", state)
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:  # timm would take the hub's instead
+        raise ValueError("it holds no tensors")
     start = "backbone."
     own = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
     return own or tensors

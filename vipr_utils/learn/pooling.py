@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -74,9 +76,7 @@ def region_grid(height: int, width: int, *, scales: int = 3) -> list[tuple[int, 
         side = max(1, 2 * short // (scale + 1))
         rows = scale + more * (height > width)
         columns = scale + more * (width > height)
-        for top in _starts(height, side, rows):
-            for left in _starts(width, side, columns):
-                grid.append((top, left, side))
+        grid += product(_starts(height, side, rows), _starts(width, side, columns), [side])
     return grid
 
 
