@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vipr_utils.learn.sampling import PKSampler, ShuffledSampler, Stages, sampler
+from vipr_utils.learn.sampling import PKSampler, ShuffledSampler, sampler
 
 LONG_TAIL = np.repeat(np.arange(20), [1, 1, 2, 3, 5, 8, 13, 21, 34, 55] * 2)
 
@@ -51,11 +51,13 @@ def test_max_images_caps_what_one_product_shows_in_an_epoch():
     assert max(np.bincount(LONG_TAIL[shown])) <= 8
 
 
-def test_balanced_epoch_shows_products_alike_and_is_as_long():
-    sampler = PKSampler(LONG_TAIL, batch_size=16, images=4, balanced=True)
-    shown = np.concatenate(sampler.batches(0))
-    plain = np.concatenate(PKSampler(LONG_TAIL, batch_size=16, images=4).batches(0))
-    assert len(shown) == pytest.approx(len(plain), rel=0.1)
+def test_balanced_epochs_show_products_alike_and_are_as_long():
+    balanced = PKSampler(LONG_TAIL, batch_size=16, images=4, balanced_from=2)
+    plain = PKSampler(LONG_TAIL, batch_size=16, images=4)
+    for epoch in (0, 1):
+        np.testing.assert_array_equal(balanced.batches(epoch), plain.batches(epoch))
+    shown = np.concatenate(balanced.batches(2))
+    assert len(shown) == pytest.approx(len(np.concatenate(plain.batches(2))), rel=0.1)
     counts = np.bincount(LONG_TAIL[shown])
     assert counts.max() <= 1.35 * counts.min()
 
@@ -80,9 +82,8 @@ def test_a_single_left_over_image_is_dropped_since_batch_statistics_need_two():
 
 def test_sampler_by_name_fills_the_batch_or_says_why_not():
     assert isinstance(sampler("shuffled", LONG_TAIL, batch_size=16), ShuffledSampler)
-    for kind in ("products", "balanced"):
-        found = sampler(kind, LONG_TAIL, batch_size=16)
-        assert {len(b) for b in found.batches(0)} == {16}
+    found = sampler("products", LONG_TAIL, batch_size=16)
+    assert {len(b) for b in found.batches(0)} == {16}
     shop = np.arange(len(LONG_TAIL)) % 40 == 0
     shown = np.concatenate(
         sampler("shuffled_domains", LONG_TAIL, batch_size=16, shop=shop).batches(0)
@@ -99,20 +100,11 @@ def test_sampler_by_name_fills_the_batch_or_says_why_not():
         sampler("random", LONG_TAIL, batch_size=16)
 
 
-def test_stages_change_the_batches_after_the_first_epochs():
-    labels = np.repeat(np.arange(4), [40, 4, 4, 4])
-    first, then = (sampler(kind, labels, batch_size=8) for kind in ("products", "balanced"))
-    stages = Stages(first, then, first_epochs=2)
-    for epoch, expected in enumerate([first, first, then, then]):
-        np.testing.assert_array_equal(stages.batches(epoch), expected.batches(epoch))
-
-
 def test_limits_of_a_product_reach_the_batches_or_are_refused():
     labels = np.repeat(np.arange(5), [40, 8, 8, 8, 2])
     batches = sampler("products", labels, batch_size=8, min_images=4, max_images=12).batches(0)
     shown = labels[np.concatenate(batches)]
     assert 4 not in shown and (shown == 0).sum() <= 12
-    with pytest.raises(
-        ValueError, match="'shuffled' take all images: min_images and max_images need one of"
-    ):
-        sampler("shuffled", labels, batch_size=8, max_images=4)
+    for limit in ({"min_images": 2}, {"max_images": 4}, {"balanced_from": 1}):
+        with pytest.raises(ValueError, match="'shuffled' take all images: .* need 'products'"):
+            sampler("shuffled", labels, batch_size=8, **limit)

@@ -192,7 +192,7 @@ def test_head_on_cached_features_separates_what_the_features_can():
 
 def test_head_without_a_neck_says_to_make_one():
     with pytest.raises(
-        ValueError, match="trains a neck and the model has none: create it with embedding_dim"
+        ValueError, match="trains a neck and the model has none: give it an embedding_dim"
     ):
         training.fit_head(
             models.create("siamese_small"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-KINDS = ("shuffled", "shuffled_domains", "products", "balanced")
+KINDS = ("shuffled", "shuffled_domains", "products")
 
 
 def sampler(
@@ -25,43 +25,35 @@ def sampler(
     seed: int = 0,
     min_images: int = 1,
     max_images: int = 0,
+    balanced_from: int = 0,
 ):
     """The sampler of that name.
 
     'shuffled' takes no heed of labels; 'shuffled_domains' shows each shop photo so often that they
-    (shop (N,) bool) make an eighth of the images; 'products' shows products as often as they have
-    images, 'balanced' all alike. min_images, max_images: of a product, see PKSampler.
+    (shop (N,) bool) make an eighth of the images; 'products' is a PKSampler with the settings that
+    come last.
     """
     if kind not in KINDS:
         raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
-    if kind in ("products", "balanced"):
+    if kind == "products":
         return PKSampler(
             labels,
             batch_size=batch_size,
             seed=seed,
             min_images=min_images,
             max_images=max_images,
-            balanced=kind == "balanced",
+            balanced_from=balanced_from,
         )
-    if min_images > 1 or max_images:
+    if min_images > 1 or max_images or balanced_from:
         raise ValueError(
-            f"batches {kind!r} take all images: min_images and max_images need one of {KINDS[2:]}"
+            f"batches {kind!r} take all images: min_images, max_images and balanced epochs need "
+            "'products'"
         )
     positions = np.arange(len(labels))
     if kind == "shuffled_domains":
         times = max(1, round((~shop).sum() / (7 * max(1, shop.sum()))))
         positions = np.append(positions, np.repeat(np.flatnonzero(shop), times - 1))
     return ShuffledSampler(positions, batch_size=batch_size, seed=seed)
-
-
-class Stages:
-    """Batches of one sampler for the first epochs and of another after them, such as 'balanced'."""
-
-    def __init__(self, first, then, *, first_epochs: int) -> None:
-        self.first, self.then, self.first_epochs = first, then, first_epochs
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        return (self.first if epoch < self.first_epochs else self.then).batches(epoch)
 
 
 class ShuffledSampler:
@@ -85,8 +77,8 @@ class PKSampler:
     labels (N,); images is K, and P = batch_size / K. Each product's images are shuffled and cut
     into runs of K; a product with fewer than K repeats some. Products with fewer than min_images
     are left out; max_images caps what a product shows in an epoch (Conde 2022: 4 and 50).
-    Products come as often as they have images, or, balanced, all alike (Bai 2020,
-    arXiv:2008.10545: a second stage for the long tail).
+    Products come as often as they have images, but all alike from epoch balanced_from on, 0 is
+    never (Bai 2020, arXiv:2008.10545: a second stage for the long tail).
     """
 
     def __init__(
@@ -98,7 +90,7 @@ class PKSampler:
         seed: int = 0,
         min_images: int = 1,
         max_images: int = 0,
-        balanced: bool = False,
+        balanced_from: int = 0,
     ) -> None:
         if batch_size % images or batch_size < 2 * images or images < 2:
             raise ValueError(
@@ -113,14 +105,14 @@ class PKSampler:
                 f"PKSampler needs {self.products} products in a batch, the data has "
                 f"{len(self.rows)} with {min_images} images or more. Use a smaller batch_size."
             )
-        self.images, self.seed, self.balanced = images, seed, balanced
+        self.images, self.seed, self.balanced_from = images, seed, balanced_from or math.inf
         self.max_images = max_images or len(labels)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """P runs of P different products each; what cannot fill a batch is left out."""
         rng = np.random.default_rng((self.seed, epoch))
         runs = [self._runs(rows, rng) for rows in self.rows]
-        waiting = deque((product, next(runs[product])) for product in self._order(rng))
+        waiting = deque((product, next(runs[product])) for product in self._order(rng, epoch))
         batches = []
         while True:
             batch, skipped = {}, []
@@ -135,12 +127,12 @@ class PKSampler:
             batches.append(np.concatenate(list(batch.values())))
             waiting.extendleft(reversed(skipped))
 
-    def _order(self, rng: np.random.Generator) -> np.ndarray:
+    def _order(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
         """Which product each run of the epoch shows."""
         shown = np.array([min(len(rows), self.max_images) for rows in self.rows])
         runs = -(-shown // self.images)
         products = np.arange(len(runs))
-        if not self.balanced:
+        if epoch < self.balanced_from:
             return rng.permutation(np.repeat(products, runs))
         passes = math.ceil(runs.sum() / len(products))
         order = [rng.permutation(products) for _ in range(passes)]

@@ -27,7 +27,6 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
-from torch.distributed.nn.functional import all_gather
 from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,7 +38,7 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler
 
-SAVED = ("identity", "epoch", "batch", "seconds", "best", "lr", "history", "results")
+SAVED = ("identity", "epoch", "batch", "best", "lr", "history", "results")
 NOT_DECISIVE = ("folder", "validate", "device", "max_minutes", "checkpoint_minutes")
 
 
@@ -117,10 +116,11 @@ class _Network(nn.Module):
         with autocast(pixels.device, self.dtype):
             embeddings = self.model(pixels)
         if distributed.is_initialized():
-            # DistributedDataParallel averages over processes, where the model's gradient, which is
-            # by this process's photos alone, shall be summed: the way back through all_gather
-            # multiplies it by their number.
-            embeddings, labels = torch.cat(all_gather(embeddings)), torch.cat(all_gather(labels))
+            # DistributedDataParallel averages over processes. The criterion's gradient is the same
+            # in all of them; the model's is by this process's photos alone, and shall be summed.
+            processes = distributed.get_world_size()
+            embeddings.register_hook(lambda gradient: gradient * processes)
+            embeddings, labels = _gathered(embeddings), _gathered(labels)
         loss, active = self.criterion(embeddings, labels)
         return loss, active, embeddings.detach()
 
@@ -145,9 +145,7 @@ class _Training:
             self.parts.append(self.average)
         self.identity = _identity(model, photos, sampler, recipe, self.dtype)
         self.start = self.last_saved = time.monotonic()
-        self.seconds, self.best = 0.0, -1.0  # seconds of the runs before this one
-        self.epoch = self.batch = 0
-        self.lr = recipe.lr
+        self.epoch, self.batch, self.best, self.lr = 0, 0, -1.0, recipe.lr
         self.history: list[dict] = []
         self.results: list[tuple] = []  # (loss, active, random distance) of this epoch's batches
 
@@ -212,7 +210,7 @@ class _Training:
 
     def spent(self) -> float:
         """Seconds since the first start."""
-        return self.seconds + time.monotonic() - self.start
+        return time.monotonic() - self.start
 
     def _out_of_time(self) -> bool:
         """Whether max_minutes are used up, by the first process's clock."""
@@ -286,6 +284,7 @@ class _Training:
         data = torch.load(path, map_location=self.recipe.device, weights_only=True)
         if data["identity"] != self.identity:
             return
+        self.start -= data["seconds"]
         for name in SAVED:
             setattr(self, name, data[name])
         for part, state in zip(self.parts, data["parts"]):
@@ -357,6 +356,14 @@ def _shares(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
         if length > 1:  # batch statistics need two
             shares.append(batch[_rank() * length : (_rank() + 1) * length])
     return shares
+
+
+def _gathered(values: torch.Tensor) -> torch.Tensor:
+    """Those of all processes, (B, ...) -> (P * B, ...), with this process's own in the graph."""
+    parts = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, values.detach().contiguous())
+    parts[_rank()] = values
+    return torch.cat(parts)
 
 
 def _by_processes(model, criterion, photos: Photos, sampler, recipe: Recipe) -> pd.DataFrame:
@@ -434,9 +441,7 @@ def fit_head(
     hour in Kaggle's Universal Image Embedding (2022). The neck comes back to where the model is.
     """
     if isinstance(model.neck, nn.Identity):
-        raise ValueError(
-            "fit_head trains a neck and the model has none: create it with embedding_dim"
-        )
+        raise ValueError("fit_head trains a neck and the model has none: give it an embedding_dim")
     home = next(model.parameters()).device
     learned = nn.ModuleList([model.neck.train(), criterion]).to(device)
     optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=1e-4)
