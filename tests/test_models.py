@@ -110,10 +110,10 @@ def test_weights_come_from_a_file_a_folder_or_the_attached_folder(tmp_path, monk
         save_file(state, file)
     for given in (file, tmp_path):
         model = models.create("resnet18", weights=str(given))
-        assert model.record["weights"]["source"] == "file " + given.name
+        assert model.record["weights"]["source"] == f"file resnet18{end}"
         torch.testing.assert_close(model.backbone.conv1.weight, state["conv1.weight"])
     monkeypatch.setenv("VIPR_WEIGHTS", str(tmp_path))
-    assert models.create("resnet18").record["weights"]["source"] == f"folder resnet18{end}"
+    assert models.create("resnet18").record["weights"]["source"] == f"file resnet18{end}"
 
 
 def test_weights_of_another_architecture_are_refused_with_the_tensor_named(tmp_path):

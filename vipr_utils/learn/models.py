@@ -223,21 +223,20 @@ def create(
 def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
     """(where they come from, file) of the pretrained weights of `name`; WeightsError if none."""
     names = [f"{name}{suffix}" for suffix in WEIGHT_FILES]
+    folder = os.environ.get("VIPR_WEIGHTS") if weights == "auto" else weights
+    files = [Path(folder, own) for own in names] if folder else []
+    if weights == "auto":
+        files += [file for own in names for file in platform.attached(own)]
+    else:
+        files.append(Path(weights))
+    for file in files:
+        if file.is_file():
+            return f"file {file.name}", file
     if weights != "auto":
-        given = Path(weights)
-        for file in [given, *(given / own for own in names)]:
-            if file.is_file():
-                return f"file {given.name}", file
         raise WeightsError(
             f"weights={weights!r} does not exist or holds no {name}{WEIGHT_FILES}: "
             "give a file, a folder with that file, 'auto' or 'none'"
         )
-    files = [file for own in names for file in platform.attached(own)]
-    if folder := os.environ.get("VIPR_WEIGHTS"):
-        files = [Path(folder, own) for own in names] + files
-    for file in files:
-        if file.is_file():
-            return f"folder {file.name}", file
     package = name in PACKAGED and importlib.util.find_spec(PACKAGED[name])
     if package:
         (file,) = Path(package.origin).parent.glob("models/*.pth")

@@ -101,7 +101,7 @@ def fit(model: models.Embedder, criterion, photos: Photos, sampler, **recipe) ->
 def cut_short(history: pd.DataFrame) -> str:
     """'in epoch 3 of 8' when max_minutes ended this training before its schedule did, '' else."""
     last = history.iloc[-1]
-    return f"in epoch {last.epoch:.0f} of {last.epochs:.0f}" if last.cut_short else ""
+    return f"in epoch {last.epoch} of {last.epochs}" if last.cut_short else ""
 
 
 class _Network(nn.Module):
