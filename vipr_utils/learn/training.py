@@ -40,6 +40,11 @@ from vipr_utils.learn.sampling import ShuffledSampler
 
 SAVED = ("identity", "epoch", "batch", "best", "lr", "history", "results")
 NOT_DECISIVE = ("folder", "validate", "device", "max_minutes", "checkpoint_minutes")
+NOT_SENT = (
+    "fit with processes > 1 sends model, criterion, photos, sampler and validate to other "
+    "processes by pickle, which failed ({}): use functions and classes of an importable module, "
+    "no lambda and nothing defined in a notebook, or processes=1"
+)
 
 
 class Diverged(RuntimeError):
@@ -379,11 +384,7 @@ def _by_processes(model, criterion, photos: Photos, sampler, recipe: Recipe) -> 
         try:
             torch.save((model, criterion, photos, sampler, recipe), job)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                "fit with processes > 1 sends model, criterion, photos, sampler and validate to "
-                f"other processes by pickle, which failed ({error}): use functions and classes of "
-                "an importable module, no lambda and nothing defined in a notebook, or processes=1"
-            ) from error
+            raise ValueError(NOT_SENT.format(error)) from error
         try:
             spawn(_work, (job,), nprocs=recipe.processes)
         except ProcessException as error:
@@ -400,7 +401,10 @@ def _by_processes(model, criterion, photos: Photos, sampler, recipe: Recipe) -> 
 
 def _work(rank: int, job: Path) -> None:
     """One of the processes that train together; the first leaves what it trained in job's place."""
-    *parts, recipe = torch.load(job, weights_only=False, map_location="cpu")
+    try:
+        *parts, recipe = torch.load(job, weights_only=False, map_location="cpu")
+    except AttributeError as error:
+        raise ValueError(NOT_SENT.format(error)) from error
     tune(max(1, cores() // recipe.processes))
     backend, device = "gloo", recipe.device
     if device.type == "cuda":
