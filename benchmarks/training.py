@@ -62,17 +62,21 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
     criterion = losses.criterion("contrastive", "euclidean", 128)
     data = Photos(store, rows, transforms.augmentation("study", 224), labels=labels)
     sampler = sampling.sampler("products", labels, batch_size=batch_size)
-    recipe = training.Recipe(epochs=1, lr=1e-3, optimizer="adam", weight_decay=0.0)
-    folder = Path("unused")  # nothing is saved
-    job = training._Job(model, criterion, data, sampler, recipe, folder, device, None, 1)
-    state = training._Training(job)
-    state._begin_epoch()
-    batches = sampler.batches(0)
+    recipe = training.Recipe(
+        epochs=1,
+        lr=1e-3,
+        folder=Path("unused"),  # nothing is saved
+        optimizer="adam",
+        weight_decay=0.0,
+        device=device,
+    )
+    state = training._Training(model, criterion, data, sampler, recipe)
+    batches = state.begin_epoch()
     seen, began, use = 0, time.perf_counter(), []
     for step, (pixels, targets, _) in enumerate(
         loader(data, batch_sampler=batches[:steps], device=device)
     ):
-        state.step(pixels, targets, seed=step)
+        state.step(pixels, targets)
         if step == steps // 3:
             seen, began = 0, time.perf_counter()
         seen += len(targets)

@@ -107,7 +107,7 @@ def test_carried_weights_are_found_where_they_are_attached_and_are_the_same_netw
     )  # nothing is attached to a laptop
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     attached = models.create("tf_efficientnet_lite0")
-    assert attached.record["weights"]["source"] == "folder tf_efficientnet_lite0.safetensors"
+    assert attached.record["weights"]["source"] == "file tf_efficientnet_lite0.safetensors"
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(original(x), attached(x))
@@ -381,7 +381,7 @@ def test_prepared_submission_runs_from_attached_folders_without_a_network_and_wr
     assert not done.returncode, done.stderr[-3000:]
     record = json.loads((working / "submissions" / "rehearsal" / "run.json").read_text())
     assert record["data"]["root"] == "products-10k" and 0 < record["metrics"]["map_at_5"] <= 1
-    assert record["model"]["weights"]["source"] == "folder tf_efficientnet_lite0.safetensors"
+    assert record["model"]["weights"]["source"] == "file tf_efficientnet_lite0.safetensors"
     after = files(tmp_path)
     written = {name for name in after if after[name] != before.get(name)}
     assert before.keys() <= after.keys() and {

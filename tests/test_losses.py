@@ -196,8 +196,6 @@ def test_unknown_names_are_named_with_the_choices():
         losses.distance_matrix(x, x, "chebyshev")
     with pytest.raises(ValueError, match="'hardest' is unknown.*batch_hard"):
         losses.triplet(x, labels, margin=0.1, mining="hardest")
-    with pytest.raises(ValueError, match="'arcface' has no margin in a distance"):
-        losses.default_margin("arcface", "cosine", 8)
 
 
 @pytest.mark.parametrize("distance", losses.DISTANCES)
@@ -226,9 +224,10 @@ def test_guided_loss_is_the_sum_of_classification_and_metric():
     torch.manual_seed(0)
     guided = losses.criterion("arcface+triplet", "cosine", 8, counts=np.bincount(labels))
     whole, accuracy = guided(x, labels)
-    parts = guided.arcface(x, labels), guided.guide(x, labels)
-    torch.testing.assert_close(whole, parts[0][0] + parts[1][0])
-    assert accuracy == parts[0][1] and len(list(guided.parameters())) == 1
+    metric, guided.guide = guided.guide(x, labels)[0], None
+    classification, alone = guided(x, labels)
+    torch.testing.assert_close(whole, classification + metric)
+    assert accuracy == alone and metric > 0 and len(list(guided.parameters())) == 1
 
 
 def test_unknown_loss_and_missing_counts_are_refused():

@@ -110,15 +110,15 @@ def test_weights_come_from_a_file_a_folder_or_the_attached_folder(tmp_path, monk
         save_file(state, file)
     for given in (file, tmp_path):
         model = models.create("resnet18", weights=str(given))
-        assert model.record["weights"]["source"] == "file " + given.name
+        assert model.record["weights"]["source"] == f"file resnet18{end}"
         torch.testing.assert_close(model.backbone.conv1.weight, state["conv1.weight"])
     monkeypatch.setenv("VIPR_WEIGHTS", str(tmp_path))
-    assert models.create("resnet18").record["weights"]["source"] == f"folder resnet18{end}"
+    assert models.create("resnet18").record["weights"]["source"] == f"file resnet18{end}"
 
 
 def test_weights_of_another_architecture_are_refused_with_the_tensor_named(tmp_path):
     torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "resnet34.pth")
-    with pytest.raises(models.WeightsError, match=r"do not fit 'resnet50': .*layer1\.0\.conv3"):
+    with pytest.raises(models.WeightsError, match=r"do not fit 'resnet50' .*layer1\.0\.conv3"):
         models.create("resnet50", weights=str(tmp_path / "resnet34.pth"))
 
 
@@ -151,7 +151,7 @@ def test_missing_and_broken_weight_files_are_named(tmp_path):
     with pytest.raises(models.WeightsError, match="holds no resnet18"):
         models.create("resnet18", weights=str(tmp_path))
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(models.WeightsError, match="no readable weights file"):
+    with pytest.raises(models.WeightsError, match="cannot be read or do not fit"):
         models.create("resnet18", weights=str(tmp_path / "broken.pth"))
 
 

@@ -1,19 +1,19 @@
 import numpy as np
 import pytest
 
-from vipr_utils.learn.sampling import PKSampler, ShuffledSampler, Stages, sampler
+from vipr_utils.learn.sampling import PKSampler, ShuffledSampler, sampler
 
 LONG_TAIL = np.repeat(np.arange(20), [1, 1, 2, 3, 5, 8, 13, 21, 34, 55] * 2)
 
 
 def test_each_batch_holds_p_products_with_k_images_each():
-    for batch in PKSampler(LONG_TAIL, products=5, images=4).batches(0):
+    for batch in PKSampler(LONG_TAIL, batch_size=20, images=4).batches(0):
         _, counts = np.unique(LONG_TAIL[batch], return_counts=True)
         assert counts.tolist() == [4] * 5
 
 
 def test_an_epoch_shows_nearly_every_image_once():
-    sampler = PKSampler(np.repeat(np.arange(50), 8), products=5, images=4)
+    sampler = PKSampler(np.repeat(np.arange(50), 8), batch_size=20, images=4)
     shown = np.concatenate(sampler.batches(3))
     assert len(np.unique(shown)) == len(shown) >= 0.9 * 400
 
@@ -21,7 +21,7 @@ def test_an_epoch_shows_nearly_every_image_once():
 def test_batches_depend_on_seed_and_epoch_alone():
     def flat(seed, epoch):
         return np.concatenate(
-            PKSampler(LONG_TAIL, products=4, images=2, seed=seed).batches(epoch)
+            PKSampler(LONG_TAIL, batch_size=8, images=2, seed=seed).batches(epoch)
         ).tolist()
 
     assert flat(0, 1) == flat(0, 1)
@@ -31,66 +31,59 @@ def test_batches_depend_on_seed_and_epoch_alone():
 
 def test_images_of_one_run_are_different_while_the_product_has_enough():
     labels = np.repeat(np.arange(6), 5)
-    for batch in PKSampler(labels, products=3, images=4).batches(0):
+    for batch in PKSampler(labels, batch_size=12, images=4).batches(0):
         for product in np.unique(labels[batch]):
             run = batch[labels[batch] == product]
             assert (
                 len(np.unique(run)) >= 4 - 3
             )  # a filled-up run may repeat, never more than its fill
-    full = PKSampler(np.repeat(np.arange(6), 8), products=3, images=4).batches(0)
+    full = PKSampler(np.repeat(np.arange(6), 8), batch_size=12, images=4).batches(0)
     assert all(len(np.unique(b)) == 12 for b in full)
 
 
 def test_too_few_products_says_how_many_there_are():
     with pytest.raises(ValueError, match="needs 8 products in a batch, the data has 3"):
-        PKSampler([0, 0, 1, 1, 2, 2], products=8, images=2)
+        PKSampler([0, 0, 1, 1, 2, 2], batch_size=16, images=2)
 
 
 def test_max_images_caps_what_one_product_shows_in_an_epoch():
-    shown = np.concatenate(PKSampler(LONG_TAIL, products=4, images=4, max_images=8).batches(0))
+    shown = np.concatenate(PKSampler(LONG_TAIL, batch_size=16, images=4, max_images=8).batches(0))
     assert max(np.bincount(LONG_TAIL[shown])) <= 8
 
 
-@pytest.mark.parametrize("balance", ["product", "group"])
-def test_balanced_epoch_shows_products_or_groups_alike_and_is_as_long(balance):
-    groups = LONG_TAIL // 5  # the last groups hold nearly all images
-    sampler = PKSampler(LONG_TAIL, products=4, images=4, balance=balance, groups=groups)
-    shown = np.concatenate(sampler.batches(0))
-    plain = np.concatenate(PKSampler(LONG_TAIL, products=4, images=4).batches(0))
-    assert len(shown) == pytest.approx(len(plain), rel=0.1)
-    counts = np.bincount(LONG_TAIL[shown] if balance == "product" else groups[shown])
+def test_balanced_epochs_show_products_alike_and_are_as_long():
+    balanced = PKSampler(LONG_TAIL, batch_size=16, images=4, balanced_from=2)
+    plain = PKSampler(LONG_TAIL, batch_size=16, images=4)
+    for epoch in (0, 1):
+        np.testing.assert_array_equal(balanced.batches(epoch), plain.batches(epoch))
+    shown = np.concatenate(balanced.batches(2))
+    assert len(shown) == pytest.approx(len(np.concatenate(plain.batches(2))), rel=0.1)
+    counts = np.bincount(LONG_TAIL[shown])
     assert counts.max() <= 1.35 * counts.min()
 
 
 def test_products_with_too_few_images_are_left_out():
-    shown = np.concatenate(PKSampler(LONG_TAIL, products=4, images=4, min_images=4).batches(0))
+    shown = np.concatenate(PKSampler(LONG_TAIL, batch_size=16, images=4, min_images=4).batches(0))
     assert np.bincount(LONG_TAIL)[LONG_TAIL[shown]].min() >= 4
     with pytest.raises(
         ValueError, match="needs 8 products in a batch, the data has 6 with 20 images or more"
     ):
-        PKSampler(LONG_TAIL, products=8, images=4, min_images=20)
-
-
-def test_unknown_balance_and_groups_that_are_missing_are_refused():
-    for how in ({"balance": "class"}, {"balance": "group"}):
-        with pytest.raises(ValueError, match="use one of .* 'group' needs groups"):
-            PKSampler(LONG_TAIL, products=4, images=4, **how)
+        PKSampler(LONG_TAIL, batch_size=32, images=4, min_images=20)
 
 
 def test_shuffled_batches_cover_everything_once():
-    shown = np.concatenate(ShuffledSampler(103, batch_size=10).batches(0))
+    shown = np.concatenate(ShuffledSampler(np.arange(103), batch_size=10).batches(0))
     assert sorted(shown) == list(range(103))
 
 
 def test_a_single_left_over_image_is_dropped_since_batch_statistics_need_two():
-    assert len(np.concatenate(ShuffledSampler(101, batch_size=10).batches(0))) == 100
+    assert len(np.concatenate(ShuffledSampler(np.arange(101), batch_size=10).batches(0))) == 100
 
 
 def test_sampler_by_name_fills_the_batch_or_says_why_not():
     assert isinstance(sampler("shuffled", LONG_TAIL, batch_size=16), ShuffledSampler)
-    for kind in ("products", "balanced", "groups"):
-        found = sampler(kind, LONG_TAIL, batch_size=16, groups=LONG_TAIL // 5)
-        assert {len(b) for b in found.batches(0)} == {16}
+    found = sampler("products", LONG_TAIL, batch_size=16)
+    assert {len(b) for b in found.batches(0)} == {16}
     shop = np.arange(len(LONG_TAIL)) % 40 == 0
     shown = np.concatenate(
         sampler("shuffled_domains", LONG_TAIL, batch_size=16, shop=shop).batches(0)
@@ -107,20 +100,11 @@ def test_sampler_by_name_fills_the_batch_or_says_why_not():
         sampler("random", LONG_TAIL, batch_size=16)
 
 
-def test_stages_change_the_batches_after_the_first_epochs():
-    labels = np.repeat(np.arange(4), [40, 4, 4, 4])
-    first, then = (sampler(kind, labels, batch_size=8) for kind in ("products", "balanced"))
-    stages = Stages(first, then, first_epochs=2)
-    for epoch, expected in enumerate([first, first, then, then]):
-        np.testing.assert_array_equal(stages.batches(epoch), expected.batches(epoch))
-
-
 def test_limits_of_a_product_reach_the_batches_or_are_refused():
     labels = np.repeat(np.arange(5), [40, 8, 8, 8, 2])
     batches = sampler("products", labels, batch_size=8, min_images=4, max_images=12).batches(0)
     shown = labels[np.concatenate(batches)]
     assert 4 not in shown and (shown == 0).sum() <= 12
-    with pytest.raises(
-        ValueError, match="'shuffled' take all images: min_images and max_images need one of"
-    ):
-        sampler("shuffled", labels, batch_size=8, max_images=4)
+    for limit in ({"min_images": 2}, {"max_images": 4}, {"balanced_from": 1}):
+        with pytest.raises(ValueError, match="'shuffled' take all images: .* need 'products'"):
+            sampler("shuffled", labels, batch_size=8, **limit)

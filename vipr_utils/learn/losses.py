@@ -34,7 +34,7 @@ def distance_matrix(x: torch.Tensor, y: torch.Tensor, distance: str = "cosine") 
 
 
 def default_margin(loss: str, distance: str, embedding_dim: int) -> float:
-    """A margin in the distance's own unit.
+    """A margin for 'contrastive' or 'triplet' in the distance's own unit.
 
     Two random unit vectors in many dimensions lie at cosine 1, euclidean sqrt(2), manhattan
     1.13 sqrt(D). Contrastive asks for half of that between different products, triplet for a fifth.
@@ -45,10 +45,6 @@ def default_margin(loss: str, distance: str, embedding_dim: int) -> float:
         "manhattan": math.sqrt(4.0 * embedding_dim / math.pi),
     }
     share = {"contrastive": 0.5, "triplet": 0.2}
-    if distance not in random:
-        raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
-    if loss not in share:
-        raise ValueError(f"loss {loss!r} has no margin in a distance: use one of {tuple(share)}")
     return share[loss] * random[distance]
 
 
@@ -60,15 +56,13 @@ def criterion(
     margin: float = 0.0,
     mining: str = "batch_hard",
     counts=None,
-    subcentres: int = 3,
-    scale: float = 30.0,
 ):
     """The loss of that name for training.fit: (embeddings, labels) -> (loss, active or accuracy).
 
     margin 0 takes default_margin, or 0.3 radians for ArcFace; mining is for triplets. counts (C,)
-    images per label are what the ArcFace family needs: adaptive_arcface sets its margins by them;
-    arcface+triplet adds a triplet loss to the classification (metric-guided: Bai 2020,
-    arXiv:2008.10545).
+    images per label are what the ArcFace family needs, with three sub-centres a class:
+    adaptive_arcface sets its margins by them; arcface+triplet adds a triplet loss to the
+    classification (metric-guided: Bai 2020, arXiv:2008.10545).
     """
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is unknown: use one of {LOSSES}")
@@ -78,28 +72,12 @@ def criterion(
             return partial(contrastive, distance=distance, margin=margin)
         return partial(triplet, mining=mining, distance=distance, margin=margin)
     if counts is None:
-        raise ValueError(
-            f"loss {loss!r} needs counts, the images of each label: np.bincount(labels)"
-        )
+        raise ValueError(f"loss {loss!r} needs counts, the images of each label")
     margins = adaptive_margins(counts) if loss == "adaptive_arcface" else margin or 0.3
-    arcface = ArcFace(
-        embedding_dim, len(counts), margin=margins, scale=scale, subcentres=subcentres
-    )
-    if loss != "arcface+triplet":
-        return arcface
-    return Guided(arcface, criterion("triplet", distance, embedding_dim, mining=mining))
-
-
-class Guided(nn.Module):
-    """Classification + metric loss; reports the classification's accuracy."""
-
-    def __init__(self, arcface: nn.Module, guide) -> None:
-        super().__init__()
-        self.arcface, self.guide = arcface, guide
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-        loss, accuracy = self.arcface(embeddings, labels)
-        return loss + self.guide(embeddings, labels)[0], accuracy
+    guide = None
+    if loss == "arcface+triplet":
+        guide = criterion("triplet", distance, embedding_dim, mining=mining)
+    return ArcFace(embedding_dim, len(counts), margin=margins, subcentres=3, guide=guide)
 
 
 def contrastive(
@@ -132,23 +110,19 @@ def triplet(
     """
     d = distance_matrix(embeddings, embeddings, distance)
     same, different = _pairs(labels)
+    positive = d.masked_fill(~same, -torch.inf)  # what is missing makes the gap -inf
+    negative = d.masked_fill(~different, torch.inf)
     if mining == "batch_hard":  # (B,) by anchor
-        valid = same.any(1) & different.any(1)
-        positive = d.masked_fill(~same, -torch.inf).amax(1)
-        negative = d.masked_fill(~different, torch.inf).amin(1)
+        gap = positive.amax(1) - negative.amin(1)
     elif mining == "semi_hard":  # (B, B) by anchor and positive
-        beyond = different[:, None, :] & (d[:, None, :] > d[:, :, None])
-        positive = d
-        negative = d[:, None, :].expand_as(beyond).masked_fill(~beyond, torch.inf).amin(2)
-        valid = same & torch.isfinite(negative)
+        beyond = torch.where(d[:, None, :] > d[:, :, None], negative[:, None, :], torch.inf)
+        gap = positive - beyond.amin(2)
     elif mining == "all":  # (B, B, B) by anchor, positive and negative
-        valid = same[:, :, None] & different[:, None, :]
-        positive, negative = d[:, :, None], d[:, None, :]
+        gap = positive[:, :, None] - negative[:, None, :]
     else:
         raise ValueError(f"mining {mining!r} is unknown: use 'all', 'semi_hard' or 'batch_hard'")
-    gap = torch.where(valid, positive, 0.0) - torch.where(valid, negative, 0.0) + margin
-    active = valid & (gap > 0)
-    return _mean(gap, active), _share(active, valid)
+    active = gap + margin > 0
+    return _mean(gap + margin, active), _share(active, gap.isfinite())
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
@@ -172,6 +146,7 @@ class ArcFace(nn.Module):
     logits = scale * cos(theta + margin of the true class), cross-entropy. margin in radians, one
     number or one per class (adaptive margins for long tails: Ha et al. 2020, arXiv:2010.05350).
     subcentres K > 1: the nearest of K centres speaks for the class (Deng et al. 2020, ECCV).
+    guide: a loss of pairs that is added (Bai 2020, arXiv:2008.10545).
     Source: Deng et al. 2019, arXiv:1801.07698. The centres are parameters: the optimiser's, too.
     """
 
@@ -183,31 +158,29 @@ class ArcFace(nn.Module):
         margin=0.3,
         scale: float = 30.0,
         subcentres: int = 1,
+        guide=None,
     ):
         super().__init__()
         self.centres = nn.Parameter(torch.empty(n_classes * subcentres, embedding_dim))
         nn.init.xavier_uniform_(self.centres)
         margins = torch.as_tensor(margin, dtype=torch.float32).expand(n_classes).clone()
         self.register_buffer("margins", margins)
-        self.n_classes, self.scale, self.subcentres = n_classes, scale, subcentres
-
-    def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Cosine to the nearest centre of each class, (B, D) -> (B, C)."""
-        directions = F.normalize(embeddings.float(), dim=1)
-        cosines = directions @ F.normalize(self.centres.float(), dim=1).T
-        return cosines.view(len(embeddings), self.n_classes, self.subcentres).amax(2)
+        self.scale, self.subcentres, self.guide = scale, subcentres, guide
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-        with torch.autocast(embeddings.device.type, enabled=False):
-            cosines = self.cosines(embeddings)
-            true = cosines.gather(1, labels[:, None]).clamp(-1 + 1e-7, 1 - 1e-7)  # (B, 1)
-            margin = self.margins[labels][:, None]
-            shifted = torch.cos(true.acos() + margin)
-            # Past theta = pi - margin the cosine would rise again: there a straight line goes on.
-            shifted = torch.where(true > -margin.cos(), shifted, true - margin.sin() * margin)
-            logits = self.scale * cosines.scatter(1, labels[:, None], shifted)
-            loss = F.cross_entropy(logits, labels)
-        return loss, float((cosines.argmax(1) == labels).float().mean())
+        centres = F.normalize(self.centres, dim=1)
+        cosines = F.normalize(embeddings.float(), dim=1) @ centres.T
+        cosines = cosines.view(len(embeddings), -1, self.subcentres).amax(2)  # (B, C)
+        true = cosines.gather(1, labels[:, None]).clamp(-1 + 1e-7, 1 - 1e-7)  # (B, 1)
+        margin = self.margins[labels][:, None]
+        # Past theta = pi - margin the cosine would rise again: there a straight line goes on.
+        straight = true - margin.sin() * margin
+        shifted = torch.where(true > -margin.cos(), torch.cos(true.acos() + margin), straight)
+        logits = self.scale * cosines.scatter(1, labels[:, None], shifted)
+        loss = F.cross_entropy(logits, labels)
+        if self.guide:
+            loss = loss + self.guide(embeddings, labels)[0]
+        return loss, (cosines.argmax(1) == labels).float().mean().item()
 
 
 def adaptive_margins(counts, *, low: float = 0.2, high: float = 0.5) -> torch.Tensor:
@@ -216,5 +189,5 @@ def adaptive_margins(counts, *, low: float = 0.2, high: float = 0.5) -> torch.Te
     Proportional to counts^(-1/4), scaled to [low, high]. Source: Ha et al. 2020, arXiv:2010.05350.
     """
     rarity = torch.as_tensor(counts, dtype=torch.float32).clamp(min=1).pow(-0.25)
-    span = (rarity.max() - rarity.min()).clamp(min=1e-12)
-    return low + (high - low) * (rarity - rarity.min()) / span
+    rarity = rarity - rarity.min()
+    return low + (high - low) * rarity / rarity.max().clamp(min=1e-12)

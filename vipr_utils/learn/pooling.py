@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,20 +12,16 @@ from torch import nn
 class GeM(nn.Module):
     """Generalised mean over positions, (B, C, H, W) -> (B, C): mean(x^p)^(1/p).
 
-    p = 1 is the average, p -> inf the maximum; learned (give it no weight decay) or fixed.
+    p = 1 is the average, p -> inf the maximum; it is learned, without weight decay.
     Source: Radenovic et al. 2018, arXiv:1711.02512.
     """
 
-    def __init__(self, p: float = 3.0, eps: float = 1e-6, *, learned: bool = True) -> None:
+    def __init__(self, p: float = 3.0) -> None:
         super().__init__()
-        self.eps = eps
-        if learned:
-            self.p = nn.Parameter(torch.tensor(float(p)))
-        else:
-            self.register_buffer("p", torch.tensor(float(p)))
+        self.p = nn.Parameter(torch.tensor(p))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.float().clamp(min=self.eps)  # fp16 underflows at eps^p
+        x = x.float().clamp(min=1e-6)  # fp16 underflows at its power
         return x.pow(self.p).mean((2, 3)).pow(1.0 / self.p)
 
 
@@ -50,7 +48,7 @@ class RMAC(nn.Module):
     def regions(self, x: torch.Tensor) -> torch.Tensor:
         """(B, R, C): the L2-normalised maximum of every region, before whitening."""
         maxima = []
-        for top, left, side in region_grid(x.shape[2], x.shape[3], scales=self.scales):
+        for top, left, side in region_grid(*x.shape[2:], scales=self.scales):
             region = x[:, :, top : top + side, left : left + side]
             maxima.append(region.amax((2, 3)))
         return F.normalize(torch.stack(maxima, 1).float(), dim=2)
@@ -78,9 +76,7 @@ def region_grid(height: int, width: int, *, scales: int = 3) -> list[tuple[int, 
         side = max(1, 2 * short // (scale + 1))
         rows = scale + more * (height > width)
         columns = scale + more * (width > height)
-        for top in _starts(height, side, rows):
-            for left in _starts(width, side, columns):
-                grid.append((top, left, side))
+        grid += product(_starts(height, side, rows), _starts(width, side, columns), [side])
     return grid
 
 
@@ -91,7 +87,6 @@ def _starts(size: int, side: int, n: int) -> list[int]:
 POOLINGS = {  # name -> its layer for a map of so many channels
     "own": lambda channels: None,
     "gem": lambda channels: GeM(),
-    "gem_fixed": lambda channels: GeM(learned=False),
     "rmac": RMAC,
     "max": lambda channels: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
 }

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-BALANCES = ("", "product", "group")
-KINDS = ("shuffled", "shuffled_domains", "products", "balanced", "groups")
+KINDS = ("shuffled", "shuffled_domains", "products")
 
 
 def sampler(
@@ -22,72 +21,49 @@ def sampler(
     labels,
     *,
     batch_size: int,
-    images: int = 4,
-    groups=None,
     shop=None,
     seed: int = 0,
     min_images: int = 1,
     max_images: int = 0,
+    balanced_from: int = 0,
 ):
     """The sampler of that name.
 
     'shuffled' takes no heed of labels; 'shuffled_domains' shows each shop photo so often that they
-    (shop (N,) bool) make an eighth of the images; the others draw P = batch_size / images products:
-    'products' as often as they have images, 'balanced' all alike, 'groups' all groups (N,) alike.
-    min_images, max_images: of a product, see PKSampler.
+    (shop (N,) bool) make an eighth of the images; 'products' is a PKSampler with the settings that
+    come last.
     """
     if kind not in KINDS:
         raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
-    if kind.startswith("shuffled"):
-        if min_images > 1 or max_images:
-            raise ValueError(
-                f"batches {kind!r} take all images: min_images and max_images need one of "
-                f"{KINDS[2:]}"
-            )
-        rows = np.arange(len(labels)) if kind == "shuffled" else _an_eighth(np.asarray(shop))
-        return ShuffledSampler(rows, batch_size=batch_size, seed=seed)
-    if batch_size % images:
-        raise ValueError(
-            f"batch_size {batch_size} is no multiple of the {images} images that each product "
-            "brings"
+    if kind == "products":
+        return PKSampler(
+            labels,
+            batch_size=batch_size,
+            seed=seed,
+            min_images=min_images,
+            max_images=max_images,
+            balanced_from=balanced_from,
         )
-    limits = {"min_images": min_images, "max_images": max_images, "groups": groups}
-    balance = {"products": "", "balanced": "product", "groups": "group"}[kind]
-    products = batch_size // images
-    return PKSampler(labels, products=products, images=images, seed=seed, balance=balance, **limits)
-
-
-def _an_eighth(shop: np.ndarray) -> np.ndarray:
-    """All positions, those of shop photos so often that they are an eighth of all."""
-    positions = np.flatnonzero(shop)
-    times = max(1, round((len(shop) - len(positions)) / (7 * max(1, len(positions)))))
-    return np.concatenate([np.arange(len(shop)), np.repeat(positions, times - 1)])
-
-
-class Stages:
-    """Batches of one sampler for the first epochs and of another after them, such as 'balanced'."""
-
-    def __init__(self, first, then, *, first_epochs: int) -> None:
-        self.first, self.then, self.first_epochs = first, then, first_epochs
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        return (self.first if epoch < self.first_epochs else self.then).batches(epoch)
+    if min_images > 1 or max_images or balanced_from:
+        raise ValueError(
+            f"batches {kind!r} take all images: min_images, max_images and balanced epochs need "
+            "'products'"
+        )
+    positions = np.arange(len(labels))
+    if kind == "shuffled_domains":
+        times = max(1, round((~shop).sum() / (7 * max(1, shop.sum()))))
+        positions = np.append(positions, np.repeat(np.flatnonzero(shop), times - 1))
+    return ShuffledSampler(positions, batch_size=batch_size, seed=seed)
 
 
 class ShuffledSampler:
-    """Plain shuffled batches of positions (a number of them, or a list that may repeat some).
+    """Plain shuffled batches of positions, which may repeat some.
 
     The last batch may be short; it is dropped when it has fewer than two images.
     """
 
     def __init__(self, positions, *, batch_size: int, seed: int = 0) -> None:
-        self.positions = np.arange(positions) if np.ndim(positions) == 0 else np.asarray(positions)
-        if len(self.positions) < 2 or batch_size < 2:
-            raise ValueError(
-                "ShuffledSampler needs 2 images and batch_size >= 2, got "
-                f"{len(self.positions)} and {batch_size}"
-            )
-        self.batch_size, self.seed = batch_size, seed
+        self.positions, self.batch_size, self.seed = positions, batch_size, seed
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng((self.seed, epoch)).permutation(self.positions)
@@ -98,83 +74,46 @@ class ShuffledSampler:
 class PKSampler:
     """P products x K images a batch ("m-per-class"); an epoch shows about as many as there are.
 
-    labels (N,). Each product's images are shuffled and cut into runs of K; a product with fewer
-    than K repeats some. Products with fewer than min_images are left out; max_images caps what a
-    product shows in an epoch (Conde 2022: 4 and 50).
-    balance: "" shows products as often as they have images; "product" all alike, "group" all groups
-    (N,) alike and the products within (Bai 2020, arXiv:2008.10545: a second stage for the long
-    tail).
+    labels (N,); images is K, and P = batch_size / K. Each product's images are shuffled and cut
+    into runs of K; a product with fewer than K repeats some. Products with fewer than min_images
+    are left out; max_images caps what a product shows in an epoch (Conde 2022: 4 and 50).
+    Products come as often as they have images, but all alike from epoch balanced_from on, 0 is
+    never (Bai 2020, arXiv:2008.10545: a second stage for the long tail).
     """
 
     def __init__(
         self,
         labels,
         *,
-        products: int = 8,
+        batch_size: int,
         images: int = 4,
         seed: int = 0,
         min_images: int = 1,
         max_images: int = 0,
-        balance: str = "",
-        groups=None,
+        balanced_from: int = 0,
     ) -> None:
-        if products < 2 or images < 2:
+        if batch_size % images or batch_size < 2 * images or images < 2:
             raise ValueError(
-                "PKSampler needs products >= 2 and images >= 2 for its pairs, got "
-                f"{products} and {images}"
-            )
-        if balance not in BALANCES or (balance == "group" and groups is None):
-            raise ValueError(
-                f"balance {balance!r}: use one of {BALANCES}; 'group' needs groups, one each label"
+                f"batch_size {batch_size} is no multiple of the {images} images that each product "
+                "brings (the least are 2 products of 2 images)"
             )
         by_product = pd.Series(labels).groupby(np.asarray(labels)).indices.values()
         self.rows = [rows for rows in by_product if len(rows) >= min_images]
-        if len(self.rows) < products:
-            enough = f" with {min_images} images or more" if min_images > 1 else ""
+        self.products = batch_size // images
+        if len(self.rows) < self.products:
             raise ValueError(
-                f"PKSampler needs {products} products in a batch, the data has {len(self.rows)}"
-                f"{enough}. Use a smaller batch_size."
+                f"PKSampler needs {self.products} products in a batch, the data has "
+                f"{len(self.rows)} with {min_images} images or more. Use a smaller batch_size."
             )
-        self.products, self.images, self.seed, self.balance = products, images, seed, balance
+        self.images, self.seed, self.balanced_from = images, seed, balanced_from or math.inf
         self.max_images = max_images or len(labels)
-        self.groups = np.asarray(groups)[[r[0] for r in self.rows]] if balance == "group" else None
 
     def batches(self, epoch: int) -> list[np.ndarray]:
+        """P runs of P different products each; what cannot fill a batch is left out."""
         rng = np.random.default_rng((self.seed, epoch))
         runs = [self._runs(rows, rng) for rows in self.rows]
-        return list(self._batches(deque((p, next(runs[p])) for p in self._order(rng))))
-
-    def _order(self, rng: np.random.Generator) -> np.ndarray:
-        """Which product each run of the epoch shows."""
-        shown = np.array([min(len(rows), self.max_images) for rows in self.rows])
-        runs = -(-shown // self.images)
-        products = np.arange(len(runs))
-        if not self.balance:
-            return rng.permutation(np.repeat(products, runs))
-        pools = [products]
-        if self.balance == "group":
-            pools = [products[self.groups == group] for group in np.unique(self.groups)]
-        length = math.ceil(runs.sum() / len(pools))
-        drawn = []
-        for pool in pools:
-            passes = [rng.permutation(pool) for _ in range(math.ceil(length / len(pool)))]
-            drawn.append(np.concatenate(passes)[:length])
-        return np.stack(drawn, 1).ravel()  # one of each group in turn
-
-    def _runs(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """One product's images in runs of K without end, each pass over them in a new order."""
-        shown = rng.permutation(rows)[: self.max_images]
-        while True:
-            missing = -len(shown) % self.images
-            order = rng.permutation(shown)
-            more = rng.choice(order, missing, replace=missing > len(order))
-            yield from np.concatenate([order, more]).reshape(-1, self.images)
-
-    def _batches(self, waiting: deque) -> Iterator[np.ndarray]:
-        """P runs (product, positions) of P different products each, in the order given.
-
-        What cannot fill a batch is left out.
-        """
+        waiting = deque((product, next(runs[product])) for product in self._order(rng, epoch))
+        batches = []
         while True:
             batch, skipped = {}, []
             while waiting and len(batch) < self.products:
@@ -184,6 +123,26 @@ class PKSampler:
                 else:
                     batch[product] = run
             if len(batch) < self.products:
-                return
-            yield np.concatenate(list(batch.values()))
+                return batches
+            batches.append(np.concatenate(list(batch.values())))
             waiting.extendleft(reversed(skipped))
+
+    def _order(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        """Which product each run of the epoch shows."""
+        shown = np.array([min(len(rows), self.max_images) for rows in self.rows])
+        runs = -(-shown // self.images)
+        products = np.arange(len(runs))
+        if epoch < self.balanced_from:
+            return rng.permutation(np.repeat(products, runs))
+        passes = math.ceil(runs.sum() / len(products))
+        order = [rng.permutation(products) for _ in range(passes)]
+        return np.concatenate(order)[: runs.sum()]
+
+    def _runs(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """One product's images in runs of K without end, each pass over them in a new order."""
+        shown = rng.permutation(rows)[: self.max_images]
+        while True:
+            missing = -len(shown) % self.images
+            order = rng.permutation(shown)
+            more = rng.choice(order, missing, replace=missing > len(order))
+            yield from np.append(order, more).reshape(-1, self.images)

@@ -11,25 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pickle
-import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from vipr_utils.data import store
 from vipr_utils.data.store import Photos
@@ -38,7 +38,13 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler
 
-SAVED = ("identity", "epoch", "batch", "updates", "seconds", "best", "history", "results")
+SAVED = ("identity", "epoch", "batch", "best", "lr", "history", "results")
+NOT_DECISIVE = ("folder", "validate", "device", "max_minutes", "checkpoint_minutes")
+NOT_SENT = (
+    "fit with processes > 1 sends model, criterion, photos, sampler and validate to other "
+    "processes by pickle, which failed ({}): use functions and classes of an importable module, "
+    "no lambda and nothing defined in a notebook, or processes=1"
+)
 
 
 class Diverged(RuntimeError):
@@ -51,56 +57,29 @@ class Recipe:
 
     epochs: int
     lr: float  # of the backbone
+    folder: Path  # of checkpoint and history
     head_lr: float = 0.0  # of neck and criterion; 0 takes lr
     layer_decay: float = 1.0  # each layer's rate over that of the next; 1 is one rate for all
-    optimizer: str = "adamw"  # adamw, adam
+    optimizer: str = "adamw"  # timm's name: adamw, adam ...
     weight_decay: float = 1e-4
-    schedule: str = "cosine"  # cosine (with warm-up), multistep, constant
-    warmup: float = 0.05  # share of all steps
-    milestones: tuple[int, ...] = ()  # epochs, for multistep
-    gamma: float = 0.1  # factor at each milestone
+    milestones: tuple | None = None  # epochs at which rates fall to a tenth; None takes `rate`
     frozen_epochs: int = 0  # epochs in which only neck and criterion learn
-    clip_norm: float = 0.0  # 0 clips nothing
     ema_decay: float = 0.0  # of the averaged weights that are validated and kept; 0 has none
     validate_every: int = 1  # epochs
     precision: str = "auto"  # see compute_dtype
     seed: int = 0
+    processes: int = 1
+    validate: Callable | None = None  # model -> dict with map_at_5
+    device: torch.device = torch.device("cpu")
     max_minutes: float = 0.0  # from the first start, over restarts; 0 is no limit
     checkpoint_minutes: float = 5.0
-    progress: bool = True  # a line an epoch
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One call of `fit`, as it is sent to other processes."""
-
-    model: models.Embedder
-    criterion: Callable
-    photos: Photos
-    sampler: object
-    recipe: Recipe
-    folder: Path
-    device: torch.device
-    validate: Callable | None
-    processes: int
-
-
-def fit(
-    model: models.Embedder,
-    criterion,
-    photos: Photos,
-    sampler,
-    *,
-    folder: Path,
-    device: torch.device = torch.device("cpu"),
-    validate=None,  # model -> dict with map_at_5
-    processes: int = 1,
-    **recipe,
-) -> pd.DataFrame:
+def fit(model: models.Embedder, criterion, photos: Photos, sampler, **recipe) -> pd.DataFrame:
     """Train `model` in place and return its history, one row an epoch.
 
     criterion(embeddings, labels) -> (loss, share of active pairs or accuracy); an nn.Module's
-    parameters are trained. recipe: the fields of `Recipe`; epochs and lr must be given.
+    parameters are trained. recipe: the fields of `Recipe`; epochs, lr and folder must be given.
     With `validate` the epoch with the best map_at_5 is kept, else the last. When max_minutes are
     used up training stops, keeps what it has, and returns: see `cut_short`.
     processes: each embeds its part of every batch, on a GPU of its own or on the CPU; loss and
@@ -108,17 +87,16 @@ def fit(
     Raises Diverged when the loss is not finite; the last checkpoint stays. ValueError for more
     processes than GPUs, and for what cannot be pickled.
     """
-    parts = (model, criterion, photos, sampler, Recipe(**recipe), Path(folder), device, validate)
-    job = _Job(*parts, processes)
-    if processes > 1 and not distributed.is_initialized():
-        return _launch(job)
-    training = _Training(job)
+    recipe = Recipe(**recipe)
+    if recipe.processes > 1 and not distributed.is_initialized():
+        return _by_processes(model, criterion, photos, sampler, recipe)
+    training = _Training(model, criterion, photos, sampler, recipe)
     training.resume()
     out_of_time = False
-    while training.epoch < job.recipe.epochs and not out_of_time:
+    while training.epoch < recipe.epochs and not out_of_time:
         out_of_time = training.run_epoch()
         row = training.end_epoch(out_of_time)
-        if job.recipe.progress and training.leads:
+        if training.leads:
             print(_line(row), flush=True)
         if not out_of_time:
             training.save()
@@ -128,7 +106,7 @@ def fit(
 def cut_short(history: pd.DataFrame) -> str:
     """'in epoch 3 of 8' when max_minutes ended this training before its schedule did, '' else."""
     last = history.iloc[-1]
-    return f"in epoch {last.epoch:.0f} of {last.epochs:.0f}" if last.cut_short else ""
+    return f"in epoch {last.epoch} of {last.epochs}" if last.cut_short else ""
 
 
 class _Network(nn.Module):
@@ -155,152 +133,128 @@ class _Network(nn.Module):
 class _Training:
     """A training under way: weights, optimiser, scaler, average, position and history."""
 
-    def __init__(self, job: _Job) -> None:
-        self.job, self.recipe, self.device = job, job.recipe, job.device
-        self.leads = not distributed.is_initialized() or distributed.get_rank() == 0
-        self.dtype = compute_dtype(self.recipe.precision, self.device, training=True)
-        self.model = job.model.to(self.device, memory_format=torch.channels_last)
-        self.criterion = job.criterion
-        if isinstance(self.criterion, nn.Module):
-            self.criterion.to(self.device)
-        self.optimizer = _optimizer(self.model, self.criterion, self.recipe)
+    def __init__(self, model, criterion, photos: Photos, sampler, recipe: Recipe) -> None:
+        self.model, self.photos, self.sampler, self.recipe = model, photos, sampler, recipe
+        self.folder, self.leads = Path(recipe.folder), _rank() == 0
+        self.dtype = compute_dtype(recipe.precision, recipe.device, training=True)
+        self.network = _Network(model, criterion, self.dtype)
+        self.network.to(recipe.device, memory_format=torch.channels_last)
+        self.optimizer = _optimizer(model, criterion, recipe)
         half = self.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.average = None
-        if self.recipe.ema_decay:
-            self.average = ModelEmaV3(self.model, decay=self.recipe.ema_decay, use_warmup=True)
-        self.identity = _identity(job, self.dtype)
+        self.scaler = torch.amp.GradScaler(recipe.device.type, enabled=half)
+        self.parts = [self.network, self.optimizer, self.scaler]
+        self.average, self.evaluated = None, model  # what is validated and kept
+        if recipe.ema_decay:
+            self.average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+            self.evaluated = self.average.module
+            self.parts.append(self.average)
+        self.identity = _identity(model, photos, sampler, recipe, self.dtype)
         self.start = self.last_saved = time.monotonic()
-        self.epoch = self.batch = self.updates = 0
-        self.seconds, self.best = 0.0, -1.0  # seconds of the runs before this one
+        self.epoch, self.batch, self.best, self.lr = 0, 0, -1.0, recipe.lr
         self.history: list[dict] = []
         self.results: list[tuple] = []  # (loss, active, random distance) of this epoch's batches
-        self.steps = 0  # of this epoch
-        self.network: nn.Module | None = None
 
-    def spent(self) -> float:
-        """Seconds since the first start."""
-        return self.seconds + time.monotonic() - self.start
+    def begin_epoch(self) -> list[np.ndarray]:
+        """This process's part of the epoch's batches, with the network ready for them."""
+        batches = _shares(self.sampler.batches(self.epoch), self.recipe.processes)
+        if not batches:
+            raise ValueError("the sampler gives no batch of 2 images or more: change batch_size")
+        self.steps = len(batches)
+        self.photos.set_epoch(self.epoch)
+        learns = self.epoch >= self.recipe.frozen_epochs
+        self.model.train()
+        # The batch statistics of a frozen backbone stay those of pretraining.
+        self.model.backbone.requires_grad_(learns).train(learns)
+        self.forward = self.network
+        if distributed.is_initialized():
+            unused = self.model.pooling is not None  # layers of the backbone's own head
+            self.forward = DistributedDataParallel(self.network, find_unused_parameters=unused)
+        return batches
 
     def run_epoch(self) -> bool:
         """Train to the end of the epoch; True when time ran out before or with it."""
-        job = self.job
-        batches = _shares(job.sampler.batches(self.epoch), job.processes)
-        if not batches:
-            raise ValueError("the sampler gives no batch: use a smaller batch_size or more images")
-        self.steps = len(batches)
-        self._begin_epoch()
-        job.photos.set_epoch(self.epoch)
-        rest = batches[self.batch :]
-        for pixels, labels, _ in store.loader(job.photos, batch_sampler=rest, device=self.device):
-            seed = self.recipe.seed * 1_000_003 + self.epoch * self.steps + self.batch
-            self.step(pixels, labels, factor=self._factor(self.batch), seed=seed)
+        rest = self.begin_epoch()[self.batch :]
+        loader = store.loader(self.photos, batch_sampler=rest, device=self.recipe.device)
+        for pixels, labels, _ in loader:
+            self.step(pixels, labels)
             if self._out_of_time():
                 return True
             if time.monotonic() - self.last_saved > self.recipe.checkpoint_minutes * 60:
                 self.save()
         return False
 
-    def _begin_epoch(self) -> None:
-        self.model.train()
-        frozen = self.epoch < self.recipe.frozen_epochs
-        self.model.backbone.requires_grad_(not frozen)
-        if frozen:
-            self.model.backbone.eval()  # batch statistics stay those of pretraining
-        if self.network is None or self.epoch == self.recipe.frozen_epochs:
-            self.network = _Network(self.model, self.criterion, self.dtype)
-            if distributed.is_initialized():
-                unused = self.model.pooling is not None  # layers of the backbone's own head
-                self.network = DistributedDataParallel(self.network, find_unused_parameters=unused)
-
-    def _factor(self, batch: int) -> float:
-        """The factor on the learning rates at a batch of this epoch."""
-        recipe = self.recipe
-        return rate(
-            self.epoch * self.steps + batch,
-            recipe.epochs * self.steps,
-            recipe.schedule,
-            recipe.warmup,
-            [milestone * self.steps for milestone in recipe.milestones],
-            recipe.gamma,
-        )
-
-    def step(
-        self, pixels: torch.Tensor, labels: torch.Tensor, *, factor: float = 1.0, seed: int = 0
-    ) -> None:
+    def step(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
         """One update by the loss of a whole batch."""
+        recipe, done = self.recipe, self.epoch * self.steps + self.batch
+        if recipe.milestones is None:
+            factor = rate(done, recipe.epochs * self.steps)
+        else:
+            factor = 0.1 ** sum(self.epoch >= milestone for milestone in recipe.milestones)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        pixels = pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(seed)
-        loss, active, embeddings = self.network(pixels, labels)
+        self.lr = recipe.lr * factor
+        pixels = pixels.to(recipe.device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(recipe.device, non_blocking=True)
+        self.optimizer.zero_grad()
+        torch.manual_seed(recipe.seed * 1_000_003 + done)
+        loss, active, embeddings = self.forward(pixels, labels)
         self.scaler.scale(loss).backward()
-        if not math.isfinite(loss.item()):
+        if not loss.isfinite():
             raise Diverged(
-                f"loss is {loss.item()} in epoch {self.epoch}, batch {self.batch}: lower lr or set "
-                "clip_norm (1.0 is usual); the last checkpoint is kept"
+                f"loss is {loss.item()} in epoch {self.epoch}, batch {self.batch}: lower lr; the "
+                "last checkpoint is kept"
             )
-        self.scaler.unscale_(self.optimizer)
-        if self.recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.batch += 1
-        self.updates += 1
         if self.average is not None:
-            self.average.update(self.model, step=self.updates)
+            self.average.update(self.model, step=done + 1)
         half = len(embeddings) // 2  # neighbours in a P x K batch are one product
         similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean()
         self.results.append((loss.item(), active, 1 - similarity.item()))
+
+    def spent(self) -> float:
+        """Seconds since the first start."""
+        return time.monotonic() - self.start
 
     def _out_of_time(self) -> bool:
         """Whether max_minutes are used up, by the first process's clock."""
         limit = self.recipe.max_minutes * 60
         if not limit:
             return False
-        late = torch.tensor(int(self.spent() > limit), device=self.device)
+        late = torch.tensor(int(self.spent() > limit), device=self.recipe.device)
         if distributed.is_initialized():
             distributed.broadcast(late, 0)
         return bool(late)
 
     def end_epoch(self, out_of_time: bool) -> dict:
         """Validate and go to the next epoch; the row of this one, now in the history."""
-        epochs = self.recipe.epochs
-        last = self.epoch + 1 == epochs
+        recipe, stepped = self.recipe, self.batch
         loss, active, random_distance = np.mean(self.results, axis=0).tolist()
+        self.epoch, self.batch, self.results = self.epoch + 1, 0, []
+        last = self.epoch == recipe.epochs
         row = {
-            "epoch": self.epoch + 1,
+            "epoch": self.epoch,
             "loss": loss,
             "active": active,
             "random_distance": random_distance,
-            "lr": self.recipe.lr * self._factor(self.batch - 1),
+            "lr": self.lr,
             "seconds": self.spent(),
-            "epochs": epochs,
-            "cut_short": out_of_time and not (last and self.batch == self.steps),
+            "epochs": recipe.epochs,
+            "cut_short": out_of_time and not (last and stepped == self.steps),
         }
-        due = last or out_of_time or (self.epoch + 1) % self.recipe.validate_every == 0
-        if self.leads and self.job.validate and due:
-            self._validate(row)
-        self.epoch, self.batch, self.results = self.epoch + 1, 0, []
         self.history.append(row)
         if self.leads:
-            _warn_of_collapse(row, of_pairs=not isinstance(self.criterion, nn.Module))
+            if recipe.validate and (last or out_of_time or self.epoch % recipe.validate_every == 0):
+                self._validate(row)
+            _warn_of_collapse(row, of_pairs=not isinstance(self.network.criterion, nn.Module))
         return row
 
-    def evaluated(self) -> nn.Module:
-        """What is validated and kept: the averaged weights where there are some."""
-        return self.model if self.average is None else self.average.module
-
     def _validate(self, row: dict) -> None:
-        scores = self.job.validate(self.evaluated())
-        for name, value in scores.items():
-            if isinstance(value, (int, float)):
-                row[name] = float(value)
-        if row.get("map_at_5", -1.0) > self.best:
+        row["map_at_5"] = float(self.recipe.validate(self.evaluated)["map_at_5"])
+        if row["map_at_5"] > self.best:
             self.best = row["map_at_5"]
-            models.save(self.evaluated(), self.job.folder / "best.pt")
+            models.save(self.evaluated, self.folder / "best.pt")
 
     def finish(self) -> pd.DataFrame:
         """Put the weights to keep into the model; the first process writes the history."""
@@ -308,13 +262,12 @@ class _Training:
         history = pd.DataFrame(self.history)
         if not self.leads:
             return history
-        best = self.job.folder / "best.pt"
-        kept = models.load(best) if self.best >= 0 and best.exists() else self.evaluated()
+        kept = models.load(self.folder / "best.pt") if self.best >= 0 else self.evaluated
         self.model.load_state_dict(kept.state_dict())
         self.model.eval()
         for file in ("checkpoint.pt", "best.pt"):
-            (self.job.folder / file).unlink(missing_ok=True)
-        with whole_file(self.job.folder / "history.csv") as part:
+            (self.folder / file).unlink(missing_ok=True)
+        with whole_file(self.folder / "history.csv") as part:
             history.to_csv(part, index=False)
         return history
 
@@ -323,32 +276,24 @@ class _Training:
         if not self.leads:
             return
         data = {name: getattr(self, name) for name in SAVED} | {"seconds": self.spent()}
-        for name, part in self._parts().items():
-            data[name] = part.state_dict()
-        with whole_file(self.job.folder / "checkpoint.pt") as path:
+        data["parts"] = [part.state_dict() for part in self.parts]
+        with whole_file(self.folder / "checkpoint.pt") as path:
             torch.save(data, path)
         self.last_saved = time.monotonic()
 
     def resume(self) -> None:
         """Continue from a checkpoint of the same settings; one of others is left behind."""
-        path = self.job.folder / "checkpoint.pt"
+        path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        data = torch.load(path, map_location=self.device, weights_only=True)
+        data = torch.load(path, map_location=self.recipe.device, weights_only=True)
         if data["identity"] != self.identity:
             return
+        self.start -= data["seconds"]
         for name in SAVED:
             setattr(self, name, data[name])
-        for name, part in self._parts().items():
-            part.load_state_dict(data[name])
-
-    def _parts(self) -> dict:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        if self.average is not None:
-            parts["average"] = self.average
-        if isinstance(self.criterion, nn.Module):
-            parts["criterion"] = self.criterion
-        return parts
+        for part, state in zip(self.parts, data["parts"]):
+            part.load_state_dict(state)
 
 
 def _optimizer(model: models.Embedder, criterion, recipe: Recipe) -> torch.optim.Optimizer:
@@ -358,40 +303,44 @@ def _optimizer(model: models.Embedder, criterion, recipe: Recipe) -> torch.optim
     layer_decay the backbone's rates fall from its last layer to its first (Clark et al. 2020,
     arXiv:2003.10555).
     """
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if recipe.optimizer not in kinds:
-        raise ValueError(f"optimizer {recipe.optimizer!r} is unknown: use one of {tuple(kinds)}")
     model.requires_grad_(True)  # a training that was stopped may have left the backbone frozen
-    decay, backbone = recipe.weight_decay, model.backbone
-    spared = getattr(backbone, "no_weight_decay", set)()
-    if recipe.layer_decay == 1.0:
-        groups = param_groups_weight_decay(backbone, decay, no_weight_decay_list=spared)
-    else:
-        groups = param_groups_layer_decay(
-            backbone, decay, no_weight_decay_list=spared, layer_decay=recipe.layer_decay
-        )
-    if model.pooling is not None:
-        groups += param_groups_weight_decay(model.pooling, decay)
-    for group in groups:
-        group["base_lr"] = recipe.lr * group.get("lr_scale", 1.0)
-    learns = isinstance(criterion, nn.Module)
-    heads = nn.ModuleList([model.neck, criterion] if learns else [model.neck])
-    head_groups = param_groups_weight_decay(heads, decay)
-    for group in head_groups:
-        group["base_lr"] = recipe.head_lr or recipe.lr
-    return kinds[recipe.optimizer](groups + head_groups, lr=recipe.lr)
+    optimizer = create_optimizer_v2(
+        model.backbone,
+        opt=recipe.optimizer,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        layer_decay=None if recipe.layer_decay == 1.0 else recipe.layer_decay,
+    )
+    head_lr = recipe.head_lr or recipe.lr
+    for part, lr in ((model.pooling, recipe.lr), (model.neck, head_lr), (criterion, head_lr)):
+        if isinstance(part, nn.Module):
+            for group in param_groups_weight_decay(part, recipe.weight_decay):
+                optimizer.add_param_group(group | {"lr": lr})
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"] * group.get("lr_scale", 1.0)
+    return optimizer
 
 
-def _identity(job: _Job, dtype: torch.dtype) -> str:
+def rate(step: int, steps: int) -> float:
+    """The factor on the learning rate at a step, in (0, 1].
+
+    Linear warm-up over a twentieth of the steps, then half a cosine down to 0 (Loshchilov, Hutter
+    2017, arXiv:1608.03983).
+    """
+    rise = max(1.0, 0.05 * steps)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+
+
+def _identity(model, photos: Photos, sampler, recipe: Recipe, dtype: torch.dtype) -> str:
     """A hash of all that decides the outcome, so that only its own run continues a checkpoint."""
-    no_matter = {"max_minutes": 0.0, "checkpoint_minutes": 0.0, "progress": False}
-    recipe = replace(job.recipe, precision=str(dtype), **no_matter)
-    settings = [asdict(recipe), job.processes, job.model.record]
-    arrays = [np.asarray(job.photos.rows)]
-    for epoch in (0, max(0, job.recipe.epochs - 1)):
-        arrays += job.sampler.batches(epoch)
-    arrays += [tensor.cpu().numpy() for tensor in job.model.state_dict().values()]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    settings = vars(recipe) | {"precision": str(dtype), "record": model.record}
+    for name in NOT_DECISIVE:
+        del settings[name]
+    arrays = [photos.rows, *sampler.batches(0), *sampler.batches(recipe.epochs - 1)]
+    arrays += [tensor.cpu() for tensor in model.state_dict().values()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
@@ -399,21 +348,18 @@ def _identity(job: _Job, dtype: torch.dtype) -> str:
 
 # ------------------------------------------------------------------------------ several processes
 
-NOT_SENT = (
-    "fit with processes > 1 sends model, criterion, photos, sampler and validate to other "
-    "processes by pickle, which failed ({error}): use functions and classes of an importable "
-    "module, no lambda and nothing defined in a notebook, or processes=1"
-)
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def _shares(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
     """This process's part of every batch: parts are alike, what cannot be divided is left out."""
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
     shares = []
     for batch in batches:
         length = len(batch) // processes
         if length > 1:  # batch statistics need two
-            shares.append(batch[rank * length : (rank + 1) * length])
+            shares.append(batch[_rank() * length : (_rank() + 1) * length])
     return shares
 
 
@@ -421,91 +367,61 @@ def _gathered(values: torch.Tensor) -> torch.Tensor:
     """Those of all processes, (B, ...) -> (P * B, ...), with this process's own in the graph."""
     parts = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, values.detach().contiguous())
-    parts[distributed.get_rank()] = values
+    parts[_rank()] = values
     return torch.cat(parts)
 
 
-def _launch(job: _Job) -> pd.DataFrame:
-    """The history of `job` by several processes; its model and criterion get their weights."""
+def _by_processes(model, criterion, photos: Photos, sampler, recipe: Recipe) -> pd.DataFrame:
+    """The history of a training by several; model and criterion get their weights."""
     gpus = torch.cuda.device_count()
-    if job.device.type == "cuda" and job.processes > gpus:
+    if recipe.device.type == "cuda" and recipe.processes > gpus:
         raise ValueError(
-            f"processes={job.processes} need a GPU each, this machine has {gpus}: "
+            f"processes={recipe.processes} need a GPU each, this machine has {gpus}: "
             f"use processes={gpus}"
         )
-    with whole_file(job.folder / "job.pt") as path:
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder, "job.pt")
         try:
-            torch.save(job, path)
+            torch.save((model, criterion, photos, sampler, recipe), job)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(NOT_SENT.format(error=error)) from error
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job.processes,
-        run_id="vipr",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
-    try:
-        history = _launched(config, job.folder)
-    finally:
-        (job.folder / "job.pt").unlink()
-    trained = job.folder / "trained.pt"
-    model, criterion = torch.load(trained, weights_only=False, map_location="cpu")
-    trained.unlink()
-    job.model.load_state_dict(model.state_dict())
-    job.model.to(job.device).eval()
-    if isinstance(criterion, nn.Module):
-        job.criterion.load_state_dict(criterion.state_dict())
+            raise ValueError(NOT_SENT.format(error)) from error
+        try:
+            spawn(_work, (job,), nprocs=recipe.processes)
+        except ProcessException as error:
+            message = str(error).strip().splitlines()[-1]
+            kind = Diverged if f"{Diverged.__name__}: " in message else RuntimeError
+            raise kind(f"training process {error.error_index} ended: {message}") from error
+        *trained, history = torch.load(job, weights_only=False, map_location="cpu")
+    for given, learned in zip((model, criterion), trained):
+        if isinstance(given, nn.Module):
+            given.load_state_dict(learned.state_dict())
+    model.to(recipe.device).eval()
     return history
 
 
-def _launched(config: LaunchConfig, folder: Path) -> pd.DataFrame:
-    """Run `_work` in all processes; the first that dies ends the others, with its error."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _work(rank: int, job: Path) -> None:
+    """One of the processes that train together; the first leaves what it trained in job's place."""
     try:
-        return elastic_launch(config, _work)(folder)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message
-        if isinstance(message, dict):  # of an exception; of a signal it is a text
-            message = message["message"]
-        kind = Diverged if message.startswith("Diverged") else RuntimeError
-        raise kind(f"training process {rank} ended: {message}") from error
-    finally:  # the launcher leaves its own behind
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
-
-
-def _work(folder: Path) -> pd.DataFrame:
-    """One of the processes that train together; the first leaves trained.pt in the folder."""
-    try:
-        job = torch.load(folder / "job.pt", weights_only=False, map_location="cpu")
+        *parts, recipe = torch.load(job, weights_only=False, map_location="cpu")
     except AttributeError as error:
-        raise ValueError(NOT_SENT.format(error=error)) from error
-    tune(max(1, cores() // job.processes))
-    backend, device = "gloo", job.device
+        raise ValueError(NOT_SENT.format(error)) from error
+    tune(max(1, cores() // recipe.processes))
+    backend, device = "gloo", recipe.device
     if device.type == "cuda":
-        backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        backend, device = "nccl", torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    # The others wait as long as the first validates.
-    distributed.init_process_group(backend, timeout=timedelta(hours=3))
-    history = fit(
-        *(job.model, job.criterion, job.photos, job.sampler),
-        folder=folder,
-        device=device,
-        validate=job.validate,
-        processes=job.processes,
-        **asdict(job.recipe),
+    distributed.init_process_group(
+        backend,
+        store=distributed.FileStore(f"{job}.store", recipe.processes),
+        rank=rank,
+        world_size=recipe.processes,
+        timeout=timedelta(hours=3),  # the others wait as long as the first validates
     )
-    if distributed.get_rank() == 0:
-        torch.save((job.model, job.criterion), folder / "trained.pt")
+    history = fit(*parts, **(vars(recipe) | {"device": device}))
+    if rank == 0:
+        torch.save((*parts[:2], history), job)
     distributed.barrier()  # the first still validates and writes
     distributed.destroy_process_group()
-    return history
 
 
 # ------------------------------------------------------------------------------- the head alone
@@ -520,7 +436,6 @@ def fit_head(
     epochs: int = 40,
     lr: float = 4e-3,
     batch_size: int = 256,
-    weight_decay: float = 1e-4,
     seed: int = 0,
     device: torch.device = torch.device("cpu"),
 ) -> pd.DataFrame:
@@ -530,57 +445,27 @@ def fit_head(
     hour in Kaggle's Universal Image Embedding (2022). The neck comes back to where the model is.
     """
     if isinstance(model.neck, nn.Identity):
-        raise ValueError(
-            "fit_head trains a neck and the model has none: create it with embedding_dim"
-        )
+        raise ValueError("fit_head trains a neck and the model has none: give it an embedding_dim")
     home = next(model.parameters()).device
     learned = nn.ModuleList([model.neck.train(), criterion]).to(device)
-    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=1e-4)
     inputs = torch.as_tensor(features, dtype=torch.float32, device=device)
     targets = torch.as_tensor(labels, device=device)
-    sampler = ShuffledSampler(len(inputs), batch_size=batch_size, seed=seed)
-    steps = len(sampler.batches(0))
+    sampler = ShuffledSampler(np.arange(len(inputs)), batch_size=batch_size, seed=seed)
+    schedule = LambdaLR(optimizer, partial(rate, steps=epochs * len(sampler.batches(0))))
     results = []
     for epoch in range(epochs):
-        for batch, rows in enumerate(sampler.batches(epoch)):
-            factor = rate(epoch * steps + batch, epochs * steps, "cosine", 0.05, [], 0.1)
-            optimizer.param_groups[0]["lr"] = lr * factor
+        for rows in sampler.batches(epoch):
             embeddings = nn.functional.normalize(model.neck(inputs[rows]), dim=1)
-            loss, accuracy = _head_step(optimizer, criterion, embeddings, targets[rows])
-            results.append((epoch + 1, loss, accuracy))
+            loss, accuracy = criterion(embeddings, targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            results.append((epoch + 1, loss.item(), accuracy))
     model.neck.to(home).eval()
     by_batch = pd.DataFrame(results, columns=["epoch", "loss", "active"])
     return by_batch.groupby("epoch", as_index=False).mean()
-
-
-def _head_step(optimizer, criterion, embeddings, labels) -> tuple[float, float]:
-    """One update; (loss, accuracy)."""
-    loss, accuracy = criterion(embeddings, labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.item(), accuracy
-
-
-def rate(
-    step: int, steps: int, schedule: str, warmup: float, milestones: list[int], gamma: float
-) -> float:
-    """The factor on the learning rate at a step, in (0, 1].
-
-    cosine: linear warm-up over `warmup * steps`, then half a cosine down to 0 (Loshchilov, Hutter
-    2017, arXiv:1608.03983). multistep: gamma to the number of milestones (in steps) passed.
-    constant: 1.
-    """
-    if schedule == "constant":
-        return 1.0
-    if schedule == "multistep":
-        return gamma ** sum(step >= m for m in milestones)
-    if schedule == "cosine":
-        rise = max(1.0, warmup * steps)
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
-    raise ValueError(f"schedule {schedule!r} is unknown: use 'cosine', 'multistep' or 'constant'")
 
 
 def _warn_of_collapse(row: dict, of_pairs: bool) -> None:
