@@ -1,6 +1,6 @@
 """The embedded default: a generated Products-10K in miniature, at any size.
 
-A brand's line (group) fixes shape, colours, pattern and lettering; its variants (classes) differ in
+A brand's line (group) fixes shape, colours, pattern and name; its variants (classes) differ in
 one accent colour, an icon and a word. Every photo is drawn from a generator seeded by (seed, line
 or product, photo), so a product looks the same whatever else is asked for, and the bytes repeat.
 """
@@ -24,7 +24,7 @@ import pandas as pd
 from vipr_utils.host import platform
 
 VERSION = 3
-SIDE = 480  # pixels of the square a product is drawn in, twice the size of most photos
+SIDE = 400  # pixels of the square a product is drawn in
 VARIANTS = 4  # products of a brand's line
 FONT = cv2.FONT_HERSHEY_DUPLEX
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
@@ -92,32 +92,32 @@ class Solid:
 
 SOLIDS = {
     "can": Solid(
-        width=230,
-        height=350,
+        width=192,
+        height=292,
         lid_end=0.03,
         label_start=0.05,
         outline_heights=(0, 0.05, 0.95, 1),
         outline_radii=(0.88, 1, 1, 0.9),
     ),
     "bottle": Solid(
-        width=180,
-        height=440,
+        width=150,
+        height=368,
         lid_end=0.1,
         label_start=0.47,
         outline_heights=(0, 0.1, 0.11, 0.2, 0.3, 0.4),
         outline_radii=(0.4, 0.4, 0.3, 0.36, 0.7, 1),
     ),
     "jar": Solid(
-        width=280,
-        height=320,
+        width=234,
+        height=268,
         lid_end=0.16,
         label_start=0.32,
         outline_heights=(0, 0.16, 0.17, 0.22, 0.3),
         outline_radii=(0.9, 0.9, 0.78, 0.82, 1),
     ),
     "tub": Solid(
-        width=300,
-        height=290,
+        width=250,
+        height=242,
         lid_end=0.12,
         label_start=0.14,
         outline_heights=(0, 0.12, 0.13, 1),
@@ -128,7 +128,7 @@ SOLIDS = {
 PATTERNS = [
     lambda x, y: np.sin(24 * (x + y)),  # stripes
     lambda x, y: np.sin(20 * x) * np.sin(20 * y) - 0.4,  # dots
-    lambda x, y: np.sin(16 * np.arctan2(y, x)),  # rays
+    lambda x, y: np.sin(16 * np.arctan2(y, x) + 1),  # rays; no edge where angles round two ways
     lambda x, y: np.sin(22 * y + 2 * np.sin(9 * x)),  # waves
 ]
 # Icons are closed curves: number of points, how sharp they are, radius between them.
@@ -167,6 +167,7 @@ def _rgb(hue: float, saturation: float, value: float) -> Colour:
 
 @lru_cache(maxsize=64)
 def design(product: int, seed: int) -> Design:
+    """The look of a product; all but its last three settings are those of its line."""
     line, variant = divmod(product, VARIANTS)
     rng = np.random.default_rng((seed, 2, line))
     hue, accent_hue = rng.random(2)
@@ -209,7 +210,7 @@ def _sign(image: np.ndarray, text: str, box, fill) -> None:
 
 
 def _icon(image: np.ndarray, icon, middle: tuple, size: float, colour) -> None:
-    """Draw an icon on a white disc."""
+    """Draw an icon (see ICONS) on a white disc; middle and size in pixels."""
     points, sharpness, least = icon
     turn = np.linspace(0, 2 * np.pi, 240)
     radius = least + (1 - least) * np.abs(np.cos(points * turn / 2)) ** sharpness
@@ -224,11 +225,28 @@ def label(look: Design, width: int, height: int) -> np.ndarray:
     x, y = _grid(height, width)
     printed = np.clip(8 * look.pattern(x, y) + 0.5, 0, 0.7)[..., None]
     image = (printed * look.second + (1 - printed) * look.ground).astype(np.uint8)
+
     brand, icon, word = look.places * height
     tall = 0.16 * height
-    _sign(image, look.brand, (0, brand - tall / 2, width, tall), look.second)
-    _icon(image, look.icon, (width // 2, round(icon)), 0.15 * min(height, width), look.accent)
-    _sign(image, look.word, (0.1 * width, word - tall / 2, 0.8 * width, tall), look.accent)
+    _sign(
+        image,
+        look.brand,
+        (0, brand - tall / 2, width, tall),
+        look.second,
+    )
+    _icon(
+        image,
+        look.icon,
+        (width // 2, round(icon)),
+        0.15 * min(height, width),
+        look.accent,
+    )
+    _sign(
+        image,
+        look.word,
+        (0.1 * width, word - tall / 2, 0.8 * width, tall),
+        look.accent,
+    )
     return image
 
 
@@ -253,11 +271,14 @@ def _warp(image: np.ndarray, corners, size: tuple[int, int]) -> np.ndarray:
 
 
 def _box(look: Design) -> np.ndarray:
-    """A carton seen from the right: printed front, darker side."""
-    front = cv2.cvtColor(label(look, 270, 400), cv2.COLOR_RGB2RGBA)
-    side = cv2.multiply(front[:, -60:], (0.6, 0.6, 0.6, 1))
-    front_corners = [(70, 440), (70, 40), (340, 30), (340, 450)]
-    side_corners = [(340, 450), (340, 30), (410, 50), (410, 430)]
+    """A carton seen from the right: printed front, darker side.
+
+    The edge between them is nearest and so the longest; the side repeats the front's right end.
+    """
+    front = cv2.cvtColor(label(look, 225, 333), cv2.COLOR_RGB2RGBA)
+    side = cv2.multiply(front[:, -50:], (0.6, 0.6, 0.6, 1))
+    front_corners = [(60, 367), (60, 33), (285, 25), (285, 375)]
+    side_corners = [(285, 375), (285, 25), (342, 42), (342, 358)]
     return cv2.max(
         _warp(front, front_corners, (SIDE, SIDE)),
         _warp(side, side_corners, (SIDE, SIDE)),
@@ -265,7 +286,10 @@ def _box(look: Design) -> np.ndarray:
 
 
 def _round(look: Design, solid: Solid) -> np.ndarray:
-    """A solid of revolution seen a little from above: a paper wrapped around it, with its light."""
+    """A solid of revolution seen a little from above: a paper wrapped around it, with its light.
+
+    A point that is `across` of the radius to the right lies arcsin(across) around the axis.
+    """
     x, y = _grid(SIDE, SIDE)
     x, y = x * SIDE / solid.width * 2, y * SIDE / solid.height  # -1 to 1, -0.5 to 0.5
     radius = np.interp(y + 0.5, solid.outline_heights, solid.outline_radii)
@@ -277,11 +301,13 @@ def _round(look: Design, solid: Solid) -> np.ndarray:
     map_y = (y + 0.5 + sag) * solid.height
     image = cv2.remap(
         _paper(look, solid),
-        map_x.astype(np.float32),
-        map_y.astype(np.float32),
+        np.float32(map_x),
+        np.float32(map_y),
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REFLECT,
     )
+
+    # Light from the left, and the window's streak on a polished side.
     light = 0.45 + 0.5 * facing - 0.25 * across
     gleam = np.maximum(0, 80 - 3000 * (across + 0.45) ** 2)
     image = image * light[..., None] + gleam[..., None]
@@ -305,7 +331,17 @@ def _paper(look: Design, solid: Solid) -> np.ndarray:
 # ---------------------------------------------------------------------------------- photos
 
 
-def _put(image, product: int, seed: int, rng, *, at, size, turn, tilt) -> np.ndarray:
+def _put(
+    image: np.ndarray,
+    product: int,
+    seed: int,
+    rng: np.random.Generator,
+    *,
+    at: tuple,
+    size: float,
+    turn: float,
+    tilt: float,
+) -> np.ndarray:
     """The photo (H, W, 3) uint8 with a product in it and its soft shadow.
 
     at: its middle, in widths and heights of the photo; size: of the photo's shorter side; turn:
@@ -314,12 +350,12 @@ def _put(image, product: int, seed: int, rng, *, at, size, turn, tilt) -> np.nda
     height, width = image.shape[:2]
     side = size * min(height, width)
     middle = (at[0] * width, at[1] * height)
-    corners = cv2.boxPoints((middle, (side, side), turn))
-    corners = corners + rng.uniform(-tilt, tilt, (4, 2)) * side
+    moved = side * rng.uniform(-tilt, tilt, (4, 2))
+    corners = cv2.boxPoints((middle, (side, side), turn)) + moved
 
-    blur = 0.3 * SIDE / side  # what a lens would not resolve
-    smooth = cv2.GaussianBlur(sprite(product, seed), (0, 0), blur)
-    layer = _warp(smooth, corners, (width, height)).astype(np.float32)
+    pixels = (round(side), round(side))
+    small = cv2.resize(sprite(product, seed), pixels, interpolation=cv2.INTER_AREA)
+    layer = _warp(small, corners, (width, height)).astype(np.float32)
     alpha = layer[..., 3:] / 255
 
     shift = np.float32([[1, 0, 0.02 * height], [0, 1, 0.025 * height]])
@@ -345,7 +381,7 @@ def shop_photo(product: int, photo: int, seed: int, image_size: int) -> np.ndarr
 
 
 def customer_photo(product: int, photo: int, seed: int, image_size: int) -> np.ndarray:
-    """A shopper's snapshot: clutter, tilt, something in the way, uneven light. (H, W, 3) uint8"""
+    """A shopper's snapshot: clutter, tilt, a price tag in the way, uneven light. (H, W, 3) uint8"""
     rng = np.random.default_rng((seed, 4, product, photo))
     height, width = rng.permutation([image_size, round(1.25 * image_size)])
     image = _put(
@@ -367,8 +403,11 @@ def customer_photo(product: int, photo: int, seed: int, image_size: int) -> np.n
 
 
 def _clutter(rng, height: int, width: int, seed: int) -> np.ndarray:
-    """Other products on a printed ground, out of focus. (height, width, 3) uint8"""
-    x, y = _grid(height // 2, width // 2)  # nobody sees more of it
+    """Other products on a printed ground, out of focus. (height, width, 3) uint8
+
+    Drawn at half the size: the blur hides the rest.
+    """
+    x, y = _grid(height // 2, width // 2)
     tone = _rgb(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.35, 0.85))
     weave = 10 * rng.choice(PATTERNS)(x, y)
     image = (tone + weave[..., None]).astype(np.uint8)
@@ -388,12 +427,14 @@ def _clutter(rng, height: int, width: int, seed: int) -> np.ndarray:
 
 
 def _camera(rng, image: np.ndarray) -> np.ndarray:
-    """Exposure, white balance, a light from one side, blur, noise. (H, W, 3) uint8"""
+    """What a phone makes of it: a light from one side, exposure, white balance, blur, noise.
+
+    (H, W, 3) uint8
+    """
     x, y = _grid(*image.shape[:2])
     light = 1 + rng.uniform(-0.5, 0.5) * x + rng.uniform(-0.5, 0.5) * y
     tint = rng.uniform(0.75, 1.15) * rng.uniform(0.92, 1.08, 3)
-    image = (image * light[..., None] * tint).astype(np.float32)
-
+    image = image * np.float32(light[..., None]) * np.float32(tint)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.0))
     image += rng.normal(0, rng.uniform(1.5, 6), (*x.shape, 1))
     return image.clip(0, 255).astype(np.uint8)
@@ -402,7 +443,7 @@ def _camera(rng, image: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------- the data root
 
 
-def counts(product: int, seed: int) -> Colour:
+def counts(product: int, seed: int) -> tuple:
     """Photos of a product (shop, customer for training, customer to ask): a long tail.
 
     1 to 2, 2 to 24 and 2 to 6.
@@ -422,8 +463,7 @@ def _photos(products: int, seed: int) -> pd.DataFrame:
             rows.append((product, product // VARIANTS, photo, *kind))
     photos = pd.DataFrame(rows, columns=["class", "group", "photo", "split", "domain"])
     photos = photos.sample(frac=1, random_state=seed)
-    number = photos.groupby("split").cumcount() + 1
-    photos["name"] = number.astype(str) + ".jpg"
+    photos["name"] = (photos.groupby("split").cumcount() + 1).astype(str) + ".jpg"
     return photos
 
 
@@ -463,7 +503,8 @@ def generate(
         if stamp.is_file() and json.loads(stamp.read_text()) == settings:
             return folder
         raise FileExistsError(
-            f"{folder.name} exists and is no toy set of {settings}: name another folder or remove it"
+            f"{folder.name} exists and is no toy set of {settings}: name another folder or "
+            "remove it"
         )
     if products < 2 or image_size < 32:
         raise ValueError(
@@ -508,5 +549,4 @@ def data_root_or_toy(given: str = "", cache_dir: str = "") -> tuple[Path, str]:
     if root:
         return root, f"data: {root.name} ({how})"
     folder = platform.cache_folder(cache_dir) / f"toy-v{VERSION}" / "toy-24"
-    said = "data: toy set, 24 products of 6 brand lines (generated)"
-    return generate(folder), said
+    return generate(folder), "data: toy set, 24 products of 6 brand lines (generated)"
