@@ -75,7 +75,7 @@ def test_interrupted_drawing_leaves_no_half_set(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy, "_tables", fail)
+    monkeypatch.setattr(toy, "_draw", fail)
     with pytest.raises(KeyboardInterrupt):
         toy.generate(tmp_path / "toy", products=2, image_size=48)
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,8 @@
 """The embedded default: a generated Products-10K in miniature, at any size.
 
-A brand's line (group) fixes shape, colours, pattern and lettering; its variants (classes) differ in one accent colour,
-an icon and a word. Every photo is drawn from a generator seeded by (seed, line or product, photo), so a product looks
-the same whatever else is asked for, and the bytes repeat.
+A brand's line (group) fixes shape, colours, pattern and name; its variants (classes) differ in
+one accent colour, an icon and a word. Every photo is drawn from a generator seeded by (seed, line
+or product, photo), so a product looks the same whatever else is asked for, and the bytes repeat.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import colorsys
 import json
 import os
-import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,11 +23,12 @@ import pandas as pd
 
 from vipr_utils.host import platform
 
-VERSION = 2
-SIDE = 480  # pixels of the square a product is drawn in, twice the size of most photos
-SHAPES = ("box", "can", "bottle", "jar", "pouch")
-PATTERNS = ("band", "diagonal", "dots", "waves", "rays", "frame")
-ICONS = ("berry", "leaf", "drop", "star", "slice", "bean", "heart", "cone")
+VERSION = 3
+SIDE = 400  # pixels of the square a product is drawn in
+VARIANTS = 4  # products of a brand's line
+FONT = cv2.FONT_HERSHEY_DUPLEX
+Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
+WHITE = (252, 250, 244)
 SYLLABLES = [
     "KA",
     "LU",
@@ -58,7 +60,6 @@ WORDS = [
     "Mango",
     "Roast",
     "Mild",
-] + [
     "Strong",
     "Lime",
     "Peach",
@@ -72,614 +73,411 @@ WORDS = [
     "Coconut",
     "Plum",
 ]
-FONTS = (
-    cv2.FONT_HERSHEY_DUPLEX,
-    cv2.FONT_HERSHEY_TRIPLEX,
-    cv2.FONT_HERSHEY_COMPLEX,
-    cv2.FONT_HERSHEY_SIMPLEX,
-)
 
 
-def rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
+@dataclass(frozen=True)
+class Solid:
+    """A solid of revolution: its outline is the radius (1: half the width) at some heights.
+
+    Heights and places go from 0, the top, to 1; width and height are in pixels of SIDE.
+    """
+
+    width: int
+    height: int
+    lid_end: float
+    label_start: float
+    outline_heights: tuple
+    outline_radii: tuple
 
 
-# ------------------------------------------------------------------------------------------- lines and products
+SOLIDS = {
+    "can": Solid(
+        width=192,
+        height=292,
+        lid_end=0.03,
+        label_start=0.05,
+        outline_heights=(0, 0.05, 0.95, 1),
+        outline_radii=(0.88, 1, 1, 0.9),
+    ),
+    "bottle": Solid(
+        width=150,
+        height=368,
+        lid_end=0.1,
+        label_start=0.47,
+        outline_heights=(0, 0.1, 0.11, 0.2, 0.3, 0.4),
+        outline_radii=(0.4, 0.4, 0.3, 0.36, 0.7, 1),
+    ),
+    "jar": Solid(
+        width=234,
+        height=268,
+        lid_end=0.16,
+        label_start=0.32,
+        outline_heights=(0, 0.16, 0.17, 0.22, 0.3),
+        outline_radii=(0.9, 0.9, 0.78, 0.82, 1),
+    ),
+    "tub": Solid(
+        width=250,
+        height=242,
+        lid_end=0.12,
+        label_start=0.14,
+        outline_heights=(0, 0.12, 0.13, 1),
+        outline_radii=(1, 1, 0.94, 0.7),
+    ),
+}
+# Prints on labels and on the ground: above zero is printed; (x, y) from the middle, in widths.
+PATTERNS = [
+    lambda x, y: np.sin(24 * (x + y)),  # stripes
+    lambda x, y: np.sin(20 * x) * np.sin(20 * y) - 0.4,  # dots
+    lambda x, y: np.sin(16 * np.arctan2(y, x) + 1),  # rays; no edge where angles round two ways
+    lambda x, y: np.sin(22 * y + 2 * np.sin(9 * x)),  # waves
+]
+# Icons are closed curves: number of points, how sharp they are, radius between them.
+ICONS = [
+    (1, 4, 0.4),  # drop
+    (2, 2, 0.4),  # bean
+    (3, 0.7, 0.2),  # clover
+    (4, 3, 0.4),  # cross
+    (5, 2, 0.35),  # star
+    (6, 0.5, 0.5),  # flower
+    (11, 1, 0.65),  # sun
+]
 
 
-def line_of(product: int, seed: int) -> tuple[int, int]:
-    """(line, variant) of a product: lines of 2 to 5 variants follow each other. Cut into tables of 1,024 lines."""
-    block = 0
-    while True:
-        ends = np.cumsum(_line_lengths(seed, block))
-        if product < ends[-1]:
-            line = int(np.searchsorted(ends, product, side="right"))
-            return block * 1024 + line, product - (int(ends[line - 1]) if line else 0)
-        product -= int(ends[-1])
-        block += 1
+@dataclass(frozen=True)
+class Design:
+    """What a product looks like: its line's settings, then what sets the variant apart."""
+
+    shape: str
+    brand: str
+    places: np.ndarray  # of brand, icon and word, down the label from 0 to 1
+    pattern: Callable
+    ground: Colour
+    second: Colour
+    cap: Colour
+    body: Colour
+    accent: Colour
+    icon: np.ndarray
+    word: str
 
 
-@lru_cache
-def _line_lengths(seed: int, block: int) -> np.ndarray:
-    return np.random.default_rng((seed, 1, block)).integers(2, 6, 1024)
+def _rgb(hue: float, saturation: float, value: float) -> Colour:
+    channels = colorsys.hsv_to_rgb(hue % 1, saturation, value)
+    return tuple(round(255 * channel) for channel in channels)
 
 
 @lru_cache(maxsize=64)
-def design(product: int, seed: int) -> dict:
-    """What a product looks like: the line's settings, and the variant's accent, icon and word."""
-    line, variant = line_of(product, seed)
+def design(product: int, seed: int) -> Design:
+    """The look of a product; all but its last three settings are those of its line."""
+    line, variant = divmod(product, VARIANTS)
     rng = np.random.default_rng((seed, 2, line))
-    hue, dark = rng.random(), rng.random() < 0.35
-    words, icons = rng.permutation(WORDS), rng.permutation(ICONS)
-    accents = (rng.random() + np.arange(5) / 5 + rng.uniform(-0.05, 0.05, 5)) % 1
-    return {
-        "shape": SHAPES[line % len(SHAPES)],
-        "brand": "".join(rng.choice(SYLLABLES, rng.integers(2, 4))),
-        "ground": rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.3, 0.5))
-        if dark
-        else rgb(hue, rng.uniform(0.08, 0.5), 0.96),
-        "second": rgb(hue + rng.choice([0.08, 0.5, 0.42]), 0.75, rng.uniform(0.45, 0.8)),
-        "ink": (250, 248, 240) if dark else rgb(hue + 0.5, 0.6, 0.22),
-        "pattern": str(rng.choice(PATTERNS)),
-        "font": int(rng.choice(FONTS)),
-        "cap": rgb(hue + rng.uniform(-0.1, 0.1), rng.uniform(0.0, 0.8), rng.uniform(0.25, 0.95)),
-        "layout": int(rng.integers(3)),
-        "slim": float(rng.uniform(0.0, 1.0)),
-        "weight": f"{int(rng.integers(2, 20)) * 50} g",
-        "accent": rgb(accents[variant], 0.85, 0.8),
-        "icon": str(icons[variant]),
-        "word": str(words[variant]),
-    }
+    hue, accent_hue = rng.random(2)
+    return Design(
+        shape=["box", *SOLIDS][line % 5],
+        brand="".join(rng.choice(SYLLABLES, rng.integers(2, 4))),
+        places=rng.permutation([0.18, 0.5, 0.8]),
+        pattern=rng.choice(PATTERNS),
+        ground=_rgb(hue, rng.uniform(0.1, 0.6), rng.choice([0.4, 0.95])),
+        second=_rgb(hue + rng.uniform(0.2, 0.8), 0.75, rng.uniform(0.45, 0.8)),
+        cap=_rgb(rng.random(), 0.7, rng.uniform(0.25, 0.95)),
+        body=_rgb(hue, 0.7, 0.35),
+        accent=_rgb(accent_hue + variant / VARIANTS, 0.85, 0.8),
+        icon=rng.permutation(ICONS)[variant],
+        word=rng.permutation(WORDS)[variant],
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- the label
+# -------------------------------------------------------------------------------- the label
 
 
-def _text(image, text: str, centre, width: float, height: float, colour, font: int) -> None:
-    """Lettering in the middle of a box, as large as fits."""
-    (w, h), _ = cv2.getTextSize(text, font, 1.0, 2)
-    scale = min(width / w, height / h)
-    thick = max(1, round(2.6 * scale))
-    (w, h), _ = cv2.getTextSize(text, font, scale, thick)
-    at = (round(centre[0] - w / 2), round(centre[1] + h / 2))
-    cv2.putText(image, text, at, font, scale, colour, thick, cv2.LINE_AA)
+def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of the pixels, each (height, width), from the middle and in widths.
+
+    In float64: a float32 sine differs between processors.
+    """
+    y, x = np.mgrid[:height, :width]
+    return x / width - 0.5, (y - height / 2) / width
 
 
-def _icon(image, kind: str, centre, r: float, colour) -> None:
-    x, y = (round(c) for c in centre)
-    pale = tuple(round(c + (255 - c) * 0.55) for c in colour)
-    turn = np.linspace(0, 2 * np.pi, 60)
-    polygons = {
-        "leaf": np.stack([np.sin(turn) * 0.55, -np.cos(turn) * (1 - 0.3 * np.cos(turn))], 1),
-        "drop": np.stack([0.7 * np.sin(turn) * np.sin(turn / 2) * 1.1, -np.cos(turn)], 1),
-        "heart": np.stack(
-            [
-                np.sin(turn) ** 3,
-                -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn)) / 16,
-            ],
-            1,
-        ),
-        "star": np.stack([np.sin(turn), -np.cos(turn)], 1)
-        * (0.72 + 0.28 * np.cos(5 * turn))[:, None],
-        "cone": np.array([[-0.8, 0.9], [0.0, -1.0], [0.8, 0.9]]),
-    }
-    if kind in polygons:
-        points = np.round((polygons[kind] * r + (x, y)) * 16).astype(np.int32)
-        cv2.fillPoly(image, [points], colour, cv2.LINE_AA, 4)
-        cv2.line(
-            image,
-            (x, round(y - 0.6 * r)),
-            (x, round(y + 0.75 * r)),
-            pale,
-            max(1, round(r / 12)),
-            cv2.LINE_AA,
-        )
-    elif kind == "berry":
-        for dx, dy in ((-0.5, 0.3), (0.5, 0.3), (0, -0.4)):
-            cv2.circle(
-                image,
-                (round(x + dx * r), round(y + dy * r)),
-                round(0.52 * r),
-                colour,
-                -1,
-                cv2.LINE_AA,
-            )
-            cv2.circle(
-                image,
-                (round(x + dx * r - 0.15 * r), round(y + dy * r - 0.15 * r)),
-                round(0.14 * r),
-                pale,
-                -1,
-                cv2.LINE_AA,
-            )
-    elif kind == "slice":
-        cv2.circle(image, (x, y), round(r), colour, -1, cv2.LINE_AA)
-        cv2.circle(image, (x, y), round(0.8 * r), pale, -1, cv2.LINE_AA)
-        for a in np.arange(0, np.pi, np.pi / 4):
-            dx, dy = round(0.8 * r * np.cos(a)), round(0.8 * r * np.sin(a))
-            cv2.line(
-                image,
-                (x - dx, y - dy),
-                (x + dx, y + dy),
-                colour,
-                max(1, round(r / 10)),
-                cv2.LINE_AA,
-            )
-    else:  # bean
-        cv2.ellipse(
-            image, (x, y), (round(0.95 * r), round(0.62 * r)), 35, 0, 360, colour, -1, cv2.LINE_AA
-        )
-        cv2.ellipse(
-            image,
-            (x, y),
-            (round(0.8 * r), round(0.14 * r)),
-            35,
-            0,
-            360,
-            pale,
-            max(1, round(r / 10)),
-            cv2.LINE_AA,
-        )
+def _sign(image: np.ndarray, text: str, box, fill) -> None:
+    """Draw a filled box (x, y, width, height), white lettering in its middle as large as fits."""
+    x, y, width, height = (round(side) for side in box)
+    cv2.rectangle(image, (x, y), (x + width, y + height), fill, -1)
+    (text_width, text_height), _ = cv2.getTextSize(text, FONT, 1.0, 2)
+    scale = min(0.8 * width / text_width, 0.62 * height / text_height)
+    left = round(x + (width - scale * text_width) / 2)
+    base = round(y + (height + scale * text_height) / 2)
+    cv2.putText(image, text, (left, base), FONT, scale, WHITE, round(1 + 2 * scale), cv2.LINE_AA)
 
 
-def _pattern(image, kind: str, colour, accent) -> None:
-    h, w = image.shape[:2]
-    if kind == "band":
-        cv2.rectangle(image, (0, round(0.62 * h)), (w, round(0.8 * h)), colour, -1)
-    elif kind == "diagonal":
-        for x in range(-h, w, max(8, w // 6)):
-            cv2.line(image, (x, h), (x + h, 0), colour, max(2, w // 24), cv2.LINE_AA)
-    elif kind == "dots":
-        for i, y in enumerate(range(0, h, max(8, h // 9))):
-            for x in range((i % 2) * w // 12, w, max(8, w // 6)):
-                cv2.circle(image, (x, y), max(2, w // 30), colour, -1, cv2.LINE_AA)
-    elif kind == "waves":
-        x = np.arange(w)
-        for part, tone in ((0.66, colour), (0.8, accent)):
-            y = h * part + 0.03 * h * np.sin(x / w * 4 * np.pi + part * 9)
-            edge = np.concatenate([np.stack([x, y], 1), [[w, h], [0, h]]])
-            cv2.fillPoly(image, [np.round(edge).astype(np.int32)], tone, cv2.LINE_AA)
-    elif kind == "rays":
-        for a in np.arange(0, 2 * np.pi, np.pi / 8):
-            tip = [
-                (w / 2 + 2 * h * np.cos(a + d), 0.6 * h + 2 * h * np.sin(a + d)) for d in (0, 0.12)
-            ]
-            cv2.fillPoly(
-                image, [np.round([(w / 2, 0.6 * h), *tip]).astype(np.int32)], colour, cv2.LINE_AA
-            )
-    else:
-        cv2.rectangle(
-            image,
-            (w // 20, w // 20),
-            (w - w // 20, h - w // 20),
-            colour,
-            max(2, w // 30),
-            cv2.LINE_AA,
-        )
+def _icon(image: np.ndarray, icon, middle: tuple, size: float, colour) -> None:
+    """Draw an icon (see ICONS) on a white disc; middle and size in pixels."""
+    points, sharpness, least = icon
+    turn = np.linspace(0, 2 * np.pi, 240)
+    radius = least + (1 - least) * np.abs(np.cos(points * turn / 2)) ** sharpness
+    curve = size * np.stack([radius * np.sin(turn), -radius * np.cos(turn)], 1)
+    sixteenths = np.round(16 * (curve + middle)).astype(np.int32)  # of a pixel
+    cv2.circle(image, middle, round(1.3 * size), WHITE, -1, cv2.LINE_AA)
+    cv2.fillPoly(image, [sixteenths], colour, cv2.LINE_AA, shift=4)
 
 
-def label(d: dict, width: int, height: int) -> np.ndarray:
-    """The printed face (height, width, 3) of a product."""
-    image = np.full((height, width, 3), d["ground"], np.uint8)
-    _pattern(image, d["pattern"], d["second"], d["accent"])
-    brand, icon, word = ((0.17, 0.48, 0.74), (0.74, 0.26, 0.5), (0.3, 0.66, 0.12))[d["layout"]]
-    plate = round(0.085 * height)
-    cv2.rectangle(
+def label(look: Design, width: int, height: int) -> np.ndarray:
+    """The printed face (height, width, 3) uint8 of a product."""
+    x, y = _grid(height, width)
+    printed = np.clip(8 * look.pattern(x, y) + 0.5, 0, 0.7)[..., None]
+    image = (printed * look.second + (1 - printed) * look.ground).astype(np.uint8)
+
+    brand, icon, word = look.places * height
+    tall = 0.16 * height
+    _sign(
         image,
-        (0, round(brand * height) - plate),
-        (width, round(brand * height) + plate),
-        d["second"],
-        -1,
+        look.brand,
+        (0, brand - tall / 2, width, tall),
+        look.second,
     )
-    _text(
+    _icon(
         image,
-        d["brand"],
-        (width / 2, brand * height),
-        0.8 * width,
-        0.105 * height,
-        (255, 255, 255),
-        d["font"],
+        look.icon,
+        (width // 2, round(icon)),
+        0.15 * min(height, width),
+        look.accent,
     )
-    r = 0.15 * min(height, 1.3 * width)
-    cv2.circle(
-        image, (width // 2, round(icon * height)), round(1.3 * r), (252, 250, 244), -1, cv2.LINE_AA
-    )
-    _icon(image, d["icon"], (width / 2, icon * height), r, d["accent"])
-    top, low = round((word - 0.065) * height), round((word + 0.065) * height)
-    cv2.rectangle(
-        image, (round(0.1 * width), top), (round(0.9 * width), low), d["accent"], -1, cv2.LINE_AA
-    )
-    _text(
+    _sign(
         image,
-        d["word"],
-        (width / 2, word * height),
-        0.66 * width,
-        0.075 * height,
-        (255, 255, 255),
-        cv2.FONT_HERSHEY_DUPLEX,
-    )
-    _text(
-        image,
-        d["weight"],
-        (0.8 * width, 0.95 * height),
-        0.22 * width,
-        0.035 * height,
-        d["ink"],
-        cv2.FONT_HERSHEY_SIMPLEX,
+        look.word,
+        (0.1 * width, word - tall / 2, 0.8 * width, tall),
+        look.accent,
     )
     return image
 
 
-# --------------------------------------------------------------------------------------------------- the product
+# ------------------------------------------------------------------------------ the product
 
 
 @lru_cache(maxsize=256)
 def sprite(product: int, seed: int) -> np.ndarray:
-    """The product alone, (SIDE, SIDE, 4) uint8 with alpha, lit from the upper left."""
-    d = design(product, seed)
-    if d["shape"] == "box":
-        return _box(d)
-    if d["shape"] == "pouch":
-        return _pouch(d)
-    return _round(d)
+    """The product alone, (SIDE, SIDE, 4) uint8 with alpha, lit from the left."""
+    look = design(product, seed)
+    if look.shape == "box":
+        return _box(look)
+    return _round(look, SOLIDS[look.shape])
 
 
-def _box(d: dict) -> np.ndarray:
-    """A carton seen a little from the right and above: printed front, darker side, lighter top."""
-    w, h, deep = (
-        round(210 + 110 * d["slim"]),
-        round(400 - 60 * d["slim"]),
-        round(46 + 22 * d["slim"]),
+def _warp(image: np.ndarray, corners, size: tuple[int, int]) -> np.ndarray:
+    """The image with its corners, clockwise from the lower left, at these (4, 2) of a canvas."""
+    height, width = image.shape[:2]
+    own = np.float32([(0, height), (0, 0), (width, 0), (width, height)])
+    matrix = cv2.getPerspectiveTransform(own, np.float32(corners))
+    return cv2.warpPerspective(image, matrix, size)
+
+
+def _box(look: Design) -> np.ndarray:
+    """A carton seen from the right: printed front, darker side.
+
+    The edge between them is nearest and so the longest; the side repeats the front's right end.
+    """
+    front = cv2.cvtColor(label(look, 225, 333), cv2.COLOR_RGB2RGBA)
+    side = cv2.multiply(front[:, -50:], (0.6, 0.6, 0.6, 1))
+    front_corners = [(60, 367), (60, 33), (285, 25), (285, 375)]
+    side_corners = [(285, 375), (285, 25), (342, 42), (342, 358)]
+    return cv2.max(
+        _warp(front, front_corners, (SIDE, SIDE)),
+        _warp(side, side_corners, (SIDE, SIDE)),
     )
-    x, y, rise = (SIDE - w - deep) // 2, (SIDE - h) // 2 + 16, round(0.45 * deep)
-    out = np.zeros((SIDE, SIDE, 4), np.uint8)
-    front = label(d, w, h)
-    side = cv2.convertScaleAbs(cv2.resize(front[:, -w // 8 :], (deep, h)), alpha=0.62)
-    top = np.full((rise, w, 3), np.clip(np.array(d["ground"]) * 1.0 + 22, 0, 255), np.uint8)
-    corners = [
-        (front, [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]),
-        (
-            side,
-            [(x + w, y), (x + w + deep, y - rise), (x + w + deep, y + h - rise), (x + w, y + h)],
-        ),
-        (top, [(x, y), (x + deep, y - rise), (x + w + deep, y - rise), (x + w, y)]),
-    ]
-    for face, to in corners:
-        fh, fw = face.shape[:2]
-        matrix = cv2.getPerspectiveTransform(
-            np.float32([(0, 0), (fw, 0), (fw, fh), (0, fh)]), np.float32(to)
-        )
-        full = cv2.warpPerspective(
-            np.dstack([face, np.full((fh, fw), 255, np.uint8)]),
-            matrix,
-            (SIDE, SIDE),
-            flags=cv2.INTER_AREA,
-        )
-        out = np.where(full[..., 3:] > 0, full, out)
-    return out
 
 
-def _profile(d: dict, v: np.ndarray) -> np.ndarray:
-    """Radius 0..1 of a round product along its height v in 0 (top) .. 1."""
-    if d["shape"] == "can":
-        return np.where(v < 0.05, 0.88 + 2.4 * v, np.where(v > 0.96, 1 - 2.5 * (v - 0.96), 1.0))
-    if d["shape"] == "jar":
-        return np.where(
-            v < 0.17, 0.92, np.where(v < 0.25, 0.8, np.minimum(1.0, 0.8 + 2.8 * (v - 0.25)))
-        )
-    neck = 0.3 + 0.1 * d["slim"]
-    slope = np.clip((v - 0.24) / 0.2, 0, 1)
-    return np.where(v < 0.09, neck + 0.05, neck + (1 - neck) * slope * slope * (3 - 2 * slope))
+def _round(look: Design, solid: Solid) -> np.ndarray:
+    """A solid of revolution seen a little from above: a paper wrapped around it, with its light.
 
+    A point that is `across` of the radius to the right lies arcsin(across) around the axis.
+    """
+    x, y = _grid(SIDE, SIDE)
+    x, y = x * SIDE / solid.width * 2, y * SIDE / solid.height  # -1 to 1, -0.5 to 0.5
+    radius = np.interp(y + 0.5, solid.outline_heights, solid.outline_radii)
+    across = np.clip(x / radius, -0.999, 0.999)
+    facing = np.sqrt(1 - across**2)  # 1 in the middle, 0 at the edge
+    sag = 0.06 * solid.width / solid.height * (1 - facing)  # seen from above, rings hang down
 
-def _round(d: dict) -> np.ndarray:
-    """A solid of revolution: the label wrapped around it, shaded as a cylinder, a cap or lid on top."""
-    half = round({"can": 105, "jar": 125, "bottle": 82}[d["shape"]] * (0.9 + 0.25 * d["slim"]))
-    h = round({"can": 340, "jar": 300, "bottle": 440}[d["shape"]] * (1.05 - 0.12 * d["slim"]))
-    v, u = np.mgrid[
-        0:h, -half : half + 1
-    ]  # float64 from here: a float32 sine differs between processors
-    v, u = v / h, u / half
-    r = _profile(d, v)
-    inside = np.clip((r - np.abs(u)) * half + 0.5, 0, 1)  # anti-aliased edge
-    s = np.clip(u / r, -0.999, 0.999)
-    start, end = {"can": (0.04, 0.97), "jar": (0.3, 0.95), "bottle": (0.45, 0.93)}[d["shape"]]
-    tall, wide = round((end - start) * h), round(np.pi * half)
-    face = label(d, round(0.56 * wide), tall)
-    side = np.full((tall, (wide - face.shape[1]) // 2 + 1, 3), d["ground"], np.uint8)
-    paper = np.hstack([side, face, side])
-    bend = 0.05 * half * (np.sqrt(1 - s * s) - 1)  # seen a little from above, rings curve down
-    across = (np.arcsin(s) / np.pi + 0.5) * (paper.shape[1] - 1)
-    down = (v - start) * h + bend
-    wrapped = cv2.remap(
-        paper,
-        across.astype(np.float32),
-        down.astype(np.float32),
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
-    glass = {
-        "can": (190, 192, 196),
-        "jar": d["accent"],
-        "bottle": tuple(round(0.6 * c + 30) for c in d["second"]),
-    }[d["shape"]]
-    image = np.where(((down >= 0) & (down < tall))[..., None], wrapped, np.uint8(glass)).astype(
-        np.float32
-    )
-    lid = v < {"can": 0.03, "jar": 0.17, "bottle": 0.09}[d["shape"]] - bend / h
-    image[lid] = d["cap"] if d["shape"] != "can" else (214, 216, 220)
-    if d["shape"] != "can":
-        image[lid & (np.sin(s * 60) > 0)] *= 0.88  # the grip of a screw cap
-    light = 0.5 + 0.62 * np.sqrt(1 - (0.92 * s + 0.28).clip(-1, 1) ** 2)
-    gleam = np.exp(-((s + 0.45) ** 2) / 0.012) * 0.32 + np.exp(-((s - 0.72) ** 2) / 0.006) * 0.12
-    image = image * light[..., None] + 255 * gleam[..., None]
-    out = np.zeros((SIDE, SIDE, 4), np.uint8)
-    top, left = (SIDE - h) // 2, SIDE // 2 - half
-    out[top : top + h, left : left + 2 * half + 1] = np.dstack([image.clip(0, 255), inside * 255])
-    return out
-
-
-def _pouch(d: dict) -> np.ndarray:
-    """A soft bag: waisted sides, sealed ends, creases."""
-    w, h = round(250 + 60 * d["slim"]), 410
-    v, u = np.mgrid[0:h, -w // 2 : w // 2]
-    v, u = v / h, u / (w / 2)
-    r = 0.9 + 0.08 * np.cos(v * 2 * np.pi) + 0.012 * np.sin(v * 70)
-    s = np.clip(u / r, -1, 1)
-    face = label(d, w, h)
-    belly = 1 - 0.1 * np.cos(v * 2 * np.pi)
+    map_x = (np.arcsin(across) / 2 + 0.5) * solid.width
+    map_y = (y + 0.5 + sag) * solid.height
     image = cv2.remap(
-        face,
-        ((s * belly * 0.96 + 1) / 2 * (w - 1)).astype(np.float32),
-        (v * (h - 1)).astype(np.float32),
+        _paper(look, solid),
+        np.float32(map_x),
+        np.float32(map_y),
         cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT,
     )
-    light = (
-        0.72
-        + 0.3 * np.sqrt((1 - (s * 0.95 + 0.2).clip(-1, 1) ** 2).clip(0))
-        + 0.07 * np.sin(7 * s + 9 * v) * np.sin(5 * v - 2 * s)
-    )
-    seal = (v < 0.06) | (v > 0.95)
-    light = np.where(seal, 0.82 + 0.14 * np.sin(v * h * 1.2), light)
-    gleam = 0.22 * np.exp(-((s + 0.5 + 0.1 * np.sin(6 * v)) ** 2) / 0.01) * ~seal
-    alpha = np.clip((r - np.abs(u)) * w / 2 + 0.5, 0, 1) * 255
-    out = np.zeros((SIDE, SIDE, 4), np.uint8)
-    top, left = (SIDE - h) // 2, (SIDE - 2 * (w // 2)) // 2
-    out[top : top + h, left : left + image.shape[1]] = np.dstack(
-        [(image * light[..., None] + 255 * gleam[..., None]).clip(0, 255), alpha]
-    )
-    return out
+
+    # Light from the left, and the window's streak on a polished side.
+    light = 0.45 + 0.5 * facing - 0.25 * across
+    gleam = np.maximum(0, 80 - 3000 * (across + 0.45) ** 2)
+    image = image * light[..., None] + gleam[..., None]
+
+    inside_across = (radius - np.abs(x)) * solid.width / 2  # pixels from the edge
+    inside_down = (0.5 - sag - np.abs(y)) * solid.height
+    alpha = 255 * np.minimum(inside_across, inside_down)
+    return np.dstack([image, alpha]).clip(0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------ photos
+def _paper(look: Design, solid: Solid) -> np.ndarray:
+    """What is seen from the front, unrolled: lid, body and label (height, width, 3) uint8."""
+    paper = np.full((solid.height, solid.width, 3), look.cap, np.uint8)
+    paper[round(solid.lid_end * solid.height) :] = look.body
+    start = round(solid.label_start * solid.height)
+    end = round(0.95 * solid.height)
+    paper[start:end] = label(look, solid.width, end - start)
+    return paper
 
 
-def _paste(
-    ground: np.ndarray, layer: np.ndarray, *, shadow: float = 0.0, shift=(0, 0)
+# ---------------------------------------------------------------------------------- photos
+
+
+def _put(
+    image: np.ndarray,
+    product: int,
+    seed: int,
+    rng: np.random.Generator,
+    *,
+    at: tuple,
+    size: float,
+    turn: float,
+    tilt: float,
 ) -> np.ndarray:
-    """A layer with alpha over a ground, float32, with a soft shadow of it first."""
-    alpha = layer[..., 3:].astype(np.float32) / 255
-    if shadow:
-        moved = cv2.warpAffine(
-            alpha, np.float32([[1, 0, shift[0]], [0, 1, shift[1]]]), alpha.shape[1::-1]
-        )
-        ground = ground * (
-            1 - shadow * cv2.GaussianBlur(moved, (0, 0), ground.shape[0] / 28)[..., None]
-        )
-    return ground * (1 - alpha) + layer[..., :3] * alpha
+    """The photo (H, W, 3) uint8 with a product in it and its soft shadow.
 
+    at: its middle, in widths and heights of the photo; size: of the photo's shorter side; turn:
+    degrees; tilt: how far its corners are moved at random, of its size.
+    """
+    height, width = image.shape[:2]
+    side = size * min(height, width)
+    middle = (at[0] * width, at[1] * height)
+    moved = side * rng.uniform(-tilt, tilt, (4, 2))
+    corners = cv2.boxPoints((middle, (side, side), turn)) + moved
 
-def _place(
-    layer: np.ndarray, size, centre, *, scale: float, angle: float, tilt: np.ndarray
-) -> np.ndarray:
-    """The sprite on a canvas (h, w): scaled, turned by angle (degrees), its corners moved by tilt (4, 2) of its size."""
-    h, w = size
-    square = np.float32([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * SIDE / 2
-    a = np.deg2rad(angle)
-    x, y = ((square + tilt * SIDE) * scale).T
-    to = (
-        np.stack([x * np.cos(a) - y * np.sin(a), x * np.sin(a) + y * np.cos(a)], 1) + centre
-    )  # a BLAS rounds its own way
-    matrix = cv2.getPerspectiveTransform(square + SIDE / 2, to.astype(np.float32))
-    small = cv2.GaussianBlur(
-        layer, (0, 0), max(0.01, 0.35 / scale - 0.2)
-    )  # what a lens would not resolve
-    return cv2.warpPerspective(small, matrix, (w, h), flags=cv2.INTER_LINEAR)
+    pixels = (round(side), round(side))
+    small = cv2.resize(sprite(product, seed), pixels, interpolation=cv2.INTER_AREA)
+    layer = _warp(small, corners, (width, height)).astype(np.float32)
+    alpha = layer[..., 3:] / 255
+
+    shift = np.float32([[1, 0, 0.02 * height], [0, 1, 0.025 * height]])
+    shadow = cv2.warpAffine(alpha, shift, (width, height))
+    shadow = cv2.GaussianBlur(shadow, (0, 0), height / 28)[..., None]
+    image = image * (1 - 0.4 * shadow)
+    return (image * (1 - alpha) + layer[..., :3] * alpha).astype(np.uint8)
 
 
 def shop_photo(product: int, photo: int, seed: int, image_size: int) -> np.ndarray:
     """Catalogue photography: white ground, soft shadow, nearly frontal. (H, W, 3) uint8"""
     rng = np.random.default_rng((seed, 3, product, photo))
-    h = w = image_size
-    if rng.random() < 0.5:
-        h, w = (
-            (image_size, round(image_size * 0.8))
-            if rng.random() < 0.7
-            else (round(image_size * 0.85), image_size)
-        )
-    ground = np.full((h, w, 3), rng.uniform(246, 254), np.float32)
-    ground -= np.linspace(0, rng.uniform(2, 9), h, dtype=np.float32)[:, None, None]
-    scale = min(h, w) / SIDE * rng.uniform(0.88, 1.0)
-    tilt = rng.uniform(-0.008, 0.008, (4, 2)).astype(np.float32)
-    layer = _place(
-        sprite(product, seed),
-        (h, w),
-        (w / 2, h / 2),
-        scale=scale,
-        angle=rng.uniform(-2.5, 2.5),
-        tilt=tilt,
+    return _put(
+        np.full((image_size, image_size, 3), rng.uniform(244, 254)),
+        product,
+        seed,
+        rng,
+        at=(0.5, 0.5),
+        size=rng.uniform(0.88, 1.0),
+        turn=rng.uniform(-2.5, 2.5),
+        tilt=0.008,
     )
-    image = _paste(ground, layer, shadow=rng.uniform(0.25, 0.45), shift=(h * 0.02, h * 0.025))
-    return (image * rng.uniform(0.97, 1.02)).clip(0, 255).astype(np.uint8)
 
 
 def customer_photo(product: int, photo: int, seed: int, image_size: int) -> np.ndarray:
-    """A shopper's snapshot: clutter, perspective, uneven light, blur, something in the way, noise. (H, W, 3) uint8"""
+    """A shopper's snapshot: clutter, tilt, a price tag in the way, uneven light. (H, W, 3) uint8"""
     rng = np.random.default_rng((seed, 4, product, photo))
-    long, short = round(image_size * rng.uniform(1.0, 1.35)), image_size
-    h, w = (long, short) if rng.random() < 0.6 else (short, long)
-    image = _scene(rng, h, w, seed)
-    scale = min(h, w) / SIDE * rng.uniform(0.8, 1.2)
-    centre = (w * rng.uniform(0.38, 0.62), h * rng.uniform(0.4, 0.6))
-    tilt = rng.uniform(-0.09, 0.09, (4, 2)).astype(np.float32)
-    angle = float(np.clip(rng.normal(0, 8), -25, 25))
-    layer = _place(sprite(product, seed), (h, w), centre, scale=scale, angle=angle, tilt=tilt)
-    image = _paste(image, layer, shadow=0.5, shift=rng.uniform(-0.04, 0.04, 2) * h)
-    image = _in_the_way(rng, image)
+    height, width = rng.permutation([image_size, round(1.25 * image_size)])
+    image = _put(
+        _clutter(rng, height, width, seed),
+        product,
+        seed,
+        rng,
+        at=rng.uniform(0.4, 0.6, 2),
+        size=rng.uniform(0.8, 1.2),
+        turn=rng.normal(0, 8),
+        tilt=0.09,
+    )
+    if rng.random() < 0.4:
+        x = rng.uniform(0.1, 0.7) * width
+        y = rng.uniform(0.6, 0.85) * height
+        price = f"{rng.uniform(1, 30):.2f}"
+        _sign(image, price, (x, y, 0.3 * width, 0.12 * height), (200, 30, 30))
     return _camera(rng, image)
 
 
-def _scene(rng, h: int, w: int, seed: int) -> np.ndarray:
-    """Wood, a shelf with other products, or a plain surface with things on it. (h, w, 3) float32"""
-    y, x = np.mgrid[0:h, 0:w]
-    kind = rng.choice(["wood", "shelf", "plain"], p=[0.3, 0.45, 0.25])
-    if kind == "wood":
-        grain = np.sin(
-            x / w * rng.uniform(30, 60) + 2.5 * np.sin(y / h * rng.uniform(2, 5)) + rng.random() * 9
-        )
-        planks = (np.floor(x / w * rng.integers(2, 5)) % 2) * 14
-        tone = np.array(
-            rgb(rng.uniform(0.05, 0.1), rng.uniform(0.35, 0.6), rng.uniform(0.4, 0.75)), np.float32
-        )
-        return (tone + (grain * 9 - planks)[..., None]).astype(np.float32)
-    tone = np.array(rgb(rng.random(), rng.uniform(0.03, 0.3), rng.uniform(0.35, 0.85)), np.float32)
-    slope = (y / h - 0.5) * rng.uniform(-70, 70) + (x / w - 0.5) * rng.uniform(-50, 50)
-    image = (tone + slope[..., None]).astype(np.float32)
-    others = rng.integers(0, 64, 6)
-    spots = [((i + 0.5) * w / 4 + rng.normal(0, 6), h * rng.uniform(0.25, 0.45)) for i in range(4)]
-    if kind == "plain":
-        spots = [(w * rng.random(), h * rng.random()) for _ in range(2)]
-    for other, spot in zip(others, spots):
-        blurred = _place(
-            sprite(int(other), seed + 7919),
-            (h, w),
-            spot,
-            scale=h / SIDE * rng.uniform(0.45, 0.8),
-            angle=rng.normal(0, 3 if kind == "shelf" else 40),
-            tilt=np.zeros((4, 2), np.float32),
-        )
-        image = _paste(image, blurred, shadow=0.3)
-    if kind == "shelf":
-        board = round(h * rng.uniform(0.72, 0.86))
-        image[board : board + h // 14] = rng.uniform(150, 225)
-        image[board + h // 14 :] *= 0.55
-        for tag in range(0, w, w // 3):
-            cv2.rectangle(
-                image,
-                (tag + 8, board + 3),
-                (tag + w // 6, board + h // 14 - 3),
-                (245, 240, 200),
-                -1,
-            )
-    return cv2.GaussianBlur(
-        0.75 * image + 0.25 * tone, (0, 0), rng.uniform(1.5, 4.0)
-    )  # out of focus
+def _clutter(rng, height: int, width: int, seed: int) -> np.ndarray:
+    """Other products on a printed ground, out of focus. (height, width, 3) uint8
 
-
-def _in_the_way(rng, image: np.ndarray) -> np.ndarray:
-    """Sometimes a finger or a price tag covers a part of the edge of the product."""
-    h, w = image.shape[:2]
-    kind = rng.choice(["nothing", "hand", "tag"], p=[0.5, 0.3, 0.2])
-    layer = np.zeros((h, w, 4), np.uint8)
-    if kind == "hand":
-        skin = rgb(rng.uniform(0.05, 0.08), rng.uniform(0.3, 0.6), rng.uniform(0.35, 0.9))
-        left, base, thick = (
-            rng.random() < 0.5,
-            h * rng.uniform(0.45, 0.8),
-            round(h * rng.uniform(0.05, 0.075)),
+    Drawn at half the size: the blur hides the rest.
+    """
+    x, y = _grid(height // 2, width // 2)
+    tone = _rgb(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.35, 0.85))
+    weave = 10 * rng.choice(PATTERNS)(x, y)
+    image = (tone + weave[..., None]).astype(np.uint8)
+    for place in range(3):
+        image = _put(
+            image,
+            int(rng.integers(64)),
+            seed + 7919,  # nobody's products
+            rng,
+            at=((place + rng.random()) / 3, rng.uniform(0.25, 0.5)),
+            size=rng.uniform(0.5, 0.8),
+            turn=rng.normal(0, 10),
+            tilt=0.02,
         )
-        for i in range(int(rng.integers(2, 5))):
-            y = base + i * thick * 1.75
-            reach = w * rng.uniform(0.18, 0.3)
-            a, b = ((0, y + thick), (reach, y)) if left else ((w, y + thick), (w - reach, y))
-            a, b = (tuple(round(float(c)) for c in p) for p in (a, b))
-            cv2.line(layer, a, b, (*(round(0.8 * c) for c in skin), 255), 2 * thick, cv2.LINE_AA)
-            cv2.line(
-                layer,
-                (a[0], a[1] - thick // 3),
-                (b[0], b[1] - thick // 3),
-                (*skin, 255),
-                thick,
-                cv2.LINE_AA,
-            )
-            cv2.circle(
-                layer,
-                b,
-                round(thick * 0.5),
-                (*(min(255, round(1.1 * c) + 12) for c in skin), 255),
-                -1,
-                cv2.LINE_AA,
-            )
-        layer = cv2.GaussianBlur(layer, (0, 0), 1.2)
-    elif kind == "tag":
-        tw, th, x, y = (
-            round(w * 0.26),
-            round(h * 0.1),
-            round(w * rng.uniform(0.05, 0.7)),
-            round(h * rng.uniform(0.66, 0.86)),
-        )
-        cv2.rectangle(layer, (x, y), (x + tw, y + th), (250, 232, 120, 255), -1)
-        price = f"{rng.integers(1, 30)}.{rng.integers(10, 99)}"
-        _text(
-            layer,
-            price,
-            (x + tw / 2, y + th / 2),
-            0.7 * tw,
-            0.6 * th,
-            (20, 20, 20, 255),
-            cv2.FONT_HERSHEY_DUPLEX,
-        )
-    return _paste(image, layer, shadow=0.35 if kind != "nothing" else 0.0, shift=(3, 4))
+    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
+    return cv2.resize(image, (width, height))
 
 
 def _camera(rng, image: np.ndarray) -> np.ndarray:
-    """White balance, exposure, a light from one side, blur or shake, noise."""
-    h, w = image.shape[:2]
-    y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j].astype(np.float32)
-    a = rng.uniform(0, 2 * np.pi)
-    light = (
-        1
-        + rng.uniform(0, 0.3) * (x * np.cos(a) + y * np.sin(a))
-        - rng.uniform(0, 0.18) * (x * x + y * y)
-    )
-    tint = [rng.uniform(0.9, 1.1), 1.0, rng.uniform(0.88, 1.12)]
-    image = image * (rng.uniform(0.75, 1.15) * light)[..., None] * np.array(tint, np.float32)
-    if rng.random() < 0.3:
-        n = int(rng.integers(3, 7))
-        kernel = np.zeros((n, n), np.float32)
-        cv2.line(kernel, (0, int(rng.integers(n))), (n - 1, int(rng.integers(n))), 1.0)
-        image = cv2.filter2D(image, -1, kernel / kernel.sum())
-    else:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.2))
-    image += rng.normal(0, rng.uniform(1.5, 6), (h, w, 1)).astype(np.float32)
+    """What a phone makes of it: a light from one side, exposure, white balance, blur, noise.
+
+    (H, W, 3) uint8
+    """
+    x, y = _grid(*image.shape[:2])
+    light = 1 + rng.uniform(-0.5, 0.5) * x + rng.uniform(-0.5, 0.5) * y
+    tint = rng.uniform(0.75, 1.15) * rng.uniform(0.92, 1.08, 3)
+    image = image * np.float32(light[..., None]) * np.float32(tint)
+    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.0))
+    image += rng.normal(0, rng.uniform(1.5, 6), (*x.shape, 1))
     return image.clip(0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------- the data root
+# ----------------------------------------------------------------------------- the data root
 
 
-def counts(product: int, seed: int) -> tuple[int, int, int]:
-    """(shop, customer training, test) photos of a product: a long tail, 1 to 2, 2 to 24 and 2 to 6."""
+def counts(product: int, seed: int) -> tuple:
+    """Photos of a product (shop, customer for training, customer to ask): a long tail.
+
+    1 to 2, 2 to 24 and 2 to 6.
+    """
     rng = np.random.default_rng((seed, 5, product))
     return int(rng.integers(1, 3)), 2 + min(22, int(rng.pareto(0.9) * 2.2)), int(rng.integers(2, 7))
 
 
-def _product_files(product: int, *, folder: Path, seed: int, image_size: int) -> None:
-    """Draw all photos of one product under names that say what they are; `generate` shuffles them."""
-    shop, customer, test = counts(product, seed)
+def _photos(products: int, seed: int) -> pd.DataFrame:
+    """A row a photo, shuffled: class, group, photo (its number), split, domain, name."""
+    rows = []
+    for product in range(products):
+        shop, customer, test = counts(product, seed)
+        kinds = [("train", "shop")] * shop + [("train", "customer")] * customer
+        kinds += [("test", "customer")] * test
+        for photo, kind in enumerate(kinds):
+            rows.append((product, product // VARIANTS, photo, *kind))
+    photos = pd.DataFrame(rows, columns=["class", "group", "photo", "split", "domain"])
+    photos = photos.sample(frac=1, random_state=seed)
+    photos["name"] = (photos.groupby("split").cumcount() + 1).astype(str) + ".jpg"
+    return photos
+
+
+def _draw(photos: pd.DataFrame, *, folder: Path, seed: int, image_size: int) -> None:
+    """Draw these photos of one product."""
     optimized = cv2.useOptimized()
     cv2.setUseOptimized(False)  # its vector code rounds differently on each kind of processor
     try:
-        for photo in range(shop + customer + test):
-            if photo < shop:
-                image, quality = shop_photo(product, photo, seed, image_size), 92
-            else:
-                image = customer_photo(product, photo, seed, image_size)
-                quality = int(np.random.default_rng((seed, 6, product, photo)).integers(55, 88))
-            data = cv2.imencode(
-                ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
-            )[1]
-            (folder / f"{product}-{photo}.jpg").write_bytes(data.tobytes())
+        for product, _, photo, split, domain, name in photos.to_numpy():
+            draw = shop_photo if domain == "shop" else customer_photo
+            image = draw(product, photo, seed, image_size)
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+            _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])
+            (folder / split / name).write_bytes(data.tobytes())
     finally:
         cv2.setUseOptimized(optimized)
 
@@ -694,80 +492,61 @@ def generate(
 ) -> Path:
     """A data root in the Products-10K layout with domains; returns its folder.
 
-    Drawn into a temporary folder beside it that takes its name when complete; a complete one of the same settings is
-    used again. workers: processes that draw; the result does not depend on it. Images are never held in memory.
-    Raises FileExistsError for a folder that holds something else.
+    Drawn into a temporary folder beside it that takes its name when complete; a complete one of the
+    same settings is used again. workers: processes that draw; the result does not depend on it.
+    Images are never held in memory. Raises FileExistsError for a folder that holds something else.
     """
     folder = Path(folder)
     settings = {"version": VERSION, "products": products, "seed": seed, "image_size": image_size}
     if folder.exists():
-        if (folder / "toy.json").is_file() and json.loads(
-            (folder / "toy.json").read_text()
-        ) == settings:
+        stamp = folder / "toy.json"
+        if stamp.is_file() and json.loads(stamp.read_text()) == settings:
             return folder
         raise FileExistsError(
-            f"{folder.name} exists and is no toy set of {settings}: name another folder or remove it"
+            f"{folder.name} exists and is no toy set of {settings}: name another folder or "
+            "remove it"
         )
     if products < 2 or image_size < 32:
         raise ValueError(
             f"products={products}, image_size={image_size}: a toy set needs 2 products and 32 px"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        (part / "drawn").mkdir()
-        draw = partial(_product_files, folder=part / "drawn", seed=seed, image_size=image_size)
-        if workers:
-            with ProcessPoolExecutor(workers) as pool:
-                list(pool.map(draw, range(products), chunksize=8))
-        else:
-            list(map(draw, range(products)))
-        _tables(part, products, seed)
-        (part / "drawn").rmdir()
-        (part / "toy.json").write_text(json.dumps(settings))
-        part.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as part:
+        root = Path(part) / folder.name
+        _write(root, products, seed, image_size, workers)
+        (root / "toy.json").write_text(json.dumps(settings))
         try:
-            os.replace(part, folder)
+            os.replace(root, folder)
         except OSError:  # another process was faster; its bytes are the same
             if not (folder / "toy.json").is_file():
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _tables(part: Path, products: int, seed: int) -> None:
-    """Give the photos shuffled numbers, move them to train/ and test/, write both tables."""
-    rows = {"train": [], "test": []}
-    for product in range(products):
-        shop, customer, test = counts(product, seed)
-        for photo in range(shop + customer + test):
-            split = "train" if photo < shop + customer else "test"
-            domain = "shop" if photo < shop else "customer"
-            rows[split].append(
-                (f"{product}-{photo}.jpg", product, line_of(product, seed)[0], domain)
-            )
-    for split, listed in rows.items():
-        (part / split).mkdir()
-        order = np.random.default_rng((seed, 7, len(listed))).permutation(len(listed))
-        names = [f"{i + 1}.jpg" for i in range(len(listed))]
-        for name, at in zip(names, order):
-            os.replace(part / "drawn" / listed[at][0], part / split / name)
-        table = pd.DataFrame(
-            [listed[at] for at in order], columns=["name", "class", "group", "domain"]
+def _write(root: Path, products: int, seed: int, image_size: int, workers: int) -> None:
+    """Both tables and the photos of a new data root."""
+    photos = _photos(products, seed)
+    for split, rows in photos.groupby("split"):
+        (root / split).mkdir(parents=True)
+        rows.to_csv(
+            root / f"{split}.csv",
+            columns=["name", "class", "group", "domain"],
+            index=False,
+            lineterminator="\n",
         )
-        table.assign(name=names).to_csv(part / f"{split}.csv", index=False, lineterminator="\n")
+    draw = partial(_draw, folder=root, seed=seed, image_size=image_size)
+    each = [rows for _, rows in photos.groupby("class")]
+    if workers:
+        with ProcessPoolExecutor(workers) as pool:
+            list(pool.map(draw, each, chunksize=8))
+    else:
+        list(map(draw, each))
 
 
-def data_root_or_toy(
-    given: str = "", cache_dir: str = "", *, products: int = 24
-) -> tuple[Path, str]:
-    """(data root, a line that says which): the one that platform.find_data_root finds, else the toy set, drawn once."""
+def data_root_or_toy(given: str = "", cache_dir: str = "") -> tuple[Path, str]:
+    """(data root, a line that says which): the one found (`find_data_root`), else the toy set."""
     root, how = platform.find_data_root(given)
     if root:
         return root, f"data: {root.name} ({how})"
-    root = generate(
-        platform.cache_folder(cache_dir) / f"toy-v{VERSION}" / f"toy-{products}", products=products
-    )
-    lines = len({line_of(p, 0)[0] for p in range(products)})
-    return root, f"data: toy set, {products} products of {lines} brand lines (generated)"
+    folder = platform.cache_folder(cache_dir) / f"toy-v{VERSION}" / "toy-24"
+    return generate(folder), "data: toy set, 24 products of 6 brand lines (generated)"
