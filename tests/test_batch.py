@@ -1,4 +1,6 @@
-"""Headless runs: parameters are checked before any kernel starts, failures are named, finished work is not repeated."""
+"""Headless runs: parameters are checked before any kernel starts, failures are named, finished work
+is not repeated.
+"""
 
 import importlib.util
 import json
@@ -39,9 +41,11 @@ if fail == "memory":
     raise MemoryError("no room for 9 GiB")
 if fail:
     raise ValueError(fail)
-params = dict(data_root=data_root, output_dir=output_dir, run_name=run_name, seed=seed, lr=lr, augment=augment)
+params = dict(data_root=data_root, output_dir=output_dir, run_name=run_name)
+params |= dict(seed=seed, lr=lr, augment=augment)
 record = dict(
-    run=folder.name, notebook="tiny", params=params, data={}, protocol="test", metrics={"map_at_5": lr * 100},
+    run=folder.name, notebook="tiny", params=params, data={}, protocol="test",
+    metrics={"map_at_5": lr * 100},
     model=None, seconds=0.1, versions={}, device="cpu", git="",
 )
 (folder / "run.json").write_text(json.dumps(record))
@@ -99,7 +103,7 @@ def params_file(root, text, name="tiny"):
     return path
 
 
-# -------------------------------------------------------------------------------------------------- parameters
+# -------------------------------------------------------------------------------------- parameters
 
 
 def test_parameters_cell_is_read_with_types_and_defaults(repo):
@@ -231,7 +235,7 @@ def test_path_without_parameter_files_is_an_error(repo, path, message):
         params.load_runs([path])
 
 
-# ------------------------------------------------------------------------------------------- sweeps and selection
+# ---------------------------------------------------------------------------- sweeps and selection
 
 
 def test_grid_is_every_combination_over_the_base_with_its_own_name(repo):
@@ -299,7 +303,7 @@ def test_only_takes_runs_by_the_beginning_of_their_name(repo):
         params.load_runs(["params"], only="04")
 
 
-# ------------------------------------------------------------------------------------------------------ running
+# ----------------------------------------------------------------------------------------- running
 
 
 def started(folder):
@@ -438,7 +442,7 @@ def test_memory_errors_are_named_with_the_remedy(name, value, memory):
     assert reason.endswith(f"{name}: {value}")
 
 
-# ------------------------------------------------------------------------------------------------- side by side
+# ------------------------------------------------------------------------------------ side by side
 
 
 def sweep(root, rows, name="rows"):
@@ -509,12 +513,14 @@ import json, os, pathlib, random, signal
 folder = pathlib.Path(output_dir) / run_name
 (folder / "count").open("a").write("x")
 if fail == "lethal" and (folder / "count").read_text() == "x":
-    worker = int(pathlib.Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    state = pathlib.Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1]
+    worker = int(state.split()[1])
     (folder / "killed").write_text(pathlib.Path(f"/proc/{worker}/cmdline").read_text())
     os.kill(worker, signal.SIGKILL)
 record = dict(
     run=run_name, notebook="tiny", params=dict(seed=seed), data={}, protocol="test",
-    metrics={"map_at_5": random.Random(seed).random()}, model=None, seconds=0.1, versions={}, device="cpu", git="",
+    metrics={"map_at_5": random.Random(seed).random()}, model=None, seconds=0.1, versions={},
+    device="cpu", git="",
 )
 (folder / "run.json").write_text(json.dumps(record))
 """

@@ -1,4 +1,6 @@
-"""environment.yml gives conda users what pyproject.toml gives pip users; the bootstrap cell finds the package anywhere."""
+"""environment.yml gives conda users what pyproject.toml gives pip users; the bootstrap cell finds
+the package anywhere.
+"""
 
 import os
 import re
@@ -65,7 +67,7 @@ def test_ci_calls_the_readmes_test_command():
         assert "make test" in (ROOT / file).read_text(), file
 
 
-# ---------------------------------------------------------------------------------------------- bootstrap cell
+# ---------------------------------------------------------------------------------- bootstrap cell
 
 STUBS = {
     "__main__.py": "",
@@ -81,7 +83,10 @@ def kit(folder):
 
 
 def start(tmp_path, cwd=None, git="exit 1"):
-    """The bootstrap cell in a Python that has no package installed: (folder of the kit found or None, error)."""
+    """The bootstrap cell in a Python that has no package installed:
+
+    (folder of the kit found or None, error).
+    """
     cwd = cwd or tmp_path / "anywhere" / "at all"
     for folder in (cwd, tmp_path / "bin"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +125,8 @@ def test_bootstrap_finds_the_package_beside_above_or_attached_from_any_folder(tm
 
 
 def test_bootstrap_clones_the_tagged_release_once_and_outside_of_the_outputs(tmp_path):
-    git = 'echo "$@" >> "$HOME/../asked"; for last; do :; done; mkdir -p "$last"; cp -r "$HOME/kit/vipr_utils" "$last"'
+    git = 'echo "$@" >> "$HOME/../asked"; for last; do :; done; mkdir -p "$last"; '
+    git += 'cp -r "$HOME/kit/vipr_utils" "$last"'
     kit(tmp_path / "home" / "kit")
     clone = tmp_path / "home" / ".cache" / f"vipr-{stamp.RELEASE}"
     assert start(tmp_path, git=git)[0] == clone and start(tmp_path, git=git)[0] == clone

@@ -54,7 +54,7 @@ def on_kaggle(monkeypatch):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
 
 
-# ------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 
 
 def test_platform_is_told_by_environment_variables(monkeypatch):
@@ -213,7 +213,7 @@ def test_run_that_is_nowhere_is_looked_for_in_the_output_folder(tmp_path):
     assert platform.find_run("05", output_dir=str(tmp_path)) == tmp_path / "05"
 
 
-# -------------------------------------------------------------------------------------------- folders and files
+# ------------------------------------------------------------------------------- folders and files
 
 
 def test_relative_output_is_kept_in_kaggle_working_or_in_the_checkout(tmp_path, monkeypatch):
@@ -282,7 +282,8 @@ def test_whole_file_keeps_the_old_file_on_any_error(tmp_path, error):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError(
-            "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"
+            "[enforce fail at inline_container.cc:858] . "
+            "PytorchStreamWriter failed writing file data/0"
         ),
     ],
 )
@@ -345,7 +346,7 @@ def test_lock_lets_one_in_at_a_time(tmp_path):
         pass
 
 
-# ------------------------------------------------------------------------------------------------- preflight
+# --------------------------------------------------------------------------------------- preflight
 
 
 def test_preflight_says_what_is_here_and_warns_of_nothing_on_a_laptop_with_the_toy_set(recwarn):
@@ -390,7 +391,7 @@ def test_preflight_ends_at_a_wrong_data_root(tmp_path):
         platform.preflight({"data_root": str(tmp_path / "nowhere")})
 
 
-# ---------------------------------------------------------------------------------------------- device and memory
+# ------------------------------------------------------------------------------- device and memory
 
 
 @pytest.fixture
@@ -524,7 +525,7 @@ def test_revision_is_empty_without_a_checkout(monkeypatch, tmp_path):
     assert platform.git_revision() == ""
 
 
-# ------------------------------------------------------------------------------------------------------ precision
+# --------------------------------------------------------------------------------------- precision
 
 
 def test_precision_is_what_was_asked_for_then_the_environments_then_what_pays(monkeypatch):

@@ -1,4 +1,6 @@
-"""Every odd file a catalogue holds: decoded as a person sees it, or named; the store, transforms, loaders."""
+"""Every odd file a catalogue holds: decoded as a person sees it, or named; the store, transforms,
+loaders.
+"""
 
 import io
 import pickle
@@ -29,7 +31,7 @@ def close(a, b, *, within: float):
     assert np.abs(a.astype(float) - b).mean() < within
 
 
-# ----------------------------------------------------------------------------------------------------- decoding
+# ---------------------------------------------------------------------------------------- decoding
 
 
 def test_jpeg_png_and_a_png_named_jpg_read_alike(tmp_path):
@@ -128,11 +130,13 @@ def test_broken_file_is_named_with_its_reason(tmp_path, name, message):
         read_image(tmp_path / name)
 
 
-# -------------------------------------------------------------------------------------------------------- store
+# ------------------------------------------------------------------------------------------- store
 
 
 def odd_root(folder):
-    """A data root whose photos are of every odd kind; returns (root, names of those that cannot be read)."""
+    """A data root whose photos are of every odd kind; returns (root, names of those that cannot be
+    read).
+    """
     (folder / "train").mkdir(parents=True)
     image = Image.fromarray(picture(5, 90, 120))
     image.save(folder / "train" / "plain.jpg")
@@ -232,7 +236,7 @@ def test_full_disk_while_the_store_is_written_leaves_none_behind(tmp_path, make_
     assert build_store(photos, cache_dir=tmp_path, store_px=64).readable.all()
 
 
-# --------------------------------------------------------------------------------------------------- transforms
+# -------------------------------------------------------------------------------------- transforms
 
 
 def test_squashed_eval_transform_is_torchvisions_resize_and_normalise():
@@ -321,7 +325,7 @@ def test_only_shop_photos_are_made_customer_like_and_the_same_in_every_order(toy
     assert torch.equal(made[int(shop.argmax())][0], made[int(shop.argmax())][0])
 
 
-# ------------------------------------------------------------------------------------------------------ loading
+# ----------------------------------------------------------------------------------------- loading
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone(toy_data):
@@ -375,7 +379,7 @@ def test_labels_and_rows_must_match(toy_data):
         Photos(toy_data[1], [0, 1, 2], None, labels=[0, 1])
 
 
-# ------------------------------------------------------------------------------------------- what a picture says
+# ----------------------------------------------------------------------------- what a picture says
 
 
 def test_hash_survives_resizing_and_differs_between_pictures():
@@ -392,7 +396,7 @@ def test_border_tells_shop_from_customer_photos_on_the_toy_set(toy_data):
     assert (shop == (photos.domain == "shop")).mean() > 0.9
 
 
-# -------------------------------------------------------------------------------------------------- colour layouts
+# ---------------------------------------------------------------------------------- colour layouts
 
 
 def test_a_colour_layout_counts_each_quarter_as_a_slow_loop_does():

@@ -1,4 +1,6 @@
-"""The kit on Kaggle, all but the network call: dataset, weights, kernels, and a rehearsal of a session without a network."""
+"""The kit on Kaggle, all but the network call: dataset, weights, kernels, and a rehearsal of a
+session without a network.
+"""
 
 import hashlib
 import json
@@ -43,7 +45,7 @@ def metadata(folder):
     return json.loads((folder / kaggle.KERNEL).read_text())
 
 
-# -------------------------------------------------------------------------------------------------- the dataset
+# ------------------------------------------------------------------------------------- the dataset
 
 
 def test_bundle_holds_package_notebooks_and_parameters_and_repeats_byte_by_byte(tmp_path):
@@ -83,7 +85,7 @@ def test_bundle_without_a_checkout_is_an_error(tmp_path, monkeypatch):
         kaggle.bundle(tmp_path, owner="some-one")
 
 
-# ----------------------------------------------------------------------------------------------------- weights
+# ----------------------------------------------------------------------------------------- weights
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_weights_of_a_network_that_has_none_are_an_error(tmp_path, capsys):
     assert "siamese_small starts at random" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------- kernels
+# ----------------------------------------------------------------------------------------- kernels
 
 
 def test_prepared_notebook_has_the_values_in_a_cell_of_their_own_and_no_outputs(tmp_path):
@@ -230,7 +232,7 @@ def test_official_client_accepts_the_metadata_of_every_kernel(tmp_path, monkeypa
         api.dataset_create_new(str(kaggle.bundle(tmp_path, owner="some-one")))
 
 
-# ------------------------------------------------------------------------------------- through the official client
+# --------------------------------------------------------------------- through the official client
 
 FAKE = """\
 #!{python}
@@ -248,7 +250,7 @@ sys.exit({code} if sys.argv[1:3] == {fails!r} else 0)
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """fake(said, fails): a client on the path that says this, and fails at that command; its calls are in .calls()."""
+    """fake(said, fails): a client that says this and fails at that command; .calls() lists all."""
     program = tmp_path / "bin" / "kaggle"
     program.parent.mkdir()
 
@@ -326,7 +328,7 @@ def test_absent_and_unconfigured_clients_are_errors_with_the_remedy(
     assert "the kaggle client is not installed: pip install kaggle" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------- rehearsal
+# --------------------------------------------------------------------------------------- rehearsal
 
 
 def files(folder):
@@ -337,7 +339,7 @@ def files(folder):
     }
 
 
-def test_prepared_submission_runs_from_attached_folders_without_a_network_and_writes_only_what_is_kept(
+def test_prepared_submission_runs_offline_from_attached_folders_and_writes_only_what_is_kept(
     tmp_path, toy_root, carried
 ):
     inputs, working = tmp_path / "kaggle" / "input", tmp_path / "kaggle" / "working"

@@ -34,7 +34,7 @@ def floor(module: str) -> int:
 
 
 def imported(module: str) -> tuple[set[str], set[str]]:
-    """(modules of the package as floor/name, other packages) that a module imports anywhere in it."""
+    """(modules of the package as floor/name, other packages) that a module imports anywhere."""
     inside, outside = set(), set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "vipr_utils":
@@ -114,7 +114,7 @@ def test_module_says_what_it_is_about(module):
 
 
 def nodes(module: str) -> int:
-    """Statements and expressions, docstrings aside: a measure of size that packing lines does not change."""
+    """Statements and expressions, docstrings aside: a size that packing lines does not change."""
     code = tree(module)
     found = sum(isinstance(node, (ast.stmt, ast.expr)) for node in ast.walk(code))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -123,6 +123,28 @@ def nodes(module: str) -> int:
     )
 
 
+def lines(module: str) -> list[str]:
+    return (PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()
+
+
 def test_package_can_be_read_in_an_evening():
-    found = {module: nodes(module) for module in MODULES}
-    assert sum(found.values()) < 37_600, found
+    size = {module: nodes(module) for module in MODULES}
+    length = {module: len(lines(module)) for module in MODULES}
+    for module in MODULES:
+        density = size[module] / length[module]
+        print(f"{module:24} {size[module]:6,} nodes {length[module]:5,} lines {density:5.2f}")
+    print(f"{sum(size.values()):,} nodes in {sum(length.values()):,} lines")
+    assert sum(size.values()) <= 28_000
+    assert max(size[module] / length[module] for module in MODULES) <= 4.5
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_line_is_longer_than_100_columns(module):
+    assert not [line for line in lines(module) if len(line) > 100]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_longer_than_40_lines(module):
+    functions = [n for n in ast.walk(tree(module)) if isinstance(n, ast.FunctionDef)]
+    length = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    assert not {name: n for name, n in length.items() if n > 40}

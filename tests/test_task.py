@@ -225,7 +225,9 @@ def test_verification_by_name_reads_the_photos_and_finds_the_printed_ones(toy_da
 
 @pytest.fixture(scope="module")
 def frozen(grocery):
-    """(queries, gallery, their embeddings) of frozen EfficientNet-Lite0, squashed to 224 px, bilinear."""
+    """(queries, gallery, their embeddings) of frozen EfficientNet-Lite0, squashed to 224 px,
+    bilinear.
+    """
     tune()
     photos, store, _ = open_data(str(grocery), "", px=224)
     model = models.create("tf_efficientnet_lite0")

@@ -57,7 +57,9 @@ def test_shop_photos_stand_on_white_and_customer_photos_do_not():
 
 
 def test_a_product_far_out_needs_no_other_to_be_drawn():
-    """10,000 products are drawn one by one: nothing is held in memory, and the table of counts is cheap."""
+    """10,000 products are drawn one by one: nothing is held in memory, and the table of counts is
+    cheap.
+    """
     assert toy.customer_photo(9_999, 0, 0, 64).shape[2] == 3
     assert sum(sum(toy.counts(p, 0)) for p in range(10_000)) > 80_000
 
