@@ -59,8 +59,7 @@ def embed(
 
     folder = cache_dir and Path(cache_dir) / "pooled" / _key(model, store, size, fit, dtype)
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
-    if not features:
-        found = _through_neck(model, found)
+    found = found if features else _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
     embeddings[readable] = found
     return embeddings
