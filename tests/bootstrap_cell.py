@@ -1,4 +1,5 @@
 # The same cell opens every notebook: find the package, set up threads, look at the machine.
+import glob
 import importlib.util
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 if importlib.util.find_spec("vipr_utils") is None:  # here or above, attached, else a clone
     inputs = Path(os.environ.get("VIPR_PLATFORM_ROOT", "/")) / "kaggle" / "input"
     depths = ("*", "*/*", "datasets/*/*", "datasets/*/*/*")
-    attached = [path.parent for depth in depths for path in inputs.glob(f"{depth}/vipr_utils")]
+    attached = [Path(p).parent for d in depths for p in glob.glob(f"{inputs}/{d}/vipr_utils")]
     here, clone = Path.cwd(), Path.home() / ".cache" / "vipr-RELEASE"
     places = [here, here / "vipr", *here.parents, *attached, clone]
     found = [place for place in places if (place / "vipr_utils" / "__main__.py").is_file()]

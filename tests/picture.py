@@ -20,7 +20,7 @@ def main() -> None:
     embeddings = task.embed(models.create("tf_efficientnet_lite0"), image_size=224)
     found = task.retrieve(embeddings, steps=STEPS)
     ap = np.nan_to_num(found.average_precision)
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(5)
     perfect, middling = np.flatnonzero(ap == 1), np.flatnonzero((ap > 0.3) & (ap < 0.8))
     rows = [*rng.choice(perfect, 1), *rng.choice(middling, 1)]
     view = task.views["test"]

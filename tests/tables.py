@@ -174,7 +174,7 @@ def tasks(table: pd.DataFrame) -> list[str]:
 def levers(folder: Path, removed: bool) -> list[str]:
     """The paired differences on the groceries and on the toy set, of one kind of lever."""
     sections = []
-    places = {"grocery": folder, "toy set of 24 products": folder / "toy"}
+    places = {"grocery": folder, "toy set of 24 products, version 2": folder / "toy"}
     for data, place in places.items():
         pairs = runs.against_baselines(place)
         if pairs.empty:

@@ -111,9 +111,9 @@ def attached(name: str, mounts: tuple[str, ...] = MOUNTS) -> list[Path]:
     if where() == "local":
         return []
     found = []
-    for mount in mounts:
-        found += sorted(PLATFORM_ROOT.glob(f"{mount}/{glob.escape(name)}"))
-    return found
+    for mount in mounts:  # pathlib's glob would list the last folder too, from Python 3.12 on
+        found += sorted(glob.glob(f"{PLATFORM_ROOT}/{mount}/{glob.escape(name)}"))
+    return [Path(path) for path in found]
 
 
 def _lists_products(table: Path) -> bool:

@@ -39,9 +39,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": "medium",
-    "figure.titlesize": 12,
-    "figure.titleweight": "bold",
-    "figure.labelsize": 9,
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#E4E4E4",
@@ -69,14 +66,21 @@ class Picture:
 
 
 def _picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
-    """Title above, caption below; a PNG of 128 colours, a fifth of the size, whose bytes repeat."""
+    """Title above, caption below; a PNG of 256 colours, whose bytes repeat.
+
+    Photos in full colour would take four times the room on a page.
+    """
     width = max(figure.get_figwidth(), 4.5)  # inches
-    figure.suptitle(textwrap.fill(title, int(width * 11)), x=0.01, ha="left")
-    figure.supxlabel(textwrap.fill(caption, int(width * 15)), x=0.01, ha="left")
+    title, caption = textwrap.fill(title, int(width * 11)), textwrap.fill(caption, int(width * 15))
+    figure.draw_without_rendering()  # the layout places what is there; words go around it
+    figure.set_layout_engine("none")
+    height, drawn = figure.get_figheight(), figure.get_tightbbox()  # inches
+    figure.text(0.01, (drawn.y1 + 0.12) / height, title, va="bottom", size=12, weight="bold")
+    figure.text(0.01, (drawn.y0 - 0.12) / height, caption, va="top", size=9, color="#444444")
     full, reduced = io.BytesIO(), io.BytesIO()
     figure.savefig(full, bbox_inches="tight", pad_inches=0.12)
     picture = Image.open(full).convert("RGB")
-    picture.quantize(128, Image.Quantize.MEDIANCUT, dither=0).save(reduced, "PNG", optimize=True)
+    picture.quantize(256, Image.Quantize.MEDIANCUT, dither=0).save(reduced, "PNG", optimize=True)
     return Picture(reduced.getvalue(), alt)
 
 
@@ -329,7 +333,7 @@ def _grid(tiles: list, columns: int, side: float) -> Figure:
     tiles: (picture or None for an empty place, label above, colour of label and frame).
     """
     rows = math.ceil(len(tiles) / columns)
-    figure = Figure((side * columns, (side + 0.4) * rows + 1.2), layout="compressed")
+    figure = Figure((side * columns, (side + 0.4) * rows + 0.6), layout="compressed")
     for place, (picture, label, colour) in enumerate(tiles, start=1):
         if picture is not None:
             ax = figure.add_subplot(
@@ -386,11 +390,13 @@ def ranked_lists(
             if query["product_id"] < 0:
                 colour, mark = GREY, "label unknown"
             picture = store[product.name] if row >= 0 else None  # a list that ends early
-            tiles.append((picture, f"{mark}  {score:.3f}\n{_product(product)}", colour))
+            # `verify` adds the matching points to a cosine, which never reaches 2
+            how_like = f"{score:.3f}" if score < 2 else f"{int(score)} matches"
+            tiles.append((picture, f"{mark}  {how_like}\n{_product(product)}", colour))
     k = found.ranks.shape[1]
     caption = (
         "Left: the query. Then its ranked gallery images, best first: "
-        "tick or cross, similarity, class and group."
+        "tick or cross, similarity (or how many points match), class and group."
     )
     alt = (
         f"Ranked lists of {len(chosen)} queries: "
