@@ -57,7 +57,9 @@ SUITES = {
 ONCE = [
     "killed",
     "real_photos",
-    "by_two_processes",
+    "two_processes",
+    "process_that_dies",
+    "another_processor",
     "precision_learns",
     "budget",
     "verification_by_name",

@@ -24,11 +24,17 @@ def test_without_a_command_those_there_are_get_listed(arguments, code, capsys):
     assert all(f"\n{name} " in printed for name in ("run", "submit", "score", "board", "kaggle"))
 
 
-def test_every_command_answers_help():
-    for name in command.COMMANDS:
-        line = [sys.executable, "-m", "vipr_utils", name, "--help"]
-        done = subprocess.run(line, capture_output=True, text=True)
-        assert done.returncode == 0 and "usage:" in done.stdout, name
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_every_command_answers_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main([name, "--help"])
+    assert ended.value.code == 0 and f"vipr {name}" in capsys.readouterr().out
+
+
+def test_package_is_a_command_too():
+    line = [sys.executable, "-m", "vipr_utils", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: vipr COMMAND")
 
 
 def test_submit_runs_notebook_06_with_that_model(repo, monkeypatch):  # noqa: F811

@@ -1,6 +1,6 @@
 """run.json in and out, and the scoreboard of all runs.
 
-`python -m vipr_utils board submissions` prints the table.
+`vipr board submissions` prints the table.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _average_precision(folder: Path) -> pd.DataFrame:
 def main(arguments: list[str] | None = None) -> int:
     """Print the scoreboard of a folder; 1 when it is empty."""
     parser = argparse.ArgumentParser(
-        prog="python -m vipr_utils board",
+        prog="vipr board",
         description="the scoreboard of a folder of runs",
     )
     parser.add_argument("output_dir", type=Path)

@@ -4,7 +4,7 @@ Two forms. Ranking, `id,images`: the gallery images of each query, best first, o
 names; five, or the whole gallery where it is smaller. Classification, `name,class`: one product for
 each query. The checks share no code with the search, so that they can prove it wrong.
 
-    python -m vipr_utils score submission.csv DATA_ROOT [--gallery-domain shop]
+    vipr score submission.csv DATA_ROOT [--gallery-domain shop]
 """
 
 from __future__ import annotations
@@ -171,9 +171,7 @@ def _line(found: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 and the score of a valid submission, 1 and one line that says why for another."""
-    parser = argparse.ArgumentParser(
-        "python -m vipr_utils score", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser("vipr score", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("data_root", type=Path)
     parser.add_argument(
