@@ -200,7 +200,7 @@ def results(folder: Path = REFERENCE) -> str:
         sections.append(section("Fine-tuning on a subset", text, subsets(table[on_subset])))
     if (folder / "07_reranking").is_dir():
         record = runs.load(folder / "07_reranking")
-        minutes = f"{record['seconds'] / 60:.0f} minutes in all, {record['hardware']}"
+        minutes = f"{record['seconds'] / 60:.0f} minutes in all on one core beside other runs"
         text = f"Grocery, protocol `test`, 2,485 × 2,721, frozen Lite0, {minutes}."
         sections.append(section("Post-processing, notebook 07", text, ablation(record)))
     sections += levers(folder, removed=False)
