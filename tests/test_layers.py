@@ -134,7 +134,7 @@ def test_package_can_be_read_in_an_evening():
         density = size[module] / length[module]
         print(f"{module:24} {size[module]:6,} nodes {length[module]:5,} lines {density:5.2f}")
     print(f"{sum(size.values()):,} nodes in {sum(length.values()):,} lines")
-    assert sum(size.values()) <= 28_000
+    assert sum(size.values()) <= 34_000
     assert max(size[module] / length[module] for module in MODULES) <= 4.5
 
 
