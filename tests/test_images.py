@@ -293,6 +293,28 @@ def test_study_transform_has_its_six_steps_in_order_and_resizes_256_for_224():
     assert transforms.augmentation("study", 64)(picture()).shape == (3, 64, 64)
 
 
+@pytest.mark.parametrize(("share", "height", "width"), [(1, 40, 60), (0.5, 20, 30), (1e-6, 1, 1)])
+def test_a_zoom_keeps_the_central_share_of_each_side(share, height, width):
+    image = picture()
+    top, left = (40 - height) // 2, (60 - width) // 2
+    expected = image[top : top + height, left : left + width]
+    np.testing.assert_array_equal(transforms.zoomed(image, share), expected)
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.2])
+def test_a_zoom_that_is_no_share_is_refused(share):
+    with pytest.raises(ValueError, match=f"zoom {share} is no share of a photo's sides: use a num"):
+        transforms.zoomed(picture(), share)
+
+
+def test_photos_are_zoomed_row_by_row_before_their_transform(toy_data):
+    store, show = toy_data[1], transforms.eval_transform(32)
+    photos = Photos(store, [3, 4], show, zoom=[0.5, 1.0])
+    torch.testing.assert_close(photos[0][0], torch.as_tensor(show(store[3][24:72, 24:72])))
+    torch.testing.assert_close(photos[1][0], torch.as_tensor(show(store[4])))
+    assert torch.equal(Photos(store, [3], show, zoom=0.5)[0][0], photos[0][0])
+
+
 def test_product_is_cut_out_of_its_even_ground():
     photo = np.full((80, 80, 3), 250, np.uint8)
     photo[20:60, 30:50] = (200, 30, 30)

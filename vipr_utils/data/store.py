@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from vipr_utils.data import catalog, toy
-from vipr_utils.data.transforms import customer_like
+from vipr_utils.data.transforms import customer_like, zoomed
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores
 from vipr_utils.host.files import locked, whole_file
@@ -180,7 +180,8 @@ class Photos(Dataset):
     labels (N,) int, shop (N,) bool, or one for all. Random transforms are seeded by (seed, epoch,
     row): the same photo looks the same in the same epoch whatever the order, the number of workers,
     or where a run was interrupted. With probability `clutter` a shop photo is made customer_like,
-    on the ground of another of the rows.
+    on the ground of another of the rows. zoom (N,), or one for all: the central share of each side
+    that the transform receives.
     """
 
     store: Store
@@ -190,12 +191,14 @@ class Photos(Dataset):
     seed: int = 0
     shop: np.ndarray | bool = False
     clutter: float = 0.0
+    zoom: np.ndarray | float = 1.0
     epoch: int = 0
 
     def __post_init__(self) -> None:
         self.rows = np.asarray(self.rows, np.int64)
         self.labels = np.broadcast_to(self.labels, self.rows.shape)
         self.shop = np.broadcast_to(self.shop, self.rows.shape)
+        self.zoom = np.broadcast_to(self.zoom, self.rows.shape)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -212,7 +215,7 @@ class Photos(Dataset):
             photo = customer_like(photo, self.store[rng.choice(self.rows[~self.shop])], rng)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
-            image = self.transform(photo)
+            image = self.transform(zoomed(photo, self.zoom[i]))
         return torch.as_tensor(image), int(self.labels[i]), row
 
 

@@ -44,6 +44,24 @@ def _finish(mean, std) -> list:
     return [T.ToDtype(torch.float32, scale=True), T.Normalize(mean, std)]
 
 
+def zoomed(image: np.ndarray, share: float) -> np.ndarray:
+    """The central share of each side of a photo (H, W, 3) uint8, at least a pixel; 1 is all of it.
+
+    Raises ValueError for a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"zoom {share} is no share of a photo's sides: use a number over 0, 1 at most, where 1 "
+            "keeps the whole photo"
+        )
+    height, width = image.shape[:2]
+    kept_height = max(1, round(height * share))
+    kept_width = max(1, round(width * share))
+    top = (height - kept_height) // 2
+    left = (width - kept_width) // 2
+    return image[top : top + kept_height, left : left + kept_width]
+
+
 def study_steps(image_size: int = 224) -> dict[str, torch.nn.Module]:
     """The reference study's six augmentations by name, in its order.
 
