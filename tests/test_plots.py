@@ -14,6 +14,11 @@ HISTORY = pd.DataFrame(
 SCORES = pd.DataFrame(
     {"map_at_5": [0.5], "map_at_5_low": [0.4], "map_at_5_high": [0.6]}, index=["frozen"]
 )
+RUNGS = pd.DataFrame(
+    [[0.02, *[np.nan] * 5, ""], [0.5, 0.4, 0.6, 0.48, 0.4, 0.56, ""]],
+    index=["random ranking", "trained"],
+    columns=["map_at_5", "low", "high", "gain", "gain_low", "gain_high", "cut_short"],
+)
 WORDS = {"title": "Title", "caption": "Caption"}
 FIGURES = {
     "bars": (
@@ -47,6 +52,10 @@ FIGURES = {
         "9 embeddings in 3",
     ),
     "intervals": (lambda: plots.intervals(SCORES, **WORDS), "95 % intervals: frozen 0.500"),
+    "ladder": (
+        lambda: plots.ladder(RUNGS),
+        "trained 0.500. Over the rung before: trained +0.480 [+0.400, +0.560].",
+    ),
     "lines": (
         lambda: plots.lines(
             {"x": ([1, 2], [0.5, 0.25], [0.4, 0.2], [0.6, 0.3])}, xlabel="n", ylabel="m", **WORDS

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tables
 
-from vipr_utils.judge import runs
+from vipr_utils.judge import plots, runs
 
 SCORES = {
     "map_at_5": 0.458,
@@ -298,3 +298,97 @@ def test_training_cut_short_is_marked_in_record_and_table(tmp_path):
     }
     assert "in epoch 3 of 8" in runs.table(runs.scoreboard(tmp_path))
     assert "| sweep **(cut short in epoch 3 of 8)** |" in tables.results(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ the ladder
+
+DATA = {"root": "toy", "fingerprint": "f", "n_train": 30}
+
+
+def stood(folder, notebook, score, *, name="", rows=(), per_query=(), **changes):
+    """A finished run of the series on DATA; per_query: AP@5 of its four queries."""
+    headline = SCORES | {"map_at_5": score, "name": name, "rows": list(rows), "chance": 0.02}
+    record = {"notebook": notebook, "data": DATA, "metrics": headline, "params": {}} | changes
+    saved(folder, **record)
+    if per_query:
+        queries = {"name": list("abcd"), "product_id": [1, 1, 2, 2], "test": per_query}
+        pd.DataFrame(queries).to_csv(folder / "average_precision.csv", index=False)
+
+
+def test_ladder_has_a_rung_for_each_kind_of_run_in_the_order_of_the_series(tmp_path):
+    stood(tmp_path / "s", "06_submission", 0.8)
+    frozen = SCORES | {"name": "lite0, frozen", "map_at_5": 0.3}
+    other = SCORES | {"name": "lite2, frozen", "map_at_5": 0.9}
+    stood(tmp_path / "t", "04_pretrained_sweep", 0.5, name="lite0, head", rows=[frozen, other])
+    stood(tmp_path / "c", "03_scratch_siamese", 0.1)
+    stood(tmp_path / "e", "01_eda", None)
+    table = runs.ladder(tmp_path, "f")
+    assert table["map_at_5"].to_dict() == {
+        "random ranking": 0.02,
+        "from scratch": 0.1,
+        "frozen backbone": 0.3,
+        "trained": 0.5,
+        "submission": 0.8,
+    }
+    assert table["gain"].round(6).tolist()[1:] == [0.08, 0.2, 0.2, 0.3]
+    assert (table.loc["trained", "low"], table.loc["trained", "run"]) == (0.441, "t")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": DATA | {"fingerprint": "other"}},
+        {"protocol": "seen"},
+        {"metrics": SCORES | {"n_gallery": 12}},
+        {"metrics": SCORES | {"map_at_5": None}},
+    ],
+)
+def test_run_that_does_not_compare_stands_on_no_rung(tmp_path, changes):
+    stood(tmp_path / "r", "03_scratch_siamese", 0.1, **changes)
+    assert runs.ladder(tmp_path, "f").empty
+
+
+def test_rung_is_of_the_run_that_validates_best_and_then_of_the_newest(tmp_path):
+    for name, score, validation in (("a", 0.2, 0.6), ("b", 0.9, 0.5)):
+        held_out = {"how": "visits", "split": "s", "map_at_5": validation}
+        stood(tmp_path / name, "03_scratch_siamese", score, validation=held_out)
+    for name, score, day in (("old", 0.9, "2026-01-02"), ("new", 0.4, "2026-01-03")):
+        stood(tmp_path / name, "05_subset_finetune", score)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        (tmp_path / name / "run.json").write_text(json.dumps(record | {"finished": day}))
+    assert runs.ladder(tmp_path, "f")["run"].tolist() == ["", "a", "new"]
+
+
+def test_gain_of_a_rung_is_paired_where_both_runs_answered_the_same_queries(tmp_path):
+    stood(tmp_path / "t", "04_pretrained_sweep", 0.3, per_query=[0.0, 0.2, 0.4, 0.6])
+    stood(tmp_path / "p", "07_reranking", 0.45, per_query=[0.1, 0.3, 0.6, 0.8])
+    stood(tmp_path / "s", "06_submission", 0.5)
+    table = runs.ladder(tmp_path, "f")[["gain", "gain_low", "gain_high"]].round(6)
+    assert table.loc["post-processed"].tolist() == [0.15, 0.1, 0.2]
+    assert table.loc["submission"].tolist()[0] == 0.05 and math.isnan(table["gain_low"].iloc[-1])
+
+
+def test_gain_over_the_frozen_backbone_is_the_one_that_its_own_run_measured(tmp_path):
+    plain = SCORES | {"name": "plain search", "map_at_5": 0.3}
+    measured = {
+        "difference": 0.2,
+        "difference_low": 0.1,
+        "difference_high": 0.3,
+        "verdict": "helps",
+    }
+    metrics = SCORES | {"map_at_5": 0.5, "name": "best stack", "rows": [plain]} | measured
+    stood(tmp_path / "p", "07_reranking", 0.5, metrics=metrics)
+    table = runs.ladder(tmp_path, "f")
+    assert table.index.tolist() == ["frozen backbone", "post-processed"]
+    assert table.iloc[1][["gain", "gain_low", "gain_high"]].tolist() == [0.2, 0.1, 0.3]
+
+
+def test_rung_of_a_training_cut_short_says_so(tmp_path):
+    stood(tmp_path / "c", "03_scratch_siamese", 0.1, cut_short="in epoch 3 of 8")
+    table = runs.ladder(tmp_path, "f")
+    assert table["cut_short"].tolist() == ["", "in epoch 3 of 8"]
+    assert "from scratch (cut short in epoch 3 of 8) 0.100" in plots.ladder(table).alt
+
+
+def test_ladder_of_no_run_is_a_sentence(tmp_path):
+    assert plots.ladder(runs.ladder(tmp_path, "f")).alt.startswith("No run on this data yet")

@@ -76,6 +76,7 @@ def test_evaluation_of_a_model_scores_every_view_as_plain_numpy_does(task, netwo
         answerable = found[name].n_relevant > 0
         assert found[name].metrics["precision_at_1"] == pytest.approx(right[answerable].mean())
         assert found[name].metrics["n_gallery"] == len(view.gallery)
+        assert 0 < found[name].metrics["chance"] < 1
 
 
 def test_average_precision_is_kept_by_query_and_means_to_the_metric(task, network):

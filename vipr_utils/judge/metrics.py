@@ -212,7 +212,8 @@ def summary(hits, n_relevant, products, *, seed: int = 0) -> dict:
 
 
 def chance_map_at_k(n_relevant, n_gallery: int, k: int = 5) -> float:
-    """Expected mAP@k in 0..1 of a ranking at random of n_gallery images; n = 0 is left out.
+    """Expected mAP@k in 0..1 of a ranking at random of n_gallery images; n = 0 is left out, NaN
+    where nothing else is there.
 
     For one query (1 / min(n, k)) * sum over i <= k of p * (1 + (i - 1) * (n - 1) / (G - 1)) / i
     with p = n / G: a hit at rank i, and the expected hits before it.
@@ -221,4 +222,4 @@ def chance_map_at_k(n_relevant, n_gallery: int, k: int = 5) -> float:
     n = n[n > 0]
     i = np.arange(1, min(k, n_gallery) + 1)[:, None]
     before = (i - 1) * (n - 1) / max(1, n_gallery - 1)  # (k, Q) expected hits above rank i
-    return float(((n / n_gallery * (1 + before) / i).sum(axis=0) / np.minimum(n, k)).mean())
+    return _mean((n / n_gallery * (1 + before) / i).sum(axis=0) / np.minimum(n, k))

@@ -305,6 +305,35 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
 
 
 @styled
+def ladder(table: pd.DataFrame) -> Picture:
+    """The rungs of a series with their intervals, the first on top; a sentence where none is there.
+
+    The caption says what each rung gains over the one before it, with the interval of the paired
+    difference where there is one; a training that was cut short is marked beside its rung.
+
+    table: of `runs.ladder`, columns map_at_5, low, high, gain, gain_low, gain_high, cut_short.
+    """
+    title = "The ladder so far"
+    if table.empty:
+        sentence = "No run on this data yet: notebooks 03 to 07 put one rung each on the ladder."
+        return _picture(Figure((7.2, 0.4)), title, sentence, sentence)
+    marks = [f" (cut short {cut})" if cut else "" for cut in table["cut_short"]]
+    shown = table.set_index(table.index + marks)[["map_at_5", "low", "high"]].ffill(axis=1)
+    steps = [
+        f"{rung.Index} {rung.gain:+.3f} [{rung.gain_low:+.3f}, {rung.gain_high:+.3f}]"
+        for rung in table.dropna(subset="gain").itertuples()
+    ]
+    listed = ", ".join(steps).replace(" [+nan, +nan]", "")
+    over = f" Over the rung before: {listed}." if steps else ""
+    picture = intervals(
+        shown.set_axis(["map_at_5", "map_at_5_low", "map_at_5_high"], axis=1),
+        title=title,
+        caption=f"All test queries, whole gallery. Bars: 95 % over products.{over}",
+    )
+    return Picture(picture.png, f"{picture.alt}.{over}")
+
+
+@styled
 def lines(
     series: dict[str, tuple], *, title: str, xlabel: str, ylabel: str, caption: str
 ) -> Picture:

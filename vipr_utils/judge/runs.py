@@ -1,4 +1,4 @@
-"""run.json in and out, and the scoreboard of all runs.
+"""run.json in and out, the ladder of a series and the scoreboard of all runs.
 
 `vipr board submissions` prints the table.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,16 @@ COLUMNS = [
     "seconds",
     "hardware",
 ]
+RUNGS = {  # of the ladder, and the notebook whose score stands there
+    "random ranking": "",
+    "from scratch": "03_scratch_siamese",
+    "frozen backbone": "",
+    "trained": "04_pretrained_sweep",
+    "trained on a subset": "05_subset_finetune",
+    "post-processed": "07_reranking",
+    "submission": "06_submission",
+}
+LADDER = ["map_at_5", "low", "high", "gain", "gain_low", "gain_high", "cut_short", "run"]
 # mAP@5 that the reference study reports on Products-10K, over galleries it does not describe, by
 # the run that repeats it.
 STUDY = {
@@ -159,23 +170,101 @@ def best_on_validation(output_dir: Path, fingerprint: str) -> str:
     return table["map_at_5"].astype(float).fillna(0).idxmax()
 
 
+def finished(output_dir: Path) -> tuple[dict[Path, dict], list[str]]:
+    """(records of the runs by folder, why others could not be read), those of attached notebooks
+    as well.
+    """
+    records, problems = {}, []
+    for place in [Path(output_dir), *platform.attached("submissions")]:
+        for path in sorted(place.glob("*/run.json")):
+            try:
+                records[path.parent] = load(path.parent)
+            except RunError as error:
+                problems.append(str(error))
+    return records, problems
+
+
 def scoreboard(output_dir: Path) -> pd.DataFrame:
     """COLUMNS of the runs, one row a scored run or system, best first.
 
     Also of the runs that attached notebooks left, on Kaggle and Colab. attrs["problems"] lists the
     run.json that could not be read.
     """
-    rows, problems = [], []
-    for folder in [Path(output_dir), *platform.attached("submissions")]:
-        for path in sorted(folder.glob("*/run.json")):
-            try:
-                rows += _rows(load(path.parent))
-            except RunError as error:
-                problems.append(str(error))
+    records, problems = finished(output_dir)
+    rows = [row for record in records.values() for row in _rows(record)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table = table.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
     table.attrs["problems"] = problems
     return table
+
+
+def ladder(output_dir: Path, fingerprint: str) -> pd.DataFrame:
+    """LADDER of the rungs that finished runs reached on the data of a fingerprint, in RUNGS' order.
+
+    All queries of the protocol test against the whole gallery, so that rungs compare. Of several
+    runs of a notebook it is the one that validates best, among equals the newest. gain is over the
+    rung before, with its interval (gain_low, gain_high) where both answered the same queries and
+    tell query by query, else NaN; low and high are the score's own interval.
+    """
+    best, found = {}, {}
+    for folder, record in sorted(finished(output_dir)[0].items(), key=lambda run: _merit(run[1])):
+        if _on_whole_gallery(record, fingerprint):
+            best[record["notebook"]] = folder
+    for notebook in sorted(best):
+        found = _rungs(best[notebook]) | found
+    rungs = {rung: found[rung] for rung in RUNGS if rung in found}
+    for before, rung in pairwise(rungs.values()):
+        rung["gain"], rung["gain_low"], rung["gain_high"] = _gain(rung, before)
+    table = pd.DataFrame.from_dict(rungs, orient="index")
+    table = table.rename(columns={"map_at_5_low": "low", "map_at_5_high": "high"})
+    return table.reindex(columns=LADDER).astype(dict.fromkeys(LADDER[:6], float))
+
+
+def _merit(record: dict) -> tuple[float, str]:
+    """(mAP@5 on validation, when it ended)"""
+    return (record.get("validation") or {}).get("map_at_5") or 0.0, record.get("finished", "")
+
+
+def _on_whole_gallery(record: dict, fingerprint: str) -> bool:
+    """Whether a run's score is of all test queries of that data on its whole gallery."""
+    data, figures = record["data"], record["metrics"]
+    scored = record["protocol"] == "test" and figures.get("map_at_5") is not None
+    whole = figures.get("n_gallery") == data.get("n_train")
+    return scored and whole and data.get("fingerprint") == fingerprint
+
+
+def _rungs(folder: Path) -> dict[str, dict]:
+    """What a run has to say about each rung: its score, the score of its frozen backbone, chance.
+
+    folder: where AP@5 of each query stands, of the run's headline only.
+    """
+    record = load(folder)
+    headline, network = record["metrics"], record["metrics"].get("name", "").split(",")[0]
+    run = {"run": record["run"], "cut_short": record.get("cut_short") or ""}
+    unlearned = [] if record["params"].get("model_run") else ["plain search"]
+    found = {}
+    for row in headline.get("rows") or []:
+        if row["name"] in [*unlearned, f"{network}, frozen"]:
+            found["frozen backbone"] = row | run | {"cut_short": ""}
+    for rung, notebook in RUNGS.items():
+        if notebook == record["notebook"] and not headline.get("name", "").endswith("frozen"):
+            found[rung] = headline | run | {"folder": folder}
+    if headline.get("chance") is not None:
+        found["random ranking"] = {"map_at_5": headline["chance"], "run": "", "cut_short": ""}
+    return found
+
+
+def _gain(rung: dict, before: dict) -> tuple:
+    """(difference, low, high) of two rungs: paired by query where both have told, else NaN."""
+    if rung["run"] == before["run"] and rung.get("verdict"):  # over its own frozen backbone
+        return rung["difference"], rung["difference_low"], rung["difference_high"]
+    if "folder" in rung and "folder" in before:
+        try:
+            pairs = compare(before["folder"], [rung["folder"]]).set_index("view")
+            return tuple(pairs.loc["test", ["difference", "low", "high"]])
+        except (ValueError, KeyError):
+            pass  # other queries, or none told
+    return rung["map_at_5"] - before["map_at_5"], np.nan, np.nan
 
 
 def _rows(record: dict) -> list[dict]:

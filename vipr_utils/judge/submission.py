@@ -137,6 +137,7 @@ def score(path: Path, data_root: Path, *, gallery_domain: str = "", seed: int = 
         hits[:, : ranked.shape[1]] = ranked == products[:, None]
         n_relevant = metrics.count_relevant(products, gallery)
         found = metrics.summary(hits, n_relevant, products, seed=seed)
+        found["chance"] = metrics.chance_map_at_k(n_relevant, len(gallery))
     return {**found, "n_gallery": len(gallery)}
 
 

@@ -348,4 +348,5 @@ def scored(view: View, scores, ranks, *, seconds=(), seed: int = 0) -> Retrieval
         found |= metrics.summary(
             hits[labelled], n_relevant[labelled], products[labelled], seed=seed
         )
+        found["chance"] = metrics.chance_map_at_k(n_relevant[labelled], len(view.gallery))
     return Retrieval(scores, ranks, hits, n_relevant, found, seconds)
