@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vipr_utils.data import audit, catalog
+from vipr_utils.data import audit, catalog, tables
 from vipr_utils.data.catalog import CatalogError
 
 
@@ -27,8 +27,9 @@ def test_images_in_a_doubled_folder_are_found(make_root):
     assert photos.path[0] == "train/train/a.jpg" and problems.empty
 
 
-def test_missing_train_csv_is_named(tmp_path):
-    with pytest.raises(CatalogError, match=r"train.csv is no readable CSV .*No such file"):
+def test_root_without_table_and_folders_says_which_there_may_be(tmp_path):
+    message = "has no train.csv, and no photos in train/<product>/ or .*Write a train.csv with"
+    with pytest.raises(CatalogError, match=message):
         catalog.read(tmp_path)
 
 
@@ -55,17 +56,10 @@ def test_missing_train_csv_is_named(tmp_path):
         ("name,class\n/etc/a.jpg,1\n", r"name '/etc/a.jpg', expected a path inside"),
         ("name,class\nb\\..\\..\\a.jpg,1\n", r"expected a path inside the image folder"),
         (
-            "name,class\na.jpg,apple\n",
-            r"train.csv, row 2 \(a.jpg\): class 'apple', expected a whole number >= 0. Correct",
+            "name,class\na.jpg,-1\n",
+            r"train.csv, row 2 \(a.jpg\): class '-1', expected the name or number of a product",
         ),
-        ("name,class\na.jpg,1.5\n", r"class '1.5', expected a whole number"),
-        ("name,class\na.jpg,inf\n", r"class 'inf', expected a whole number"),
-        ("name,class\na.jpg,-1\n", r"class '-1', expected a whole number >= 0"),
-        ("name,class\na.jpg,\n", r"train.csv, row 2 \(a.jpg\): class ''"),
-        (
-            "name,class,group\na.jpg,1,x\n",
-            r"row 2 \(a.jpg\): group 'x', expected a whole number >= 0 or nothing",
-        ),
+        ("name,class\na.jpg,\n", r"train.csv, row 2 \(a.jpg\): class ''.* Correct the table"),
         (
             "name,class,domain\na.jpg,1,studio\n",
             r"row 2 \(a.jpg\): domain 'studio', expected shop, customer or nothing",
@@ -96,7 +90,7 @@ def test_table_that_cannot_be_used_names_file_row_and_remedy(tmp_path, train, me
 def test_table_is_read_with_a_byte_order_mark_quotes_blank_lines_and_columns_of_one_name(tmp_path):
     text = '\ufeffname, class ,,\r\n"a, b.jpg",NA,,\r\n\r\nc.jpg,,1,2\r\n'
     (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
-    table = catalog.read_table(tmp_path / "t.csv", ["name", "class"])
+    table = tables.read_table(tmp_path / "t.csv", ["name", "class"])
     assert table.to_dict("list") == {
         "name": ["a, b.jpg", "c.jpg"],
         "class": ["NA", ""],
@@ -104,9 +98,9 @@ def test_table_is_read_with_a_byte_order_mark_quotes_blank_lines_and_columns_of_
     }
     (tmp_path / "t.csv").write_bytes("name\nÄpfel.jpg\n".encode("latin-1"))
     with pytest.raises(CatalogError, match="is no readable CSV .*: expected UTF-8 text"):
-        catalog.read_table(tmp_path / "t.csv")
+        tables.read_table(tmp_path / "t.csv")
     with pytest.raises(CatalogError, match="none.csv is no readable CSV .*No such file"):
-        catalog.read_table(tmp_path / "none.csv")
+        tables.read_table(tmp_path / "none.csv")
 
 
 def test_unknown_groups_and_domains_may_be_empty(make_root):

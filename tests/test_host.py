@@ -121,6 +121,23 @@ def test_both_ways_in_which_kaggle_mounts_data_are_found(monkeypatch, mount):
     assert platform.find_data_root() == (folder, f"attached: {folder}")
 
 
+@pytest.mark.parametrize("names", [("train", "test"), ("gallery", "queries")])
+def test_data_in_folders_alone_is_found_where_it_is_named_and_where_it_is_attached(
+    monkeypatch, names
+):
+    on_kaggle(monkeypatch)
+    inputs = platform.PLATFORM_ROOT / "kaggle" / "input"
+    (inputs / "weights" / "train").mkdir(parents=True)  # neither products nor queries
+    (inputs / "houses" / "train" / "red").mkdir(parents=True)
+    (inputs / "houses" / "test").mkdir()
+    (inputs / "houses" / "train.csv").write_text("id,price\n")  # another competition's
+    assert platform.find_data_root() == (None, "toy")
+    for name in names:
+        (inputs / "shop" / name / "mug").mkdir(parents=True)
+    assert platform.find_data_root() == (inputs / "shop", f"attached: {inputs / 'shop'}")
+    assert platform.find_data_root(str(inputs / "shop"))[1] == "parameter data_root"
+
+
 def test_header_may_have_a_byte_order_mark_quotes_and_blanks(monkeypatch):
     on_kaggle(monkeypatch)
     folder = data_root(

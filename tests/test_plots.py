@@ -108,6 +108,7 @@ def test_ranked_list_marks_same_different_and_unknown(monkeypatch):
         lambda ax, text, **how: marks.append((text, how.get("color"))),
     )
     table = pd.DataFrame({"product_id": [1, 2, -1], "name": list("abc"), "group": 0})
+    table["product"] = ["mug", "pot", ""]
     ranks = np.array([[0, 1], [1, -1], [0, 1]])
     found = task.Retrieval(
         np.full((3, 2), 0.5), ranks, np.array([[1, 0], [1, 0], [0, 0]], bool), np.ones(3), {}

@@ -103,19 +103,19 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
             " g0.jpg",
             r"row 2 \(q0.jpg\): g0.jpg is listed more than once. Rank each image once",
         ),
-        (" g6.jpg", " h6.jpg", r"row 2 \(q0.jpg\): unknown image 'h6.jpg', not in train.csv"),
+        (" g6.jpg", " h6.jpg", r"row 2 \(q0.jpg\): unknown image 'h6.jpg', not a train photo"),
         (" g6.jpg", "  g6.jpg", r"row 2 \(q0.jpg\): unknown image '', .* exactly one space"),
         ("q2.jpg,g0", "q1.jpg,g0", r"row 4 \(q1.jpg\): this name already has a row above"),
-        ("q2.jpg,g0", "q9.jpg,g0", r"row 4 \(q9.jpg\): unknown query, not in test.csv"),
+        ("q2.jpg,g0", "q9.jpg,g0", r"row 4 \(q9.jpg\): unknown query, not among the test photos"),
         (
             GOOD[GOOD.index("q2.jpg") :],
             "",
-            r"row 4 \(q2.jpg\): no row for this query of test.csv. Write a row for every query",
+            r"row 4 \(q2.jpg\): no row for this query of the test photos. Answer every query",
         ),
         (
             GOOD[GOOD.index("q1.jpg") :],
             "",
-            r"row 3 \(q1.jpg\): no row for this query of test.csv. .* Rows like it: 2.",
+            r"row 3 \(q1.jpg\): no row for this query of the test photos. .* Rows like it: 2.",
         ),
         ("id,images", "id,ranked", r"header 'id,ranked', expected 'id,images' or 'name,class'"),
         (" g6.jpg", ",g6.jpg", r"no readable CSV \(Expected 2 fields in line 2, saw 3"),
@@ -144,8 +144,8 @@ def test_absent_file_says_which_notebook_writes_it(root):
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ([["a b", "c", "d", "e", "f"]], "image name 'a b' has a space"),
-        ([["a", "", "d", "e", "f"]], "image name '' has a space or is empty"),
+        ([["a", "", "d", "e", "f"]], r"row 2 \(q\): an image name is empty. Leave it out"),
+        ([["a", "b", "a", "e", "f"]], r"row 2 \(q\): a is listed more than once"),
         ([list("abcde"), list("abcde")], "argument 2 is longer"),
     ],
 )
@@ -156,7 +156,21 @@ def test_what_could_not_be_read_again_is_not_written_and_an_older_file_stays(
     before = path.read_bytes()
     with pytest.raises(ValueError, match=message):
         submission.write_ranking(path, ["q"], lists)
+    with pytest.raises(SubmissionError, match=r"row 3 \(q\): this name already has a row above"):
+        submission.write_ranking(path, ["q", "q"], [list("abcde"), list("abcde")])
+    with pytest.raises(SubmissionError, match=r"row 3 \(q\): this name already has a row above"):
+        submission.write_classification(path, ["q", "q"], ["red", "red"])
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_blanks_and_percent_signs_of_names_come_back_from_the_file(tmp_path):
+    names = ["a b.jpg", "a%20b.jpg", "50% off.jpg", "süß/ü.JPG", "+.jpg"]
+    rows = [f"{name},{i}\n" for i, name in enumerate(names)]
+    (tmp_path / "train.csv").write_text("name,class\n" + "".join(rows), encoding="utf-8")
+    (tmp_path / "test.csv").write_text("name,class\nq 1.jpg,1\n")
+    path = submission.write_ranking(tmp_path / "s.csv", ["q 1.jpg"], [names])
+    assert "q 1.jpg,a%20b.jpg a%2520b.jpg 50%25%20off.jpg" in path.read_text(encoding="utf-8")
+    assert submission.score(path, tmp_path)["map_at_5"] == pytest.approx(1 / 2)
 
 
 def test_classification_form_is_written_checked_and_scored(root):
@@ -168,7 +182,7 @@ def test_classification_form_is_written_checked_and_scored(root):
     assert scored["top_1_accuracy"] == pytest.approx(1 / 3) and "map_at_5" not in scored
     path.write_text(path.read_text().replace("q1.jpg,2", "q1.jpg,77"))
     with pytest.raises(
-        SubmissionError, match=r"row 3 \(q1.jpg\): class '77' is no class of train.csv"
+        SubmissionError, match=r"row 3 \(q1.jpg\): class '77' is no class of the train photos"
     ):
         submission.validate(path, root)
     submission.write_classification(path, ["q0.jpg", "q1.jpg", "q2.jpg"], [0, float("nan"), 1])

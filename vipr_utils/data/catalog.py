@@ -1,4 +1,4 @@
-"""The Products-10K tables as one DataFrame; protocols and subsets."""
+"""A data root as one DataFrame of photos; protocols and subsets."""
 
 from __future__ import annotations
 
@@ -12,115 +12,45 @@ import pandas as pd
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 
+from vipr_utils.data import listing
+from vipr_utils.data.tables import CatalogError
 from vipr_utils.host.files import whole_file
 
-COLUMNS = ["name", "class", "group", "domain"]
-CATALOG = ["image_id", "name", "path", "split", "product_id", "group", "domain"]
-Fault = tuple[pd.Series, str, str]  # wrong values under their row, problem with {}, remedy
-INSIDE = r"(?![/\\])(?!(.*[/\\])?\.\.([/\\]|$)).+"  # neither empty nor absolute nor with .. in it
-WHOLE = r"\d{1,18}(\.0*)?"
-MAYBE = WHOLE + "|-1|"
-
-
-class CatalogError(ValueError):
-    """A table that cannot be used: names file, row and remedy."""
-
-
-def read_table(path: Path, columns=("name",)) -> pd.DataFrame:
-    """The rows of a CSV file as text, '' where a field is empty; of columns of one name the first.
-
-    UTF-8, with or without a byte order mark; empty lines are passed over. Raises CatalogError for a
-    file that is no such CSV, has no rows or lacks one of the columns, and for a row with more or
-    fewer fields than the header.
-    """
-    try:
-        rows = pd.read_csv(
-            path,
-            header=None,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            engine="python",  # the default one fills rows up that are too short
-        )
-        if len(rows) < 2:
-            raise ValueError("no rows below a header")
-    except (OSError, ValueError) as error:
-        raise CatalogError(
-            f"{path} is no readable CSV ({error}): expected UTF-8 text, a header, rows of as many "
-            "fields, and quotes around a field with a comma"
-        ) from error
-    table = rows[1:].reset_index(drop=True).set_axis(rows.loc[0].str.strip(), axis=1)
-    if not set(columns) <= set(table):
-        raise CatalogError(
-            f"{path}: expected the columns {', '.join(columns)}, found {', '.join(table)}. "
-            "Rename or add them"
-        )
-    first = table.iloc[:, 0]
-    short = first[table.isna().any(axis=1)]
-    refuse(path, first, [(short, "fewer fields than the header", "Put a comma for each field.")])
-    return table.loc[:, ~table.columns.duplicated()]
-
-
-def refuse(path: Path, names: pd.Series, faults: list[Fault]) -> None:
-    """Raise CatalogError for the first of the faults that is found, and say how many rows share it.
-
-    names (N,) name the rows; their numbers count the header as row 1, as an editor shows them.
-    """
-    for values, problem, remedy in faults:
-        if len(values):
-            row, problem = values.index[0], problem.format(values.iloc[0])
-            raise CatalogError(
-                f"{path}, row {row + 2} ({names[row]}): {problem}. {remedy} "
-                f"Rows like it: {values.index.nunique()}."
-            )
-
-
-def repeated(names: pd.Series) -> Fault:
-    """The fault of names that are there twice, for `refuse`."""
-    return names[names.duplicated()], "this name already has a row above", "Keep one row for each."
+CATALOG = ["image_id", "name", "path", "split", "product_id", "product", "group", "domain"]
+WHOLE = r"(0|[1-9]\d{0,17})(\.0*)?"  # pandas writes 3.0 for 3 where a field of the column is empty
 
 
 def read_rows(root: Path, split: str) -> pd.DataFrame:
-    """name, product_id, group, domain of every row of train.csv or test.csv, checked.
+    """name, product_id, product, group, domain of what 'train' or 'test' lists, as in `read`.
 
-    product_id and group are int64, -1 = unknown; domain is '' where unknown; other columns are left
-    out. The classes of test_kaggletest.csv take the place of those of test.csv. Raises CatalogError
-    for the first row that holds a value that cannot be right.
+    Test rows are the queries to be answered, in their order, those included whose file is absent.
+    Raises CatalogError where there is none.
     """
-    file, labels = Path(root, f"{split}.csv"), Path(root, "test_kaggletest.csv")
-    train = split == "train"
-    table = read_table(file, ["name", "class"] if train else ["name"])
-    if not train and labels.is_file():
-        classes = read_table(labels, ["name", "class"])[["name", "class"]]
-        table = table.drop(columns="class", errors="ignore").merge(classes, "left", on="name")
-    table = table.reindex(columns=COLUMNS, fill_value="").fillna("")
-    values = {
-        "name": (INSIDE, "a path inside the image folder"),
-        "class": (WHOLE if train else MAYBE, "a whole number >= 0"),
-        "group": (MAYBE, "a whole number >= 0 or nothing"),
-        "domain": ("shop|customer|", "shop, customer or nothing"),
-    }
-    faults = [repeated(table["name"])]
-    for column, (pattern, expected) in values.items():
-        wrong = table[column][~table[column].str.fullmatch(pattern)]
-        faults.append((wrong, f"{column} {{!r}}, expected {expected}", "Correct the table."))
-    refuse(file, table["name"], faults)
-    numbers = ["class", "group"]
-    table[numbers] = table[numbers].replace("", "-1").apply(pd.to_numeric).astype(np.int64)
-    return table.rename(columns={"class": "product_id"})
+    rows, _ = _rows(Path(root))
+    rows = rows.loc[rows["split"] == split, ["name", "product_id", "product", "group", "domain"]]
+    if rows.empty:
+        raise CatalogError(
+            f"{root}: no query. Name them in test.csv, or put photos into test/ or queries/"
+        )
+    return rows.reset_index(drop=True)
 
 
 def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(catalog, problems) of a data root in the Products-10K layout.
+    """(catalog, problems) of a data root with tables or folders, see `listing.listed`.
 
-    Photos that are named but absent are listed in problems (file, problem) and left out. attrs of
-    the catalog: root, fingerprint (of tables and file sizes). A root without test.csv has train
-    photos only. Raises CatalogError for a table that is missing, lacks columns, or holds values
-    that cannot be right.
+    product is the name that came in, '' where unknown. product_id and group are int64, -1 where
+    unknown: whole numbers as they came where all of train are, else numbers in the order of the
+    names; what test calls its products changes no number of train. Files that are named but absent,
+    or no photos, are listed in problems (file, problem) and left out. attrs of the catalog: root;
+    form, in words; fingerprint (of the rows of train and of names and sizes of all files: labels of
+    queries have no part in it). Raises CatalogError for a root that cannot be used.
     """
     root = Path(root)
-    splits = ["train", "test"] if (root / "test.csv").is_file() else ["train"]
-    photos = pd.concat([_photos(root, split) for split in splits])
+    photos, strays = _rows(root)
+    form = photos.attrs["form"]
+    files = photos["path"].map(root.joinpath)
+    sizes = [os.path.getsize(file) if os.path.isfile(file) else -1 for file in files]
+    photos = photos.assign(image_id=photos["split"] + "/" + photos["name"], size=sizes)
     there = photos["size"] >= 0
     catalog = photos.loc[there, CATALOG].reset_index(drop=True)
     if "train" not in set(catalog["split"]):
@@ -128,21 +58,56 @@ def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             f"{root.name}/train: none of the photos named in train.csv is there; unpack train/ "
             "beside it"
         )
-    recorded = photos[["name", "product_id", "group", "domain", "size"]]
-    hashes = pd.util.hash_pandas_object(recorded, index=False).to_numpy()
-    fingerprint = hashlib.sha256(hashes).hexdigest()[:16]
-    catalog.attrs = {"root": str(root), "fingerprint": fingerprint}
-    return catalog, pd.DataFrame({"file": photos["path"][~there], "problem": "absent"})
+    absent = pd.DataFrame({"file": photos["path"][~there], "problem": "absent"})
+    problems = pd.concat([strays, absent], ignore_index=True)
+    catalog.attrs = {"root": str(root), "form": form, "fingerprint": _fingerprint(photos)}
+    return catalog, problems
 
 
-def _photos(root: Path, split: str) -> pd.DataFrame:
-    """`read_rows` with image_id, path from the root, split, size in bytes (-1 = absent)."""
-    rows = read_rows(root, split)
-    folder = f"{split}/{split}" if (root / split / split).is_dir() else split
-    paths = folder + "/" + rows["name"]
-    files = paths.map(root.joinpath)
-    sizes = [os.path.getsize(file) if os.path.isfile(file) else -1 for file in files]
-    return rows.assign(image_id=split + "/" + rows["name"], path=paths, split=split, size=sizes)
+def _rows(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(all that train and test list, train first, with numbers for the names, strays)."""
+    train, train_strays = listing.listed(root, "train")
+    if train.empty:
+        raise CatalogError(
+            f"{root} has no train.csv, and no photos in train/<product>/ or gallery/<product>/. "
+            "Write a train.csv with the columns name,class, or put a folder for each product there"
+        )
+    test, test_strays = listing.listed(root, "test", set(train["class"]))
+    rows = pd.concat([train, test], ignore_index=True)
+    is_train = rows["split"] == "train"
+    rows["product_id"], rows["product"] = _numbered(rows["class"], is_train)
+    rows["group"], _ = _numbered(rows["group"], is_train)
+    rows.attrs = {"form": "; ".join([train.attrs["form"], test.attrs["form"]])}
+    return rows, pd.concat([train_strays, test_strays], ignore_index=True)
+
+
+def _numbered(names: pd.Series, is_train: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """(an int64 for each name, the name without what pandas added to a number); see `read`."""
+    names = names.mask(names.isin(listing.UNKNOWN), "")
+    whole = names.str.fullmatch(WHOLE)
+    numbers = {"": -1}
+    if (whole | (names == ""))[is_train].all():
+        names = names.mask(whole, names.str.replace(r"\.0*$", "", regex=True))
+        for name in set(names[whole]):
+            numbers[name] = int(name)
+
+    of_train = set(names[is_train])
+    texts = set(names) - set(numbers)
+    start = max(numbers.values()) + 1
+    for number, name in enumerate(sorted(texts & of_train) + sorted(texts - of_train), start):
+        numbers[name] = number
+    return names.map(numbers).astype(np.int64), names
+
+
+def _fingerprint(photos: pd.DataFrame) -> str:
+    """16 hexadecimal digits that two roots share when their files and the rows of train agree."""
+    train = photos["split"] == "train"
+    known = photos.loc[train, ["name", "product", "group", "domain", "size"]]
+    hashes = [
+        pd.util.hash_pandas_object(rows, index=False).to_numpy()
+        for rows in (known, photos.loc[~train, ["name", "size"]])
+    ]
+    return hashlib.sha256(np.concatenate(hashes)).hexdigest()[:16]
 
 
 def describe_data(catalog: pd.DataFrame) -> dict:
@@ -151,7 +116,7 @@ def describe_data(catalog: pd.DataFrame) -> dict:
     return {
         "root": Path(catalog.attrs["root"]).name,
         "n_train": len(train),
-        "n_test": len(catalog) - len(train),
+        "n_test": int((catalog["split"] == "test").sum()),
         "n_products": train["product_id"].nunique(),
         "fingerprint": catalog.attrs["fingerprint"],
     }

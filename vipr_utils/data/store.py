@@ -144,7 +144,7 @@ def open_data(
     of 256.
 
     The data root: the one given, $VIPR_DATA, one attached, else the toy set; attrs["said"] names
-    it.
+    it, and what its photos and labels come from.
     """
     root, said = toy.data_root_or_toy(data_root, cache_dir)
     photos, absent = catalog.read(root)
@@ -152,6 +152,7 @@ def open_data(
     store = build_store(photos, cache_dir=platform.cache_folder(cache_dir), store_px=store_px)
     lost = pd.concat([absent, store.problems], ignore_index=True)
     photos = photos[store.readable]
+    said = f"{said}\n{photos.attrs['form']}"
     photos.attrs["said"] = said + (f"\n{len(lost)} files left out" if len(lost) else "")
     return photos, store, lost
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ import pandas as pd
 from vipr_utils.host.device import GPU_MENUS, hardware, memory_gb, tune, working_device
 
 MARKER = "train.csv"  # a data root is a folder that holds one whose header starts with name,class
+GALLERIES, QUERIES = ("train", "gallery"), ("test", "queries")  # or these folders alone
 # Another one holds a rehearsal's /kaggle and /content
 PLATFORM_ROOT = Path(os.environ.get("VIPR_PLATFORM_ROOT", "/"))
 KAGGLE_WORKING = PLATFORM_ROOT / "kaggle" / "working"
@@ -74,7 +76,7 @@ def find_data_root(given: str = "") -> tuple[Path | None, str]:
     """(data root, how it was found): the parameter, $VIPR_DATA, one attached on Kaggle or Colab,
     else (None, 'toy').
 
-    Raises FileNotFoundError when a folder was named and holds no train.csv.
+    Raises FileNotFoundError when a folder was named and holds neither train.csv nor such folders.
     """
     how = "parameter data_root" if given else "$VIPR_DATA"
     named = given or os.environ.get("VIPR_DATA", "")
@@ -83,10 +85,11 @@ def find_data_root(given: str = "") -> tuple[Path | None, str]:
     folder = Path(named).expanduser()
     if not folder.exists():
         folder = home() / folder
-    if not (folder / MARKER).is_file():
+    if not (folder / MARKER).is_file() and not any((folder / name).is_dir() for name in GALLERIES):
         raise FileNotFoundError(
             f"{how}: {named} has no {MARKER}. Expected a folder with train.csv (name,class,group), "
-            "test.csv and the image folders train/ and test/; leave it empty for the toy set."
+            "test.csv and the image folders train/ and test/, or with train/<product>/ and test/ "
+            "alone; leave it empty for the toy set."
         )
     return folder.resolve(), how
 
@@ -95,10 +98,12 @@ def _attached_data() -> tuple[Path, str] | None:
     """A data root mounted by the platform; one that has its images goes before one that is only
     tables.
     """
-    tables = attached(MARKER, MOUNTS + COLAB_DATA)
-    roots = [table.parent for table in tables if _lists_products(table)]
+    mounts = MOUNTS + COLAB_DATA
+    roots = [table.parent for table in attached(MARKER, mounts) if _lists_products(table)]
     whole = [root for root in roots if (root / "train").is_dir()]
-    root = next(iter(whole + roots), None)
+    galleries = [folder for name in GALLERIES for folder in attached(name, mounts)]
+    in_folders = [folder.parent for folder in galleries if _holds_products(folder)]
+    root = next(iter(whole + roots + in_folders), None)
     return root and (root, f"attached: {root}")
 
 
@@ -121,6 +126,14 @@ def _lists_products(table: Path) -> bool:
         return False
     with open(table, encoding="utf-8-sig", errors="replace") as file:
         return re.sub(r'[\s"]', "", file.readline(1000)).startswith("name,class")
+
+
+def _holds_products(gallery: Path) -> bool:
+    """Whether it begins with folders and has queries beside it, and no train.csv at all."""
+    root = gallery.parent
+    if (root / MARKER).exists() or not any((root / name).is_dir() for name in QUERIES):
+        return False
+    return any(path.is_dir() for path in islice(gallery.glob("[!.]*"), 20))
 
 
 def cache_folder(given: str = "") -> Path:

@@ -435,7 +435,7 @@ def ranked_lists(
 
 
 def _product(row) -> str:
-    return f"class {row['product_id']} · group {row['group']}"
+    return f"class {row['product']} · group {row['group']}"
 
 
 @styled

@@ -1,4 +1,4 @@
-"""A submission answers every query. Write it, read it, check it and score it, from CSV files alone.
+"""A submission answers every query. Write it, read it, check it and score it, without a model.
 
 Two forms. Ranking, `id,images`: the gallery images of each query, best first, one space between two
 names; five, or the whole gallery where it is smaller. Classification, `name,class`: one product for
@@ -12,39 +12,46 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 
-from vipr_utils.data import catalog
-from vipr_utils.data.catalog import CatalogError, Fault
+from vipr_utils.data import catalog, tables
+from vipr_utils.data.tables import CatalogError, Fault
 from vipr_utils.host.files import whole_file
 from vipr_utils.judge import metrics
 
 RANKING, CLASSIFICATION, LENGTH = ["id", "images"], ["name", "class"], 5
-PREDICT = "Predict a class of train.csv for every query."
+PREDICT = "Predict a class of the train photos for every query."
 SubmissionError = CatalogError  # a submission is a table: file, row, id, what is wrong, remedy
 
 
 def write_ranking(path: Path, query_names, gallery_names) -> Path:
     """The CSV `id,images` of query_names (Q,) and gallery_names (Q, 5), best first; its path.
 
-    Raises SubmissionError, and writes nothing, for a name with a space: no reader could take the
-    list apart again. `validate` finds every other fault.
+    A blank in a gallery name is written %20, and % then %25. Raises SubmissionError, and leaves an
+    older file as it is, for a query that is there twice, and for an image that has no name or comes
+    twice in a list. `validate` finds every other fault.
     """
     queries = pd.Series(list(query_names), dtype=object)
     lists = pd.Series([list(names) for names in gallery_names], dtype=object)
     images = lists.explode().dropna()
-    spaced = images[images.str.contains(" |^$")]
-    problem = "image name {!r} has a space or is empty, but id,images puts one space between names"
-    remedy = "Rename the file, or write the classification form name,class."
-    catalog.refuse(path, queries, [(spaced, problem, remedy)])
-    return _write(path, RANKING, queries, lists.map(" ".join))
+    empty = images[images == ""], "an image name is empty", "Leave it out."
+    tables.refuse(path, queries, [tables.repeated(queries), empty, _twice(images)])
+    encoded = images.str.replace("%", "%25").str.replace(" ", "%20")
+    answers = encoded.groupby(level=0).agg(" ".join).reindex(lists.index, fill_value="")
+    return _write(path, RANKING, queries, answers)
 
 
-def write_classification(path: Path, names, classes) -> Path:
-    """The CSV `name,class` of query names (Q,) and integer product ids (Q,); its path."""
-    return _write(path, CLASSIFICATION, names, classes)
+def write_classification(path: Path, names, products) -> Path:
+    """The CSV `name,class` of query names (Q,) and the names of products (Q,); its path.
+
+    Raises SubmissionError, and leaves an older file as it is, for a query that is there twice.
+    """
+    queries = pd.Series(list(names), dtype=object)
+    tables.refuse(path, queries, [tables.repeated(queries)])
+    return _write(path, CLASSIFICATION, queries, products)
 
 
 def _write(path: Path, header: list, names, answers) -> Path:
@@ -58,24 +65,24 @@ def _write(path: Path, header: list, names, answers) -> Path:
 def validate(path: Path, data_root: Path, *, gallery_domain: str = "") -> pd.DataFrame:
     """The rows of a submission that passed every check.
 
-    Each query of test.csv once, each with min(5, gallery size) different images of train.csv (of
-    that domain), or with a class of train.csv. Raises SubmissionError for the first fault, with
-    file, row, id, remedy, and how many rows share it; also for a table of the data root.
+    Each query once (`catalog.read_rows`), each with min(5, gallery size) different train photos (of
+    that domain), or with a class of theirs. Raises SubmissionError for the first fault, with
+    file, row, id, remedy, and how many rows share it; also for what is wrong in the data root.
     """
     return _checked(path, *_sides(data_root, gallery_domain))
 
 
-def _sides(data_root: Path, domain: str) -> tuple[pd.Series, pd.Series]:
-    """The product ids of the queries and of the gallery, both by name."""
+def _sides(data_root: Path, domain: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of the queries and of the gallery, by name."""
     queries = catalog.read_rows(data_root, "test").set_index("name")
     gallery = catalog.narrow(catalog.read_rows(data_root, "train"), domain).set_index("name")
-    return queries["product_id"], gallery["product_id"]
+    return queries, gallery
 
 
-def _checked(path: Path, queries: pd.Series, gallery: pd.Series) -> pd.DataFrame:
+def _checked(path: Path, queries: pd.DataFrame, gallery: pd.DataFrame) -> pd.DataFrame:
     if not Path(path).is_file():
         raise SubmissionError(f"{path}: no such file. Run notebook 06_submission to write it.")
-    table = catalog.read_table(path, ())
+    table = tables.read_table(path, ())
     if list(table) not in (RANKING, CLASSIFICATION):
         raise SubmissionError(
             f"{path}: header {','.join(table)!r}, expected 'id,images' or 'name,class'. "
@@ -84,58 +91,73 @@ def _checked(path: Path, queries: pd.Series, gallery: pd.Series) -> pd.DataFrame
     ids, answers = (table[column] for column in table)
     missing = queries.index.difference(ids, sort=False)
     names = pd.concat([ids, pd.Series(missing)], ignore_index=True)
+    unknown = ids[~ids.isin(queries.index)]
     faults = [
-        catalog.repeated(ids),
-        (
-            ids[~ids.isin(queries.index)],
-            "unknown query, not in test.csv",
-            "Name those of test.csv.",
-        ),
-        (names[len(ids) :], "no row for this query of test.csv", "Write a row for every query."),
+        tables.repeated(ids),
+        (unknown, "unknown query, not among the test photos", "Name the test photos."),
+        (names[len(ids) :], "no row for this query of the test photos", "Answer every query."),
     ]
     if list(table) == RANKING:
         faults.extend(_wrong_rankings(answers, gallery.index))
     else:
-        known = pd.to_numeric(answers, errors="coerce").isin(gallery)
-        faults.append((answers[~known], "class {!r} is no class of train.csv", PREDICT))
-    catalog.refuse(path, names, faults)
+        unknown = answers[_product_ids(answers, gallery).isna()]
+        faults.append((unknown, "class {!r} is no class of the train photos", PREDICT))
+    tables.refuse(path, names, faults)
     return table
+
+
+def _images(answers: pd.Series) -> pd.Series:
+    """The names in lists of images, a row each under the row of its list."""
+    return answers.str.split(" ").explode().map(unquote)
+
+
+def _product_ids(answers: pd.Series, gallery: pd.DataFrame) -> pd.Series:
+    """The product_id of names of products, NaN where the gallery has none of it; 3.0 is 3."""
+    known = gallery.drop_duplicates("product").set_index("product")["product_id"]
+    plain = answers.str.replace(r"\.0*$", "", regex=True)
+    return answers.where(answers.isin(known.index), plain).map(known)
 
 
 def _wrong_rankings(answers: pd.Series, gallery_names: pd.Index) -> list[Fault]:
     """The faults of lists of image names: one that is unknown, their length, a name twice."""
     length = min(LENGTH, len(gallery_names))
-    lists = answers.str.split(" ")
-    counts, images = lists.map(len), lists.explode()
+    images = _images(answers)
+    counts = images.groupby(level=0).size()
     unknown = images[~images.isin(gallery_names)]
-    again = images.reset_index().duplicated().to_numpy()
     names = "Give names of the gallery that was searched, with exactly one space between two."
     best = f"Rank the best {length} gallery images of every query."
     return [
-        (unknown, "unknown image {!r}, not in train.csv or not of the gallery_domain", names),
+        (unknown, "unknown image {!r}, not a train photo or not of the gallery_domain", names),
         (counts[counts != length], f"{{}} images, expected {length}", best),
-        (images[again], "{} is listed more than once", "Rank each image once."),
+        _twice(images),
     ]
+
+
+def _twice(images: pd.Series) -> Fault:
+    """The fault of a name that comes twice under one row."""
+    again = images.reset_index().duplicated().to_numpy()
+    return images[again], "{} is listed more than once", "Rank each image once."
 
 
 def score(path: Path, data_root: Path, *, gallery_domain: str = "", seed: int = 0) -> dict:
     """The figures of `metrics.summary` for a valid submission, and n_gallery.
 
-    Scores are NaN where no query has a label. n counts rows of train.csv (of that domain);
+    Scores are NaN where no query has a label. n counts the train photos (of that domain);
     a query without a label is excluded and counted. For the form name,class: top_1_accuracy =
     right / labelled queries, with its interval. Raises the errors of `validate`.
     """
     queries, gallery = _sides(data_root, gallery_domain)
     table = _checked(path, queries, gallery)
-    products = queries[table.iloc[:, 0]].to_numpy()
+    products = queries["product_id"][table.iloc[:, 0]].to_numpy()
     if list(table) == CLASSIFICATION:
-        found = _accuracy(pd.to_numeric(table["class"]).to_numpy(), products, seed)
+        predicted = _product_ids(table["class"], gallery)
+        found = _accuracy(predicted.to_numpy(np.int64), products, seed)
     else:
-        images = table["images"].str.split(" ").explode()
-        ranked = gallery[images].to_numpy().reshape(len(table), -1)  # (Q, min(5, G))
+        ranked = gallery["product_id"][_images(table["images"])]
+        ranked = ranked.to_numpy().reshape(len(table), -1)  # (Q, min(5, G))
         hits = np.zeros((len(table), LENGTH), bool)
         hits[:, : ranked.shape[1]] = ranked == products[:, None]
-        n_relevant = metrics.count_relevant(products, gallery)
+        n_relevant = metrics.count_relevant(products, gallery["product_id"])
         found = metrics.summary(hits, n_relevant, products, seed=seed)
         found["chance"] = metrics.chance_map_at_k(n_relevant, len(gallery))
     return {**found, "n_gallery": len(gallery)}
@@ -162,7 +184,7 @@ def _line(found: dict) -> str:
     value, low, high = list(found.values())[:3]
     name = "mAP@5" if "map_at_5" in found else "top-1 accuracy"
     if np.isnan(value):
-        return f"{name} unknown: no query has a label in test.csv or test_kaggletest.csv"
+        return f"{name} unknown: no query has a label"
     return (
         "{} {:.3f} [{:.3f}, {:.3f}] over {n_queries:,} queries ({n_excluded:,} excluded), "
         "{n_gallery:,} gallery images\n{definition}; interval: 95 % bootstrap over "
