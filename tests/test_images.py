@@ -367,6 +367,34 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(toy_data):
     )
 
 
+def test_a_photo_shown_twice_in_an_epoch_looks_different(toy_data):
+    photos = Photos(toy_data[1], np.arange(4), transforms.augmentation("kit", 32))
+    first, again = photos[2, 0][0], photos[2, 1][0]
+    assert torch.equal(first, photos[2][0]) and not torch.equal(first, again)
+    batches = [np.array([(2, 1), (0, 0)])]
+    for workers in (0, 1):
+        loaded = loader(photos, batch_sampler=batches, device="cpu", workers=workers)
+        pixels, _, rows = next(iter(loaded))
+        assert torch.equal(pixels[0], again) and rows.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 12])
+def test_shop_photos_alone_are_laid_on_another_photo(toy_data, n):
+    class Seen(dict):
+        """A store that notes what it is asked for."""
+
+        def __getitem__(self, row):
+            self[row] = True
+            return toy_data[1][row]
+
+    for i in range(n):
+        store = Seen()
+        made = Photos(store, np.arange(n), transforms.eval_transform(32), shop=True, clutter=1.0)
+        plain = Photos(toy_data[1], np.arange(n), transforms.eval_transform(32))
+        assert not torch.equal(made[i][0], plain[i][0])
+        assert len(store) == min(n, 2)
+
+
 def test_reading_a_photo_leaves_the_global_random_state_alone(toy_data):
     photos = Photos(toy_data[1], [0, 1], transforms.augmentation("kit", 32))
     torch.manual_seed(5)

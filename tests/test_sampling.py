@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vipr_utils.learn.sampling import PKSampler, ShuffledSampler, sampler
+from vipr_utils.learn.sampling import PKSampler, ShuffledSampler, sampler, with_occurrences
 
 LONG_TAIL = np.repeat(np.arange(20), [1, 1, 2, 3, 5, 8, 13, 21, 34, 55] * 2)
 
@@ -29,21 +29,66 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert flat(0, 1) != flat(1, 1)
 
 
-def test_images_of_one_run_are_different_while_the_product_has_enough():
-    labels = np.repeat(np.arange(6), 5)
-    for batch in PKSampler(labels, batch_size=12, images=4).batches(0):
-        for product in np.unique(labels[batch]):
-            run = batch[labels[batch] == product]
-            assert (
-                len(np.unique(run)) >= 4 - 3
-            )  # a filled-up run may repeat, never more than its fill
-    full = PKSampler(np.repeat(np.arange(6), 8), batch_size=12, images=4).batches(0)
-    assert all(len(np.unique(b)) == 12 for b in full)
+@pytest.mark.parametrize("photos", [1, 2, 3, 4, 5, 6, 7, 9])
+def test_a_run_repeats_a_photo_only_where_the_product_has_fewer_than_the_run(photos):
+    labels = np.repeat(np.arange(6), photos)
+    found = PKSampler(labels, batch_size=12, images=4)
+    for epoch in range(5):
+        for batch in found.batches(epoch):
+            for run in batch.reshape(-1, 4):
+                _, counts = np.unique(run, return_counts=True)
+                assert len(counts) == min(4, photos)
+                assert counts.max() == -(-4 // len(counts))
 
 
-def test_too_few_products_says_how_many_there_are():
-    with pytest.raises(ValueError, match="needs 8 products in a batch, the data has 3"):
-        PKSampler([0, 0, 1, 1, 2, 2], batch_size=16, images=2)
+def test_an_epoch_shows_a_photo_twice_only_to_fill_its_products_last_run():
+    shown = np.concatenate(PKSampler(np.repeat(np.arange(6), 5), batch_size=8).batches(0))
+    counts = np.bincount(shown, minlength=30)
+    assert counts.max() == 2 and (counts == 2).sum() == 6 * 3
+
+
+def test_batches_are_as_large_as_the_products_allow_and_say_so():
+    with pytest.warns(UserWarning, match="batches hold 6 images, not 16: there are 3 products"):
+        few = PKSampler([0, 0, 1, 1, 2, 2], batch_size=16, images=2)
+    assert [sorted(batch) for batch in few.batches(0)] == [[0, 1, 2, 3, 4, 5]]
+    with pytest.warns(UserWarning, match="there are 6 products with 20 images or more, 4 of each"):
+        few = PKSampler(LONG_TAIL, batch_size=32, min_images=20)
+    assert {len(batch) for batch in few.batches(0)} == {24}
+
+
+@pytest.mark.filterwarnings("ignore:batches hold")
+@pytest.mark.parametrize(
+    "counts", [[1, 1], [1] * 24, [300, 1, 1, 1, 1], [300, 40, 2, 1, 1], [9, 1]]
+)
+def test_every_catalogue_gives_batches_for_about_its_images(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    batches = sampler("products", labels, batch_size=32).batches(0)
+    assert {len(batch) for batch in batches} == {4 * min(8, len(counts))}
+    for batch in batches:
+        assert len(set(labels[batch])) == len(batch) // 4
+    assert sum(len(batch) for batch in batches) >= 0.7 * len(labels)
+
+
+def test_one_product_makes_no_batch_and_the_error_says_what_to_do():
+    with pytest.raises(
+        ValueError, match="need 2 of them, the data has 1 with 1 images or more: lo"
+    ):
+        PKSampler([0] * 9, batch_size=8)
+
+
+def test_occurrences_count_what_an_epoch_has_shown_before():
+    pairs = with_occurrences([np.array([4, 2, 4]), np.array([2, 7]), np.array([4])])
+    assert [batch.tolist() for batch in pairs] == [
+        [[4, 0], [2, 0], [4, 1]],
+        [[2, 1], [7, 0]],
+        [[4, 2]],
+    ]
+
+
+@pytest.mark.parametrize("shop", [np.zeros(20, bool), np.ones(20, bool)])
+def test_photos_of_one_domain_are_shown_once_by_domain_batches(shop):
+    found = sampler("shuffled_domains", np.arange(20), batch_size=8, shop=shop)
+    assert sorted(np.concatenate(found.batches(0))) == list(range(20))
 
 
 def test_max_images_caps_what_one_product_shows_in_an_epoch():
@@ -65,10 +110,6 @@ def test_balanced_epochs_show_products_alike_and_are_as_long():
 def test_products_with_too_few_images_are_left_out():
     shown = np.concatenate(PKSampler(LONG_TAIL, batch_size=16, images=4, min_images=4).batches(0))
     assert np.bincount(LONG_TAIL)[LONG_TAIL[shown]].min() >= 4
-    with pytest.raises(
-        ValueError, match="needs 8 products in a batch, the data has 6 with 20 images or more"
-    ):
-        PKSampler(LONG_TAIL, batch_size=32, images=4, min_images=20)
 
 
 def test_shuffled_batches_cover_everything_once():

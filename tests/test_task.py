@@ -141,6 +141,18 @@ def test_training_photos_carry_labels_from_zero(task):
     assert set(task.training_photos(None, some).labels) == {0, 1}
 
 
+def test_products_of_one_photo_are_paired_with_their_drawings(task):
+    one = task.fit.groupby("product_id").head(1).assign(domain="")
+    photos = task.training_photos(None, one)
+    assert photos.clutter == 0.5 and photos.shop.all()
+    assert task.training_photos(None, one, clutter=0.8).clutter == 0.8
+    assert task.training_photos(None).clutter == 0.0
+    two = pd.concat([one, one.iloc[: len(one) // 2]])
+    assert task.training_photos(None, two).clutter == 0.0
+    known = task.training_photos(None)
+    assert (known.shop == (task.fit["domain"] == "shop")).all()
+
+
 def test_run_is_recorded_with_data_split_and_precision(task, network, tmp_path):
     import json
 

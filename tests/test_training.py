@@ -207,6 +207,35 @@ def test_unknown_settings_of_a_recipe_are_refused(toy_data, tmp_path):
         fit(toy_data, tmp_path, emma=0.9)
 
 
+@pytest.mark.filterwarnings("ignore:batches hold", "ignore:only", "ignore:collapse")
+@pytest.mark.parametrize("loss", losses.LOSSES)
+@pytest.mark.parametrize("counts", [[1, 1], [1] * 24, [20, 1, 1, 1, 1]])
+def test_every_loss_trains_on_any_catalogue(toy_data, tmp_path, loss, counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    model = models.create("siamese_small", embedding_dim=16)
+    criterion = losses.criterion(loss, "cosine", 16, counts=np.bincount(labels))
+    transform = transforms.augmentation("kit", 32)
+    rows = np.arange(len(labels)) % 12
+    photos = Photos(toy_data[1], rows, transform, labels=labels, shop=True, clutter=0.5)
+    batches = sampling.sampler("products", labels, batch_size=32)
+    before = model.neck[0].weight.clone()
+    history = training.fit(model, criterion, photos, batches, folder=tmp_path, epochs=1, lr=1e-3)
+    assert np.isfinite(history.loss).all() and not torch.equal(model.neck[0].weight, before)
+
+
+def test_no_two_photos_of_an_epoch_are_the_same_pixels(toy_data, tmp_path):
+    model, criterion, photos, _ = setting(toy_data)
+    labels = np.repeat([0, 1], 2)
+    photos = Photos(photos.store, photos.rows[:4], photos.transform, labels=labels)
+    sampler = sampling.PKSampler(labels, batch_size=8)
+    seen = []
+    state = started(model, criterion, photos, sampler, folder=tmp_path)
+    state.step = lambda pixels, labels: seen.extend(pixels)
+    state.run_epoch()
+    assert len(seen) == 8
+    assert len({image.numpy().tobytes() for image in seen}) == 8
+
+
 # -------------------------------------------------------------------------------- several processes
 
 
@@ -225,7 +254,7 @@ def one_step(toy_data, folder, loss, processes):
     state = started(model, criterion, photos, sampler, processes=processes)
     rows = state.begin_epoch()[0]
     model.eval()
-    pixels, labels = zip(*[photos[i][:2] for i in rows])
+    pixels, labels = zip(*[photos[item][:2] for item in rows])
     state.optimizer.step = lambda *_, **__: None
     state.step(torch.stack(pixels), torch.tensor(labels))
     learned = [*model.parameters()]

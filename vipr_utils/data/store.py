@@ -178,11 +178,12 @@ def _packed(path: Path, store_px: int) -> bytes:
 class Photos(Dataset):
     """Items (image (3, S, S), label, row) of the catalog rows given.
 
-    labels (N,) int, shop (N,) bool, or one for all. Random transforms are seeded by (seed, epoch,
-    row): the same photo looks the same in the same epoch whatever the order, the number of workers,
-    or where a run was interrupted. With probability `clutter` a shop photo is made customer_like,
-    on the ground of another of the rows. zoom (N,), or one for all: the central share of each side
-    that the transform receives.
+    labels (N,) int, shop (N,) bool, or one for all. An item is asked for by its position, or by
+    (position, occurrence) where an epoch shows it more than once. Random transforms are seeded by
+    (seed, epoch, row, occurrence), whatever the order, the number of workers, or where a run was
+    interrupted. With probability `clutter` a shop photo is made customer_like, on the ground of
+    another of the rows, a customer's photo where there is one. zoom (N,), or one for all: the
+    central share of each side that the transform receives.
     """
 
     store: Store
@@ -207,21 +208,28 @@ class Photos(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+    def __getitem__(self, item) -> tuple[torch.Tensor, int, int]:
+        i, occurrence = item if np.ndim(item) else (item, 0)
         row = int(self.rows[i])
         photo = self.store[row]
-        drawn = np.random.SeedSequence((self.seed, self.epoch, row))
+        drawn = np.random.SeedSequence((self.seed, self.epoch, row, int(occurrence)))
         rng = np.random.default_rng(drawn)
         if self.shop[i] and rng.random() < self.clutter:
-            photo = customer_like(photo, self.store[rng.choice(self.rows[~self.shop])], rng)
+            photo = customer_like(photo, self.store[rng.choice(self._grounds(i))], rng)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
             image = self.transform(zoomed(photo, self.zoom[i]))
         return torch.as_tensor(image), int(self.labels[i]), row
 
+    def _grounds(self, i: int) -> np.ndarray:
+        """Rows of photos to lay item i on: customers' photos, else all but its own."""
+        if not self.shop.all():
+            return self.rows[~self.shop]
+        return np.delete(self.rows, i) if len(self.rows) > 1 else self.rows
+
 
 def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, workers: int = -1):
-    """A DataLoader in order (batch_size) or by batch_sampler (a list of index lists).
+    """A DataLoader in order (batch_size) or by batch_sampler (a list of lists of items).
 
     workers -1: on a GPU one process per core, at most 8; on a CPU none, as the cores are busy with
     the network, nor for a single batch.

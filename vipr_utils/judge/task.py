@@ -127,15 +127,19 @@ class Task:
     def training_photos(self, transform, rows=None, *, clutter: float = 0.0) -> Photos:
         """The photos to fit (or some rows of them) with labels 0..C-1, under a training transform.
 
-        clutter: share of shop photos cut out and laid on other photos, as customers see them.
+        clutter: share of shop photos cut out and laid on other photos, as customers see them; at
+        least half where most products have one photo, which is then a pair with its own drawing.
+        A photo of unknown domain counts as a shop's.
         """
         rows = self.fit if rows is None else rows
+        if (rows["product_id"].value_counts() == 1).mean() > 0.5:
+            clutter = max(clutter, 0.5)
         return Photos(
             self.store,
             rows.index,
             transform,
             labels=catalog.with_labels(rows),
-            shop=(rows["domain"] == "shop").to_numpy(),
+            shop=(rows["domain"] != "customer").to_numpy(),
             clutter=clutter,
             seed=self.seed,
         )

@@ -7,6 +7,7 @@ machine and after every restart, whatever ran before.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator
 
@@ -30,8 +31,8 @@ def sampler(
     """The sampler of that name.
 
     'shuffled' takes no heed of labels; 'shuffled_domains' shows each shop photo so often that they
-    (shop (N,) bool) make an eighth of the images; 'products' is a PKSampler with the settings that
-    come last.
+    (shop (N,) bool) make an eighth of the images, or once where all are of one domain; 'products'
+    is a PKSampler with the settings that come last.
     """
     if kind not in KINDS:
         raise ValueError(f"batches {kind!r} are unknown: use one of {KINDS}")
@@ -56,6 +57,13 @@ def sampler(
     return ShuffledSampler(positions, batch_size=batch_size, seed=seed)
 
 
+def with_occurrences(batches: list[np.ndarray]) -> list[np.ndarray]:
+    """The batches of an epoch as (B, 2) int: each position, and how often it was shown before."""
+    shown = pd.Series(np.concatenate(batches))
+    pairs = np.column_stack([shown, shown.groupby(shown).cumcount()])
+    return np.split(pairs, np.cumsum([len(batch) for batch in batches[:-1]]))
+
+
 class ShuffledSampler:
     """Plain shuffled batches of positions, which may repeat some.
 
@@ -74,11 +82,13 @@ class ShuffledSampler:
 class PKSampler:
     """P products x K images a batch ("m-per-class"); an epoch shows about as many as there are.
 
-    labels (N,); images is K, and P = batch_size / K. Each product's images are shuffled and cut
-    into runs of K; a product with fewer than K repeats some. Products with fewer than min_images
-    are left out; max_images caps what a product shows in an epoch (Conde 2022: 4 and 50).
+    labels (N,); images is K, and P = batch_size / K, or all products where there are fewer (with a
+    warning). Each product's images are shuffled and cut into runs of K: one comes twice in a run
+    only where the product has fewer than K. Products with fewer than min_images are left out;
+    max_images caps what a product shows in an epoch (Conde 2022: 4 and 50).
     Products come as often as they have images, but all alike from epoch balanced_from on, 0 is
-    never (Bai 2020, arXiv:2008.10545: a second stage for the long tail).
+    never (Bai 2020, arXiv:2008.10545: a second stage for the long tail), and where one product has
+    more runs than there are batches.
     """
 
     def __init__(
@@ -92,6 +102,10 @@ class PKSampler:
         max_images: int = 0,
         balanced_from: int = 0,
     ) -> None:
+        """Raises ValueError for a batch_size that K does not divide and for less than 2 products.
+
+        images: K, at least 2.
+        """
         if batch_size % images or batch_size < 2 * images or images < 2:
             raise ValueError(
                 f"batch_size {batch_size} is no multiple of the {images} images that each product "
@@ -99,11 +113,18 @@ class PKSampler:
             )
         by_product = pd.Series(labels).groupby(np.asarray(labels)).indices.values()
         self.rows = [rows for rows in by_product if len(rows) >= min_images]
-        self.products = batch_size // images
-        if len(self.rows) < self.products:
+        if len(self.rows) < 2:
             raise ValueError(
-                f"PKSampler needs {self.products} products in a batch, the data has "
-                f"{len(self.rows)} with {min_images} images or more. Use a smaller batch_size."
+                f"batches of products need 2 of them, the data has {len(self.rows)} with "
+                f"{min_images} images or more: lower min_images, add photos, or use batches "
+                "'shuffled'"
+            )
+        self.products = min(batch_size // images, len(self.rows))
+        if self.products * images < batch_size:
+            warnings.warn(
+                f"batches hold {self.products * images} images, not {batch_size}: there are "
+                f"{self.products} products with {min_images} images or more, {images} of each",
+                stacklevel=2,
             )
         self.images, self.seed, self.balanced_from = images, seed, balanced_from or math.inf
         self.max_images = max_images or len(labels)
@@ -132,17 +153,19 @@ class PKSampler:
         shown = np.array([min(len(rows), self.max_images) for rows in self.rows])
         runs = -(-shown // self.images)
         products = np.arange(len(runs))
-        if epoch < self.balanced_from:
+        outweighed = runs.max() > runs.sum() // self.products
+        if epoch < self.balanced_from and not outweighed:
             return rng.permutation(np.repeat(products, runs))
         passes = math.ceil(runs.sum() / len(products))
         order = [rng.permutation(products) for _ in range(passes)]
         return np.concatenate(order)[: runs.sum()]
 
     def _runs(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """One product's images in runs of K without end, each pass over them in a new order."""
+        """One product's images in runs of K without end, each pass over them in a new order.
+
+        The last run of a pass is filled up from the first.
+        """
         shown = rng.permutation(rows)[: self.max_images]
+        runs = math.ceil(len(shown) / self.images)
         while True:
-            missing = -len(shown) % self.images
-            order = rng.permutation(shown)
-            more = rng.choice(order, missing, replace=missing > len(order))
-            yield from np.append(order, more).reshape(-1, self.images)
+            yield from np.resize(rng.permutation(shown), (runs, self.images))

@@ -1,9 +1,9 @@
 """The training loop, with checkpoints that continue bit for bit.
 
 Everything random is a pure function of (seed, epoch, step): batches come from
-`sampler.batches(epoch)`, each photo's augmentation from (seed, epoch, row), dropout from
-(seed, step). A checkpoint therefore holds no random state, and a run that was killed anywhere ends
-with the weights of one that never was.
+`sampler.batches(epoch)`, each photo's augmentation from (seed, epoch, row, occurrence), dropout
+from (seed, step). A checkpoint therefore holds no random state, and a run that was killed anywhere
+ends with the weights of one that never was.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vipr_utils.data.store import Photos
 from vipr_utils.host.device import autocast, compute_dtype, cores, tune
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
-from vipr_utils.learn.sampling import ShuffledSampler
+from vipr_utils.learn.sampling import ShuffledSampler, with_occurrences
 
 SAVED = ("identity", "epoch", "batch", "best", "lr", "history", "results")
 NOT_DECISIVE = ("folder", "validate", "device", "max_minutes", "checkpoint_minutes")
@@ -156,7 +156,8 @@ class _Training:
 
     def begin_epoch(self) -> list[np.ndarray]:
         """This process's part of the epoch's batches, with the network ready for them."""
-        batches = _shares(self.sampler.batches(self.epoch), self.recipe.processes)
+        whole = self.sampler.batches(self.epoch)
+        batches = _shares(with_occurrences(whole), self.recipe.processes) if whole else []
         if not batches:
             raise ValueError("the sampler gives no batch of 2 images or more: change batch_size")
         self.steps = len(batches)
