@@ -97,7 +97,8 @@ def cut(shape: str, toy_root: Path, folder: Path) -> Path:
         many = pd.concat([few[few["class"] == five[0]].head(1)] * 300)
         names = [f"{i}.jpg" for i in range(300)] + [f"few/{name}" for name in few["name"]]
         asked = test[test["class"].isin(five)]
-        with_tables(folder, toy_root, pd.concat([many, few]), asked, pd.Series(names))
+        listed = pd.concat([many, few]).drop(columns="domain")
+        with_tables(folder, toy_root, listed, asked, names)
     else:
         in_folders(shape, folder, toy_root, train, test)
     return folder

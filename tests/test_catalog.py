@@ -258,6 +258,8 @@ def test_subset_strategies_choose_what_they_say():
     assert catalog.subset(photos, "random", 3, seed=1).product_id.nunique() == 3
     with pytest.raises(ValueError, match="strategy 'best' is unknown"):
         catalog.subset(photos, "best", 2)
+    assert catalog.subset(photos, "random", 99).product_id.nunique() == 5
+    assert catalog.subset(photos, "largest", 99).product_id.nunique() == 5
     with pytest.raises(CatalogError, match="'capped' needs products with 4 photos"):
         catalog.subset(photos_of({1: 2, 2: 2}), "capped", 2)
 

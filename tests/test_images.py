@@ -478,3 +478,15 @@ def test_colour_layout_takes_photos_smaller_than_its_grid():
         audit.colour_layout(np.zeros((1, 3, 3), np.uint8)).reshape(4, 64)[:, 0].tolist()
         == [1024] * 4
     )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (3, 2), (300, 7), (90, 90)])
+def test_customer_like_takes_photos_of_any_size_and_a_photo_as_its_own_ground(size):
+    for shop in (picture(1, *size), np.full((*size, 3), 255, np.uint8)):
+        for ground in (shop, picture(2, 1, 1), picture(2, 5, 400)):
+            seen = transforms.customer_like(shop, ground, np.random.default_rng(0))
+            assert seen.shape == shop.shape and seen.dtype == np.uint8
+
+
+def test_a_photo_that_is_all_ground_is_all_product():
+    assert (transforms.foreground(np.full((20, 30, 3), 255, np.uint8)) == 1).all()

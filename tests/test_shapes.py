@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from shapes import SHAPES, TEXT, cut
+from shapes import DRAWN, SHAPES, TEXT, cut
 
 from vipr_utils.data import catalog
 from vipr_utils.judge import submission
+from vipr_utils.judge.task import Task
+from vipr_utils.learn import models
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +152,81 @@ def test_archives_unpacked_into_a_folder_of_their_own_name_are_found(toy_root, t
 def test_root_without_queries_says_where_they_may_be(make_root):
     with pytest.raises(catalog.CatalogError, match="no query. Name them in test.csv, or put"):
         catalog.read_rows(make_root(test=None), "test")
+
+
+# ------------------------------------------------------------------------------------- to choose by
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_has_queries_to_choose_by_that_a_model_answers(shape, shaped, tmp_path):
+    task = Task(str(shaped(shape)), image_size=32, device="cpu", cache_dir=str(tmp_path))
+    assert (task.validation.how == "drawn") == (shape in DRAWN)
+    network = models.create("siamese_small", weights="none", embedding_dim=16)
+    found = task.evaluate(network, image_size=32)
+    assert 0 <= found["validation"].metrics["map_at_5"] <= 1
+    assert len(found["test"].ranks) == len(catalog.read_rows(shaped(shape), "test"))
+
+
+@pytest.fixture
+def task(shaped, tmp_path):
+    root = shaped("one_photo_a_product")
+    return Task(str(root), image_size=32, device="cpu", cache_dir=str(tmp_path))
+
+
+def test_drawn_queries_join_the_photos_and_nothing_is_held_out(task):
+    queries, gallery = task.views["validation"]
+    train, test = sides(task.photos)
+    assert task.fit.equals(train) and gallery.equals(train)
+    assert set(queries["split"]) == {"drawn"} and set(queries["domain"]) == {"customer"}
+    assert (queries["product_id"].value_counts() == 4).all()
+    assert queries["product_id"].nunique() == train["product_id"].nunique()
+    assert task.photos.index.is_unique and len(task.store.readable) == len(task.photos)
+    assert task.store[queries.index[-1]].shape == task.store[train.index[0]].shape
+    data = catalog.describe_data(task.photos)
+    assert (data["n_train"], data["n_test"]) == (len(train), len(test))
+    assert f"validation: {len(queries)} queries, drawn from shop photos, split" in str(task)
+
+
+def test_drawn_queries_are_the_same_again_whatever_the_protocol_and_the_labels(
+    task, toy_root, tmp_path
+):
+    pictures = {file: file.read_bytes() for file in (tmp_path / "drawn").rglob("*.jpg")}
+    root = cut("one_photo_a_product", toy_root, tmp_path / "again")
+    pd.read_csv(root / "test.csv")[["name"]].to_csv(root / "test.csv", index=False)
+    again = Task(
+        str(root), gallery_domain="shop", image_size=32, device="cpu", cache_dir=str(tmp_path / "c")
+    )
+    assert again.validation.split == task.validation.split
+    assert again.store.key == task.store.key
+    drawn = {file: file.read_bytes() for file in (tmp_path / "c" / "drawn").rglob("*.jpg")}
+    assert len(pictures) == len(task.validation.queries)
+    assert sorted(pictures.values()) == sorted(drawn.values())
+
+
+def test_drawn_validation_can_be_asked_for_and_holdout_0_is_none(toy_root, tmp_path):
+    settings = {"image_size": 32, "device": "cpu", "cache_dir": str(tmp_path)}
+    task = Task(str(toy_root), protocol="unseen", validation="drawn", **settings)
+    queries, gallery = task.views["validation"]
+    assert set(queries["product_id"]) <= set(task.fit["product_id"])
+    assert gallery.equals(task.fit) and set(gallery["split"]) == {"train"}
+    assert Task(str(toy_root), validation="drawn", holdout=0, **settings).validation is None
+    with pytest.raises(ValueError, match="validation 'best' is unknown: use 'auto' or 'drawn'"):
+        Task(str(toy_root), validation="best", **settings)
+
+
+def test_drawn_queries_are_spread_over_products_and_bounded(shaped, tmp_path):
+    root = shaped("one_product_of_300_photos")
+    task = Task(str(root), validation="drawn", image_size=32, device="cpu", cache_dir=str(tmp_path))
+    counts = task.validation.queries["product_id"].value_counts()
+    assert len(counts) == 5 and counts.max() <= 8 and counts.min() >= 4
+
+
+def test_a_model_sees_drawn_queries_as_it_sees_photos(task):
+    network = models.create("siamese_small", weights="none", embedding_dim=16)
+    embeddings = task.embed(network, image_size=32)
+    validated = task.validate(network, image_size=32)
+    kept = task.retrieve(embeddings, "validation").metrics
+    assert validated["map_at_5"] == pytest.approx(kept["map_at_5"])
+    steps = ["verify(top=10)"]
+    verified = task.retrieve(embeddings, "validation", steps=steps).metrics["map_at_5"]
+    assert verified > kept["map_at_5"]  # it finds the printed shop photo behind the drawn query

@@ -226,8 +226,8 @@ def chains(rows: pd.DataFrame, alike) -> pd.Series:
 class Validation:
     """Train photos set aside to choose by: what is left to fit, the queries, and their gallery.
 
-    how: 'visits' (whole ones were held out) or 'photos' (single ones: hardly a product was seen on
-    two visits).
+    how: 'visits' (whole ones were held out), 'photos' (single ones: hardly a product was seen on
+    two visits) or 'drawn' (`drawn.queries`: nothing was held out).
     """
 
     fit: pd.DataFrame
@@ -246,6 +246,12 @@ class Validation:
         """16 hexadecimal digits that two runs share when they held out the same photos."""
         return hashlib.sha256(self.table.to_csv(index=False).encode()).hexdigest()[:16]
 
+    @property
+    def origin(self) -> str:
+        """Where the queries come from, in words."""
+        domain = "shop" if "shop" in set(self.fit["domain"]) else "train"
+        return f"drawn from {domain} photos" if self.how == "drawn" else f"{self.how} held out"
+
     def save(self, folder: Path) -> None:
         """Write the table to <folder>/split.csv, whole."""
         with whole_file(folder / "split.csv") as part:
@@ -261,6 +267,13 @@ class Validation:
             "low": metrics["map_at_5_low"],
             "high": metrics["map_at_5_high"],
         }
+
+
+def spares_photos(train: pd.DataFrame) -> bool:
+    """Whether a quarter of the products or more have a photo that `hold_out` can make a query."""
+    shared = train.duplicated("product_id", keep=False)
+    asked = train["product_id"][shared & (train["domain"] != "shop")]
+    return 4 * asked.nunique() >= train["product_id"].nunique()
 
 
 def hold_out(

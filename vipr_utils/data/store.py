@@ -140,21 +140,25 @@ def open_data(
     """(photos, store, lost): the catalog of what can be read, its packed store, and what was left
     out.
 
-    px: the size networks will see; the store keeps 8/7 of it, room for the study's crop of 224 out
-    of 256.
+    px: the size networks will see; the store keeps `packed_px` of it.
 
     The data root: the one given, $VIPR_DATA, one attached, else the toy set; attrs["said"] names
     it, and what its photos and labels come from.
     """
     root, said = toy.data_root_or_toy(data_root, cache_dir)
     photos, absent = catalog.read(root)
-    store_px = max(128, round(px * 8 / 7))
-    store = build_store(photos, cache_dir=platform.cache_folder(cache_dir), store_px=store_px)
+    folder = platform.cache_folder(cache_dir)
+    store = build_store(photos, cache_dir=folder, store_px=packed_px(px))
     lost = pd.concat([absent, store.problems], ignore_index=True)
     photos = photos[store.readable]
     said = f"{said}\n{photos.attrs['form']}"
     photos.attrs["said"] = said + (f"\n{len(lost)} files left out" if len(lost) else "")
     return photos, store, lost
+
+
+def packed_px(px: int) -> int:
+    """Pixels to keep for networks of px: 8/7 of it, room for the study's crop of 224 out of 256."""
+    return max(128, round(px * 8 / 7))
 
 
 def _packed(path: Path, store_px: int) -> bytes:

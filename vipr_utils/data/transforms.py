@@ -121,7 +121,8 @@ def foreground(image: np.ndarray) -> np.ndarray:
     """(H, W) float32 in 0..1: 0 on the even ground that touches the border, 1 on the product.
 
     Soft at the seam. The ground is what lies within 18 levels of a corner's colour and hangs
-    together with that corner: white parts inside the product stay.
+    together with that corner: white parts inside the product stay. Where that is all of the
+    picture, all of it is the product.
     """
     height, width = image.shape[:2]
     mask = np.zeros((height + 2, width + 2), np.uint8)  # with the rim that floodFill asks for
@@ -134,6 +135,8 @@ def foreground(image: np.ndarray) -> np.ndarray:
             cv2.floodFill(smooth, mask, (x, y), 0, near, near, flags)
     product = 1 - mask[1:-1, 1:-1]
     product = cv2.erode(product, None)  # the seam's own pixels are mixed with the ground
+    if not product.any():
+        product[:] = 1
     return cv2.GaussianBlur(product.astype(np.float32), (0, 0), 1.0)
 
 
@@ -176,7 +179,7 @@ def _blurred_crop(ground: np.ndarray, width: int, height: int, rng) -> np.ndarra
 
     Its side is half to all of the photo's shorter one; stretched to the size asked for.
     """
-    side = int(min(ground.shape[:2]) * rng.uniform(0.5, 1.0))
+    side = max(1, int(min(ground.shape[:2]) * rng.uniform(0.5, 1.0)))
     top, left = rng.integers(np.subtract(ground.shape[:2], side - 1))
     crop = ground[top : top + side, left : left + side]
     scene = cv2.resize(crop, (width, height))

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from vipr_utils.data import audit, catalog
-from vipr_utils.data.store import Photos, open_data
+from vipr_utils.data import audit, catalog, drawn
+from vipr_utils.data.store import Photos, build_store, open_data, packed_px
 from vipr_utils.host import platform
 from vipr_utils.host.device import precision_used, seed_everything, working_device
 from vipr_utils.judge import metrics, runs
@@ -64,6 +64,7 @@ class Task:
         gallery_domain: str = "",
         image_size: int = 224,
         holdout: float = 0.1,
+        validation: str = "auto",
         batch_size: int = 64,
         seed: int = 0,
         device: str = "auto",
@@ -73,7 +74,9 @@ class Task:
         """Build the store of these photos and set those for validation aside.
 
         image_size: the most pixels a side that networks will see; holdout: share of each
-        product's train photos to choose by, 0 for none. Raises CatalogError, FileNotFoundError.
+        product's train photos to choose by, 0 for none. validation: 'auto' draws queries from shop
+        photos (`drawn.queries`) where hardly a product has a second photo, 'drawn' always does.
+        Raises CatalogError, FileNotFoundError, ValueError for another validation.
         """
         self.started = monotonic()
         seed_everything(seed)
@@ -85,22 +88,42 @@ class Task:
             self.photos, protocol, seed=seed, gallery_domain=gallery_domain
         )
         self.validation = None
+        if validation not in ("auto", "drawn"):
+            raise ValueError(f"validation {validation!r} is unknown: use 'auto' or 'drawn'")
         if holdout:
-            layouts = audit.colour_layouts(self.fit, cache_dir=self.cache_dir)
-            self.validation = catalog.hold_out(
-                self.fit, layouts, holdout=holdout, gallery_domain=gallery_domain
-            )
+            self.validation = self._set_aside(holdout, validation, packed_px(image_size or 224))
             self.fit = self.validation.fit
         self.views = _views(View(*sides), self.validation)
+
+    def _set_aside(self, holdout: float, validation: str, store_px: int) -> catalog.Validation:
+        """Queries held out of the photos to fit, else drawn from them."""
+        if validation == "drawn" or not catalog.spares_photos(self.fit):
+            return self._drawn(store_px)
+        layouts = audit.colour_layouts(self.fit, cache_dir=self.cache_dir)
+        return catalog.hold_out(
+            self.fit, layouts, holdout=holdout, gallery_domain=self.gallery_domain
+        )
+
+    def _drawn(self, store_px: int) -> catalog.Validation:
+        """Queries drawn from photos to fit; all that are drawn of this data join the photos."""
+        queries = drawn.queries(
+            self.photos, first_row=len(self.store.readable), cache_dir=self.cache_dir
+        )
+        store = build_store(queries, cache_dir=self.cache_dir, store_px=store_px)
+        self.store = drawn.JoinedStore(self.store, store)
+        attrs = self.photos.attrs
+        self.photos = pd.concat([self.photos, queries[list(self.photos)]])
+        self.photos.attrs = attrs
+        asked = self.photos.loc[queries.index[queries["source"].isin(self.fit["image_id"])]]
+        gallery = catalog.narrow(self.fit, self.gallery_domain)
+        return catalog.Validation(self.fit, asked, gallery, "drawn")
 
     def __str__(self) -> str:
         found = self.photos.attrs["said"]
         if not self.validation:
             return found
-        queries, split = len(self.validation.queries), self.validation.split
-        return (
-            f"{found}\nvalidation: {queries} queries, {self.validation.how} held out, split {split}"
-        )
+        queries = f"{len(self.validation.queries)} queries, {self.validation.origin}"
+        return f"{found}\nvalidation: {queries}, split {self.validation.split}"
 
     def _repr_html_(self) -> str:
         return "<br>".join(str(self).splitlines()) + self.summary().to_html()
@@ -331,7 +354,7 @@ def ranked(
             "leave the steps or the distance away"
         )
     # steps do not see which products the queries show
-    unlabelled = view.queries.drop(columns=["product_id", "group"], errors="ignore")
+    unlabelled = view.queries.drop(columns=["product_id", "product", "group"], errors="ignore")
     unsearched = search.Search(
         queries, gallery, unlabelled, view.gallery, device=device, cache_dir=cache_dir
     )

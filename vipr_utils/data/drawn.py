@@ -1,0 +1,120 @@
+"""Queries to choose by where no photo can be spared: train photos as customers would take them."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from vipr_utils.data.store import Store, read_image
+from vipr_utils.data.transforms import customer_like
+from vipr_utils.host.device import cores
+from vipr_utils.host.files import whole_file
+
+VERSION = 1  # of the pictures: rises with the code that draws them, as does that of embeddings
+LONGEST_PX = 640
+COPIES = 4  # of a photo
+OF_A_PRODUCT = 8
+MOST = 400
+
+
+@dataclass(frozen=True)
+class JoinedStore:
+    """Two stores as one: the rows of the second come after those of the first.
+
+    It has the key of the first, whose rows it leaves as they are: what is kept of them stays.
+    """
+
+    first: Store
+    second: Store
+
+    @property
+    def key(self) -> str:
+        return self.first.key
+
+    @property
+    def readable(self) -> np.ndarray:
+        return np.concatenate([self.first.readable, self.second.readable])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        first_of_second = len(self.first.readable)
+        if row < first_of_second:
+            return self.first[row]
+        return self.second[row - first_of_second]
+
+
+def queries(photos: pd.DataFrame, *, first_row: int, cache_dir: Path) -> pd.DataFrame:
+    """Catalog rows, numbered from first_row, of pictures drawn from the train photos of a catalog.
+
+    Up to COPIES of a shop photo (where no domain is known, of any), OF_A_PRODUCT of a product and
+    MOST in all, as many of each product as there can be: each is `customer_like` on the ground of
+    another photo, one of a customer where there is one. split is 'drawn', source the image_id of
+    the photo, path that of a JPEG in cache_dir. The same for every task on these photos.
+    """
+    train = photos[photos["split"] == "train"]
+    root = Path(photos.attrs["root"])
+    folder = Path(cache_dir).resolve() / "drawn" / f"{photos.attrs['fingerprint']}-{VERSION}"
+    sources = _sources(train)
+    customers = train["path"][train["domain"] != "shop"]
+    grounds = (customers if len(customers) else train["path"]).to_list()
+    names = sources["copy"].astype(str) + "/" + sources["name"]
+    files = [folder / f"{name}.jpg" for name in names]
+
+    def draw(path: str, name: str, file: Path) -> None:
+        if not file.is_file():
+            _draw(root, path, grounds, name, file)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(draw, sources["path"], names, files))
+    rows = sources.assign(
+        source=sources["image_id"],
+        image_id="drawn/" + names,
+        name=names,
+        path=[str(file) for file in files],
+        split="drawn",
+        domain="customer",
+    )
+    rows = rows.drop(columns="copy").set_axis(range(first_row, first_row + len(rows)))
+    rows.attrs = {"root": str(root), "fingerprint": f"{photos.attrs['fingerprint']}-drawn{VERSION}"}
+    return rows
+
+
+def _sources(train: pd.DataFrame) -> pd.DataFrame:
+    """The photos to be drawn, with the number of the copy: a turn of every product, then another.
+
+    Which come first hangs on a fixed seed alone.
+    """
+    shop = train[train["domain"] == "shop"]
+    sources = train if shop.empty else shop
+    sources = sources.iloc[np.random.default_rng(0).permutation(len(sources))]
+    copies = pd.concat([sources.assign(copy=copy) for copy in range(COPIES)])
+    turn = copies.groupby("product_id").cumcount().to_numpy()
+    order = np.argsort(turn, kind="stable")
+    return copies.iloc[order[turn[order] < OF_A_PRODUCT][:MOST]]
+
+
+def _draw(root: Path, path: str, grounds: list[str], name: str, file: Path) -> None:
+    """Write the picture of that name; all that is random in it hangs on the name alone."""
+    seed = hashlib.sha256(name.encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(seed[:8], "big"))
+    at = int(rng.integers(len(grounds)))
+    if grounds[at] == path:  # its own ground only where there is no other
+        at = (at + 1) % len(grounds)
+    picture = customer_like(_reduced(root / path), _reduced(root / grounds[at]), rng)
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    with whole_file(file) as part:
+        part.write_bytes(data.tobytes())
+
+
+def _reduced(path: Path) -> np.ndarray:
+    """A photo whose longer side has LONGEST_PX at most."""
+    photo = read_image(path, least_px=LONGEST_PX)
+    scale = min(1.0, LONGEST_PX / max(photo.shape))
+    size = [max(1, round(side * scale)) for side in photo.shape[1::-1]]
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
