@@ -365,6 +365,11 @@ def test_leaks_go_by_the_rows_own_numbers_where_photos_were_left_out():
     }
 
 
+def test_leak_of_a_test_photo_without_label_is_neither_of_the_same_product_nor_of_another():
+    photos = pd.DataFrame({"split": ["train", "test"], "product_id": [2, -1]})
+    assert audit.leaks(photos, np.array([[0, 1]]))["same_product"].isna().all()
+
+
 @pytest.mark.parametrize("bits", [0, 2, 4, 7])
 def test_near_duplicates_are_those_of_a_slow_loop(bits):
     rng = np.random.default_rng(bits)
