@@ -1,4 +1,4 @@
-# make demo                 the whole series on the toy set, then the scoreboard
+# make demo                 the whole series on the toy set, then its score and submission
 # make demo DATA=folder PROFILE=laptop     the same on your own photos
 # make test                 every check, two processes of one thread; THREADS=2: one of two
 PYTHON ?= python3

@@ -17,7 +17,7 @@ import yaml
 
 from vipr_utils.host import platform
 from vipr_utils.judge import runs
-from vipr_utils.run import batch, params
+from vipr_utils.run import batch, params, report
 
 PARAMETERS = """\
 data_root: str = ""  # a folder
@@ -327,6 +327,26 @@ def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsy
     assert batch.main([*asked, "-p", "seed=2"]) == 0 and started(folder) == 4
 
 
+DATA = {"root": "shop", "fingerprint": "f", "n_train": 30, "n_test": 20, "n_products": 4}
+SCORES = {
+    "map_at_5": 0.5,
+    "map_at_5_low": 0.4,
+    "map_at_5_high": 0.6,
+    "chance": 0.02,
+    "n_queries": 20,
+    "n_gallery": 30,
+}
+
+
+def finish(folder, notebook, **changes):
+    """What a notebook leaves: run.json, and 06 its submission."""
+    record = {"notebook": notebook, "data": DATA, "protocol": "test", "metrics": SCORES}
+    record |= {"params": {}, "model": None, "device": "cpu"} | changes
+    runs.save(folder, seconds=0.1, **record)
+    if notebook == "06_submission":
+        (folder / "submission.csv").write_text("id,images\n")
+
+
 @pytest.fixture
 def fake_kernel(monkeypatch):
     """papermill without a process: writes run.json as a notebook does, and counts."""
@@ -335,7 +355,9 @@ def fake_kernel(monkeypatch):
     def papermill(path, out, values, slot):
         calls.append(values)
         out.write_text(path.read_text())
-        (out.parent / "run.json").write_text(json.dumps({"metrics": {"map_at_5": None}}))
+        if values.get("fail"):
+            return batch.subprocess.CompletedProcess([], 1, "", "ValueError: broken")
+        finish(out.parent, path.stem)
         return batch.subprocess.CompletedProcess([], 0, "", "")
 
     monkeypatch.setattr(batch, "_papermill", papermill)
@@ -369,16 +391,138 @@ def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
     assert again() and not again()  # a result that somebody else wrote
     (repo / "out" / "tiny" / "batch.json").write_text('{"key"')
     assert again() and not again()  # a mark cut short
+    (data / "test" / "milk").mkdir(parents=True)
+    (data / "test" / "milk" / "a.jpg").write_bytes(b"photo")
+    assert again() and not again()  # another photo
+    (data / "test" / "milk" / "a.jpg").write_bytes(b"other photo")
+    assert again() and not again()  # the same name, other pixels
 
 
-def test_submission_of_the_best_run_is_made_anew_each_time(repo, fake_kernel):
-    for model_run, kernels in (("best", 2), ("some_run", 1)):
-        fake_kernel.clear()
-        file = params_file(repo, f"model_run: {model_run}\n")
-        for _ in range(2):
-            todo = params.load_runs([file], {"output_dir": f"out/{model_run}"})
-            list(batch.run_all(todo))
-        assert len(fake_kernel) == kernels
+def test_weights_that_arrive_in_a_folder_make_a_run_run_again(repo, fake_kernel, monkeypatch):
+    notebook(repo, "tiny", PARAMETERS + 'weights: str = "auto"  # of a backbone\n')
+    (repo / "weights").mkdir()
+    asked = [str(params_file(repo, "")), "--output-dir", "out"]
+    for kernels, given in ((1, "weights"), (2, "auto"), (3, "auto")):
+        if kernels == 3:
+            monkeypatch.setenv("VIPR_WEIGHTS", "weights")
+        assert batch.main([*asked, "-p", f"weights={given}"]) == 0 and len(fake_kernel) == kernels
+        assert batch.main([*asked, "-p", f"weights={given}"]) == 0 and len(fake_kernel) == kernels
+    (repo / "weights" / "lite0.safetensors").write_bytes(b"weights")
+    assert batch.main(asked) == 0 and len(fake_kernel) == 4
+
+
+@pytest.mark.parametrize(
+    "stem, values, reads",
+    [
+        ("06_submission", "", True),
+        ("06_submission", "model_run: best\n", True),
+        ("06_submission", "model_run: some_run\n", False),
+        ("09_scoreboard", "", True),
+        ("05_subset_finetune", "", False),
+    ],
+)
+def test_what_chooses_among_all_runs_runs_again_when_an_earlier_one_has_finished_since(
+    repo, fake_kernel, stem, values, reads
+):
+    notebook(repo, stem)
+    asked = [str(params_file(repo, values, stem)), "--output-dir", "out"]
+    assert batch.main(asked) == 0 and len(fake_kernel) == 1
+    assert batch.main(asked) == 0 and len(fake_kernel) == 1
+    finish(repo / "out" / "other", "04_pretrained_sweep")
+    assert batch.main(asked) == 0 and len(fake_kernel) == 1 + reads
+    finish(repo / "out" / "later", "09_scoreboard")
+    assert batch.main(asked) == 0 and len(fake_kernel) == 1 + reads
+
+
+# ------------------------------------------------------------------------- failures, the last lines
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_that_of_a_failed_one(repo, fake_kernel):
+    folder = repo / "out" / "tiny"
+    finish(folder, "tiny")
+    (folder / "model.pt").write_bytes(b"old")
+    assert batch.main([str(params_file(repo, "fail: broken\n")), "--output-dir", "out"]) == 1
+    assert not (folder / "run.json").exists() and not (folder / "model.pt").exists()
+    assert (folder / "model.pt.old").read_bytes() == b"old"
+    assert "ValueError: broken" in (folder / "unfinished.txt").read_text()
+    assert runs.unfinished(repo / "out") == ["tiny"] and runs.scoreboard(repo / "out").empty
+    assert batch.main([str(params_file(repo, "")), "--output-dir", "out"]) == 0
+    assert runs.load(folder) and not runs.unfinished(repo / "out")
+    assert not list(folder.glob("*.old"))
+
+
+def test_run_that_fails_after_its_record_was_written_has_not_finished(repo, monkeypatch):
+    def papermill(path, out, values, slot):
+        finish(out.parent, path.stem)
+        return batch.subprocess.CompletedProcess([], 1, "", "ValueError: in the last cell")
+
+    monkeypatch.setattr(batch, "_papermill", papermill)
+    assert batch.main([str(params_file(repo, "")), "--output-dir", "out"]) == 1
+    assert runs.scoreboard(repo / "out").empty
+
+
+def test_submission_says_which_runs_it_had_to_do_without(repo, fake_kernel, capsys):
+    notebook(repo, "06_submission")
+    finish(repo / "out" / "tiny", "tiny")  # of yesterday
+    params_file(repo, "", "06_submission")
+    params_file(repo, "fail: broken\n")
+    files = [str(repo / "params" / f"{name}.yaml") for name in ("tiny", "06_submission")]
+    assert batch.main([*files, "--output-dir", "out"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"^ok +\d+ s  06_submission\n +without tiny: not finished$", printed, re.M)
+    assert "tiny" not in (repo / "out" / "scoreboard.csv").read_text()
+
+
+def test_results_of_a_run_are_set_aside_when_the_one_it_starts_from_fails(repo, fake_kernel):
+    notebook(repo, "later")
+    finish(repo / "out" / "later", "later")
+    params_file(repo, "fail: broken\n", "tiny")
+    params_file(repo, "model_run: tiny\n", "later")
+    files = [str(repo / "params" / f"{name}.yaml") for name in ("tiny", "later")]
+    assert batch.main([*files, "--output-dir", "out"]) == 1
+    assert runs.unfinished(repo / "out") == ["later", "tiny"]
+    assert runs.scoreboard(repo / "out").empty
+
+
+def test_batch_ends_with_data_ladder_score_submission_and_where_to_look(repo, fake_kernel, capsys):
+    finish(repo / "out" / "best", "04_pretrained_sweep", metrics=SCORES | {"map_at_5": 0.7})
+    notebook(repo, "06_submission")
+    asked = [str(params_file(repo, "", "06_submission")), "--output-dir", "out"]
+    for _ in range(2):  # run, skipped
+        assert batch.main(asked) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == [
+            "data: shop, 30 gallery photos of 4 products, 20 queries",
+            "ladder: random ranking 0.020, trained 0.700; best: trained",
+            "score: mAP@5 0.500 [0.400, 0.600] over 20 queries",
+            f"submission: {repo / 'out' / '06_submission' / 'submission.csv'}",
+            f"look: {repo / 'out' / '06_submission' / 'notebook.ipynb'}, its pictures beside it; "
+            f"all runs in {repo / 'out' / 'scoreboard.csv'}",
+        ]
+    assert "04_pretrained_sweep" not in (repo / "out" / "scoreboard.csv").read_text()
+    assert "best" in (repo / "out" / "scoreboard.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "metrics, words",
+    [
+        ({"map_at_5": None, "map_at_5_low": None, "map_at_5_high": None}, "labels unknown"),
+        ({"n_gallery": 30}, "labels unknown"),
+        ({"top_1_accuracy": 0.25, "n_queries": 8}, "top-1 accuracy 0.250 over 8 queries"),
+    ],
+)
+def test_submission_without_map_is_reported_too(tmp_path, metrics, words):
+    finish(tmp_path / "06", "06_submission", metrics=metrics)
+    lines = list(report.closing([tmp_path / "06"]))
+    assert lines[1:3] == ["ladder: no run has a score on this data", f"score: {words}"]
+
+
+def test_last_lines_tell_of_a_training_cut_short_and_of_a_batch_without_a_submission(tmp_path):
+    finish(tmp_path / "s", "06_submission", cut_short="in epoch 3 of 8")
+    assert "its training cut short in epoch 3 of 8" in list(report.closing([tmp_path / "s"]))[2]
+    finish(tmp_path / "c", "03_scratch_siamese")
+    finish(tmp_path / "n", "09_scoreboard", data={"root": "", "runs": 2})
+    lines = list(report.closing([tmp_path / "c", tmp_path / "n"]))
+    assert [line.split(":")[0] for line in lines] == ["data", "ladder", "look"]
 
 
 def test_failing_cell_makes_the_exit_code_1_and_its_error_is_shown_and_the_others_still_run(

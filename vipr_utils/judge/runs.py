@@ -74,6 +74,10 @@ STUDY = {
 }
 
 
+RESULTS = ["run.json", "submission.csv", "average_precision.csv", "model.pt"]
+UNFINISHED = "unfinished.txt"  # stands in a run folder from the start of a run to its end
+
+
 class RunError(ValueError):
     """A run.json that is missing, half-written or of another shape."""
 
@@ -168,6 +172,28 @@ def best_on_validation(output_dir: Path, fingerprint: str) -> str:
             "name one as model_run, or run them with the same holdout"
         )
     return table["map_at_5"].astype(float).fillna(0).idxmax()
+
+
+def set_aside(folder: Path, why: str) -> None:
+    """Call a run unfinished, and rename what a finished one left in its folder (run.json.old), lest
+    it be taken for this one's.
+    """
+    (folder / UNFINISHED).write_text(why + "\n", encoding="utf-8")
+    if (folder / "run.json").is_file():
+        for file in [folder / name for name in RESULTS]:
+            if file.is_file():
+                file.replace(f"{file}.old")
+
+
+def settle(folder: Path) -> None:
+    """Call a run finished: what was set aside for it goes."""
+    for name in [UNFINISHED, *(f"{name}.old" for name in RESULTS)]:
+        (folder / name).unlink(missing_ok=True)
+
+
+def unfinished(output_dir: Path) -> list[str]:
+    """Names of the runs that were begun by `vipr run` and failed, were killed, or still go on."""
+    return sorted(file.parent.name for file in Path(output_dir).glob(f"*/{UNFINISHED}"))
 
 
 def finished(output_dir: Path) -> tuple[dict[Path, dict], list[str]]:

@@ -7,7 +7,8 @@ The rows of one sweep run side by side, one a GPU or `--jobs`; files run one aft
 order of their names, and so does a row that names another (`model_run`) after it. With Ray the rows
 go to its workers, here or on the cluster that $RAY_ADDRESS names. Every run is checked before the
 first kernel starts. What was done before with the same inputs is not done again; what starts from a
-failed run fails with it.
+failed run fails with it. While a run goes on, and after it failed, its folder holds unfinished.txt,
+and what an earlier run left there has names ending in .old: nothing takes it for new.
 Exit code 0: all runs are done; 1: one failed; 2: wrong parameters.
 """
 
@@ -37,6 +38,7 @@ from vipr_utils.host import platform
 from vipr_utils.host.device import cores, memory_gb
 from vipr_utils.host.files import locked, whole_file
 from vipr_utils.judge import runs
+from vipr_utils.run import report
 from vipr_utils.run.params import BadParameters, Run, find_notebook, load_runs, naming, setting
 
 NO_MEMORY = "out of memory: lower batch_size or image_size"
@@ -45,12 +47,15 @@ MEMORY_SIGNS = re.compile(
 )
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 COLLECTED = ("*.json", "*.csv", "*.png", "notebook.ipynb")  # of a run on another machine
+PHOTOS = ["train", "gallery", "test", "queries"]  # folders of a data root
 NOT_CARRIED = [".git", ".venv", ".lanes", "submissions", "tests", "kaggle"]  # to one
 
 
 @dataclass
 class Result:
-    """What became of a run: status is 'ok', 'skip' or 'FAIL'; error says why it failed."""
+    """What became of a run: status is 'ok', 'skip' or 'FAIL'; error says why it failed, or which
+    runs it had to do without.
+    """
 
     run: Run
     status: str
@@ -124,7 +129,9 @@ def _collected(ray, run: Run, reference) -> Result:
     try:
         result, files = ray.get(reference)
     except ray.exceptions.RayError as error:
-        return Result(run, "FAIL", error=f"Ray gave the run up: {error}")
+        result, files = Result(run, "FAIL", error=f"Ray gave the run up: {error}"), {}
+    if result.status == "FAIL":
+        runs.set_aside(run.folder(), result.error)
     for name, content in files.items():
         with whole_file(run.folder() / name) as part:
             part.write_bytes(content)
@@ -138,7 +145,9 @@ def _in_waves(todo: list[Run], run_wave: Callable) -> Iterator[Result]:
         for run in wave:
             if run.starts_from in failed:
                 failed.add(run.name)
-                yield Result(run, "FAIL", error=f"it starts from {run.starts_from}, which failed")
+                error = f"it starts from {run.starts_from}, which failed"
+                runs.set_aside(run.folder(), error)
+                yield Result(run, "FAIL", error=error)
         for result in run_wave([run for run in wave if run.name not in failed]):
             if result.status == "FAIL":
                 failed.add(result.run.name)
@@ -181,10 +190,10 @@ def run_one(run: Run, *, force: bool, slot: dict) -> Result:
     mark, record, executed = (folder / n for n in ("batch.json", "run.json", "notebook.ipynb"))
     with locked(folder):  # another batch may be at it
         inputs = _inputs(run)
-        again = force or run.starts_from == "best"  # of whatever runs there are by now
-        if not again and mark.is_file() and mark.read_text() == _mark(inputs, record):
+        if not force and mark.is_file() and mark.read_text() == _mark(inputs, record):
             return Result(run, "skip")
         mark.unlink(missing_ok=True)
+        runs.set_aside(folder, "This run has begun and not ended.")
         values = run.params | {  # folders in full: the kernel starts in another
             "run_name": run.name,
             "output_dir": str(folder.parent),
@@ -194,11 +203,14 @@ def run_one(run: Run, *, force: bool, slot: dict) -> Result:
         done = _papermill(run.notebook, executed, values, slot)
         seconds = time.time() - started
         if done.returncode:
+            runs.set_aside(folder, _reason(done))
             return Result(run, "FAIL", seconds, _reason(done))
-        if record.is_file() and record.stat().st_mtime > started - 2:  # file systems round times
+        runs.settle(folder)
+        if record.is_file():
             with whole_file(mark) as part:
                 part.write_text(_mark(inputs, record))
-        return Result(run, "ok", seconds)
+        absent = ", ".join(runs.unfinished(folder.parent)) if run.reads_runs else ""
+        return Result(run, "ok", seconds, absent and f"without {absent}: not finished")
 
 
 def _papermill(notebook: Path, out: Path, values: dict, slot: dict) -> subprocess.CompletedProcess:
@@ -226,20 +238,41 @@ def _mark(inputs: str, record: Path) -> str:
 
 
 def _inputs(run: Run) -> str:
-    """sha256 over what a run depends on: values, notebook, package, tables, runs and weights."""
+    """sha256 over what a run depends on: values, notebook, package, photos, tables, runs, weights.
+
+    Of runs it depends on that of its model, or where it chooses among all, on every one of an
+    earlier notebook of the series.
+    """
     values = run.values | {"output_dir": ""}
-    found = json.dumps([values, os.environ.get("VIPR_PRECISION")], sort_keys=True)
+    weights = values.get("weights", "")
+    if weights == "auto":
+        weights = os.environ.get("VIPR_WEIGHTS", "")
+    found = json.dumps([values, weights, os.environ.get("VIPR_PRECISION")], sort_keys=True)
     for cell in json.loads(run.notebook.read_text(encoding="utf-8"))["cells"]:
         found += "".join(cell["source"])
-    files = [*sorted(Path(__file__).parents[1].rglob("*.py")), Path(values.get("weights", ""))]
+    places = sorted(Path(__file__).parents[1].rglob("*.py"))
+    if weights:
+        places.append(platform.home() / Path(weights).expanduser())
     if data := run.data():
-        files += sorted(data.glob("*.csv"))
-    if run.starts_from:
+        places += [*sorted(data.glob("*.csv")), *(data / folder for folder in PHOTOS)]
+    if run.reads_runs:
+        records = runs.finished(run.folder().parent)[0].items()
+        earlier = [f for f, record in records if record["notebook"] < run.notebook.stem]
+        places += [folder / "run.json" for folder in earlier]
+    elif run.starts_from:
         output_dir = str(run.folder().parent)
-        files.append(platform.find_run(values["model_run"], output_dir=output_dir) / "run.json")
-    for file in files:
-        found += hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-    return hashlib.sha256(found.encode()).hexdigest()
+        places.append(platform.find_run(values["model_run"], output_dir=output_dir) / "run.json")
+    return hashlib.sha256("".join([found, *map(_state, places)]).encode()).hexdigest()
+
+
+def _state(place: Path) -> str:
+    """What is there now: a file by its content, a folder by the names, sizes and times of files."""
+    if place.is_file():
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    files = [(file, file.stat()) for file in sorted(place.rglob("*")) if file.is_file()]
+    return "".join(
+        f"{file.relative_to(place)} {stat.st_size} {stat.st_mtime_ns} " for file, stat in files
+    )
 
 
 # ------------------------------------------------------------------------------------ in words
@@ -284,8 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def execute(paths: list[str], given: argparse.Namespace) -> int:
-    """Run, then report the table of every output folder and the submissions; the exit code."""
-    report = partial(print, flush=True)
+    """Run, then say in five lines what came of it, the scoreboard in a file; the exit code."""
+    say = partial(print, flush=True)
     values = dict(given.p)
     if given.output_dir:
         values["output_dir"] = str(Path(given.output_dir).resolve())
@@ -298,15 +331,14 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
                 run.folder()
                 run.data()
         for result in engine(todo, force=given.force, jobs=given.jobs):
-            report(_line(result))
+            say(_line(result))
             results.append(result)
     except BadParameters as error:
-        report(error, file=sys.stderr)
+        say(error, file=sys.stderr)
         return 2
     folders = [result.run.folder() for result in results if result.status != "FAIL"]
-    for output_dir in {folder.parent for folder in folders}:
-        report("\n" + runs.table(runs.scoreboard(output_dir)))
-    for folder in folders:
-        for submission in folder.glob("submission.csv"):
-            report(f"submission: {submission}")
+    for output_dir in sorted({folder.parent for folder in folders}):
+        runs.scoreboard(output_dir).to_csv(output_dir / "scoreboard.csv", index=False)
+        for line in report.closing([f for f in folders if f.parent == output_dir]):
+            say(line)
     return int(len(folders) < len(results))

@@ -23,6 +23,7 @@ import yaml
 from vipr_utils.host import platform
 from vipr_utils.retrieve import pipeline
 
+READERS = ["06_submission", "09_scoreboard"]  # notebooks that take the runs that are there
 SCALARS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -53,6 +54,13 @@ class Run:
     def starts_from(self) -> str:
         """Name of the run whose model it takes, '' for none."""
         return Path(self.params.get("model_run", "")).name
+
+    @property
+    def reads_runs(self) -> bool:
+        """Whether it chooses among, or compares, whatever runs have finished by then."""
+        if self.starts_from:
+            return self.starts_from == "best"
+        return self.notebook.stem in READERS
 
     def folder(self) -> Path:
         """The run folder, created; ValueError for a name that is none."""
