@@ -158,7 +158,7 @@ def leaks(photos: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
     """Of pairs (M, 2) of catalog rows, those between train and test: train, test, same_product.
 
     A query that has its own copy in the gallery is answered by memory; under another product the
-    copy is a wrong label. same_product is <NA> where the test photo's label is unknown.
+    copy is a wrong label. same_product is NaN where the test photo's label is unknown.
     """
     # a catalog lists its train photos first
     found = pd.DataFrame(np.sort(pairs, axis=1), columns=["train", "test"])
@@ -166,5 +166,5 @@ def leaks(photos: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
     across = found["train"].map(split) != found["test"].map(split)
     asked = found["test"].map(product)
     same_product = found["train"].map(product) == asked
-    same_product = same_product.astype("boolean").mask(asked < 0)
-    return found.assign(same_product=same_product)[across].reset_index(drop=True)
+    found["same_product"] = same_product.where(asked >= 0)
+    return found[across].reset_index(drop=True)
