@@ -18,6 +18,7 @@ SCORES = {
     "n_queries": 20,
     "n_gallery": 30,
 }
+DATA = {"root": "toy", "fingerprint": "f", "n_train": 30}
 
 
 def saved(folder, **changes):
@@ -127,7 +128,8 @@ def test_table_gives_interval_data_sizes_time_and_hardware_and_skips_unscored_ru
     saved(tmp_path / "one")
     saved(tmp_path / "eda", metrics={})
     board = runs.scoreboard(tmp_path)
-    printed = runs.table(board).splitlines()
+    title, *printed = runs.table(board).splitlines()
+    assert title.endswith("protocol test, gallery all: 20 queries × 30 gallery photos")
     assert len(printed) == 2
     shown = dict(zip(printed[0].split(), printed[1].split()))
     expected = {"run": "one", "map_at_5": "0.458", "map_at_5_low": "0.441", "seconds": "61"}
@@ -160,9 +162,37 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_range(tmp_path
     merged = runs.over_seeds(runs.scoreboard(tmp_path)).set_index("run")
     row = merged.loc["study_scratch-triplet-cosine"]
     assert row.map_at_5 == pytest.approx(0.4) and (row.seeds, row.least, row.most) == (3, 0.3, 0.5)
-    row = runs.readable(runs.scoreboard(tmp_path)).set_index("run").loc[row.name]
-    assert row.study == 0.023
+    ((_, table),) = runs.comparable(runs.scoreboard(tmp_path))
+    assert table.set_index("run").loc[row.name].study == 0.023
     assert "| 0.400, 0.300 to 0.500 over 3 seeds |" in tables.results(tmp_path)
+
+
+def test_runs_of_other_photos_protocols_or_galleries_are_no_seeds_of_one_another(tmp_path):
+    changes = [{}, {"data": DATA | {"fingerprint": "other"}}, {"protocol": "seen"}]
+    changes.append({"params": {"gallery_domain": "shop"}})
+    for seed, change in enumerate(changes):
+        saved(tmp_path / f"a-seed{seed}", **({"data": DATA} | change))
+    merged = runs.over_seeds(runs.scoreboard(tmp_path))
+    assert merged["seeds"].tolist() == [1, 1, 1, 1]
+
+
+def test_scoreboard_is_a_table_for_each_task_whose_rows_may_be_compared(tmp_path):
+    saved(tmp_path / "a", data=DATA, metrics=SCORES | {"map_at_5": 0.5})
+    saved(tmp_path / "b", data=DATA, metrics=SCORES | {"map_at_5": 0.6}, cut_short="in epoch 1")
+    saved(tmp_path / "small", data=DATA, metrics=SCORES | {"map_at_5": 0.9, "n_gallery": 3})
+    saved(tmp_path / "other", data=DATA | {"fingerprint": "other"})
+    saved(tmp_path / "unscored", metrics={})
+    tables = dict(runs.comparable(runs.scoreboard(tmp_path)))
+    assert [(title, table["run"].tolist()) for title, table in tables.items()] == [
+        (
+            "toy (f), protocol test, gallery all: 20 queries × 30 gallery photos",
+            ["b (cut short in epoch 1)", "a"],
+        ),
+        ("toy (other), protocol test, gallery all: 20 queries × 30 gallery photos", ["other"]),
+        ("toy (f), protocol test, gallery all: 20 queries × 3 gallery photos", ["small"]),
+    ]
+    assert "study" not in next(iter(tables.values()))
+    assert runs.comparable(runs.scoreboard(tmp_path / "nothing")) == []
 
 
 def answered(folder, values, names=("a.jpg", "b.jpg", "c.jpg", "d.jpg")):
@@ -214,9 +244,25 @@ def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp
     with pytest.raises(
         runs.RunError, match="gap-other and gap-baseline answered different queries"
     ):
-        runs.against_baselines(tmp_path)
+        runs.compare(tmp_path / "gap-baseline", [tmp_path / "gap-other"])
     with pytest.raises(runs.RunError, match="average_precision.csv does not exist"):
         runs.compare(tmp_path / "gap-baseline", [tmp_path / "nothing"])
+
+
+def test_baseline_without_results_and_run_of_other_queries_are_skipped_and_named(tmp_path):
+    answered(tmp_path / "gap-baseline", [0.0, 0.2, 0.4, 0.6])
+    answered(tmp_path / "gap-clutter", [0.1, 0.3, 0.6, 0.8])
+    answered(tmp_path / "gap-other", [0.0] * 4, names=("a.jpg", "b.jpg", "c.jpg", "e.jpg"))
+    answered(tmp_path / "bai-one", [0.1, 0.3, 0.6, 0.8])
+    answered(tmp_path / "bai-two", [0.1, 0.3, 0.6, 0.8])
+    (tmp_path / "bai-baseline").mkdir()
+    (tmp_path / "bai-baseline" / "average_precision.csv.old").touch()
+    (tmp_path / "best-baseline").mkdir()
+    table = runs.against_baselines(tmp_path)
+    assert set(table["run"]) == {"gap-clutter"}
+    first, second = table.attrs["problems"]
+    assert "bai-baseline" in first and "does not exist" in first
+    assert "gap-other and gap-baseline answered different queries" in second
 
 
 def test_an_ablation_shows_each_method_with_its_difference():
@@ -301,8 +347,6 @@ def test_training_cut_short_is_marked_in_record_and_table(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ the ladder
-
-DATA = {"root": "toy", "fingerprint": "f", "n_train": 30}
 
 
 def stood(folder, notebook, score, *, name="", rows=(), per_query=(), **changes):

@@ -39,6 +39,7 @@ COLUMNS = [
     "cut_short",
     "model",
     "data",
+    "fingerprint",
     "protocol",
     "gallery",
     *SCORES,
@@ -46,7 +47,10 @@ COLUMNS = [
     "n_gallery",
     "seconds",
     "hardware",
+    "finished",
 ]
+TASK = ["data", "fingerprint", "protocol", "gallery", "n_queries", "n_gallery"]  # what compares
+TITLE = "{} ({:.6}), protocol {}, gallery {}: {:,.0f} queries × {:,.0f} gallery photos"
 RUNGS = {  # of the ladder, and the notebook whose score stands there
     "random ranking": "",
     "from scratch": "03_scratch_siamese",
@@ -299,10 +303,12 @@ def _rows(record: dict) -> list[dict]:
     shared = {
         "model": (record["model"] or {}).get("name", ""),
         "data": record["data"].get("root", ""),
+        "fingerprint": record["data"].get("fingerprint", ""),
         "protocol": record["protocol"],
         "gallery": record["params"].get("gallery_domain") or "all",
         "seconds": record["seconds"],
         "hardware": record.get("hardware", record["device"]),
+        "finished": record.get("finished", ""),
     }
     rows = []
     for system in scores.get("rows") or [scores]:
@@ -315,11 +321,13 @@ def _rows(record: dict) -> list[dict]:
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """The scored rows of a scoreboard, runs that differ in their seed alone as one, best first.
 
-    Such runs have names ending in -seed0, -seed1, ...; their row has the means of the scores, ends
-    of intervals and seconds, and `seeds`, `least`, `most`: how many and the range of mAP@5.
+    Such runs have names ending in -seed0, -seed1, ... and are of the same photos, protocol and
+    gallery; their row has the means of the scores, ends of intervals and seconds, and `seeds`,
+    `least`, `most`: how many and the range of mAP@5.
     """
     scored = table.dropna(subset="map_at_5")
-    runs = scored.groupby(scored["run"].str.replace(r"-seed\d+", "", regex=True), sort=False)
+    name = scored["run"].str.replace(r"-seed\d+", "", regex=True)
+    runs = scored.groupby([name, "fingerprint", "protocol", "gallery"], sort=False)
     merged = runs.first().assign(
         **runs[[*SCORES, "seconds"]].mean(),
         cut_short=runs["cut_short"].max(),
@@ -331,21 +339,32 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     return merged.sort_values("map_at_5", ascending=False, kind="stable", ignore_index=True)
 
 
-def readable(board: pd.DataFrame) -> pd.DataFrame:
-    """The scored rows of a scoreboard, seeds merged, with the columns a person compares by.
+def comparable(board: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(title, table) of every task in a scoreboard, the one with most pairs of photos first.
 
-    `study` is what the reference study reports for a row's setting.
+    The rows of a table may be compared: same photos, protocol, gallery and numbers of queries and
+    of gallery photos. Seeds are merged, best first; `study` is what the reference study reports for
+    a row's setting, left out where it reports none; a training cut short is marked in `run`.
     """
-    merged = over_seeds(board).round({"seconds": 0})
+    merged = over_seeds(board).round({"seconds": 0}).astype({"seconds": "Int64"})
     merged["study"] = merged["run"].str.split(":").str[0].map(STUDY)
-    whole = ["n_queries", "n_gallery", "seconds"]
-    columns = ["run", *SCORES, "seeds", "data", "protocol", *whole, "hardware", "cut_short"]
-    return merged.astype(dict.fromkeys(whole, "Int64"))[[*columns, "study"]]
+    marks = [f" (cut short {cut})" if cut else "" for cut in merged["cut_short"]]
+    merged["run"] += pd.Series(marks, dtype=str)
+    groups = merged.groupby(TASK, dropna=False)
+    tables = []
+    for task, rows in sorted(groups, key=lambda group: -group[0][-2] * group[0][-1]):
+        table = rows[["run", *SCORES, "seeds", "seconds", "hardware", "study"]]
+        tables.append((TITLE.format(*task), table.dropna(axis=1, how="all")))
+    return tables
 
 
 def table(board: pd.DataFrame) -> str:
-    """`readable` in plain text."""
-    return readable(board).to_string(index=False, float_format="%.3f", na_rep="")
+    """`comparable` in plain text."""
+    texts = [
+        f"{title}\n{rows.to_string(index=False, float_format='%.3f', na_rep='')}"
+        for title, rows in comparable(board)
+    ]
+    return "\n\n".join(texts)
 
 
 def compare(folder: Path, others: list[Path]) -> pd.DataFrame:
@@ -375,22 +394,32 @@ def compare(folder: Path, others: list[Path]) -> pd.DataFrame:
 
 
 def against_baselines(output_dir: Path) -> pd.DataFrame:
-    """`compare` for every sweep that has a run named <sweep>-baseline; empty where none has."""
-    tables = [pd.DataFrame()]
+    """`compare` for every sweep that has a run named <sweep>-baseline; empty where none has.
+
+    attrs["problems"] lists what could not be compared.
+    """
+    tables, problems = [pd.DataFrame()], []
     for folder in sorted(Path(output_dir).glob("*-baseline")):
         sweep = folder.name.removesuffix("baseline")
-        files = folder.parent.glob(f"{sweep}*/average_precision.csv*")
-        others = {file.parent for file in files} - {folder}
-        tables.append(compare(folder, sorted(others)))
-    return pd.concat(tables, ignore_index=True)
+        for other in sorted(folder.parent.glob(f"{sweep}*/average_precision.csv*")):
+            if other.parent == folder or other.suffix == ".old":
+                continue
+            try:
+                tables.append(compare(folder, [other.parent]))
+            except ValueError as error:
+                problems.append(str(error))
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs["problems"] = list(dict.fromkeys(problems))
+    return table
 
 
 def _average_precision(folder: Path) -> pd.DataFrame:
     """AP@5 by view, indexed by the query's name and product."""
-    for path in folder.glob("average_precision.csv*"):
-        return pd.read_csv(path, dtype={"name": str}, index_col=["name", "product_id"])
+    for ending in ("csv", "csv.gz"):
+        if (path := folder / f"average_precision.{ending}").is_file():
+            return pd.read_csv(path, dtype={"name": str}, index_col=["name", "product_id"])
     raise RunError(
-        f"{folder / 'average_precision.csv'} does not exist: "
+        f"{folder.name}/average_precision.csv does not exist: "
         "run notebook 04 or 06 under that run_name first"
     )
 
