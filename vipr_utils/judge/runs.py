@@ -354,7 +354,7 @@ def comparable(board: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     tables = []
     for task, rows in sorted(groups, key=lambda group: -group[0][-2] * group[0][-1]):
         table = rows[["run", *SCORES, "seeds", "seconds", "hardware", "study"]]
-        tables.append((TITLE.format(*task), table.dropna(axis=1, how="all")))
+        tables.append((TITLE.format(*task), table.dropna(axis=1, how="all").reset_index(drop=True)))
     return tables
 
 
