@@ -41,10 +41,17 @@ def test_a_query_never_meets_itself_but_meets_its_exact_duplicate(small_chunks):
     assert ranks[3, 0] == 150 and ranks[150, 0] == 3
 
 
-def test_equal_scores_stand_in_gallery_order(small_chunks):
-    gallery = np.repeat(vectors(1), 300, axis=0)
-    _, ranks = search.top_k(vectors(2, seed=5), gallery, 3)
-    assert ranks.min() >= 0 and (np.diff(ranks) > 0).all()
+@pytest.mark.parametrize("kinds", [1, 2, 5])
+@pytest.mark.parametrize("k", [1, 3, 70])
+def test_equal_scores_stand_in_gallery_order_over_all_blocks(small_chunks, kinds, k):
+    rng = np.random.default_rng(kinds)
+    gallery = np.eye(16, dtype=np.float32)[rng.integers(0, kinds, 300)]  # 5 blocks, few scores
+    queries = np.abs(vectors(20, seed=5)).round(1)
+    scores, ranks = search.top_k(queries, gallery, k)
+    similarity = torch.nn.functional.normalize(torch.from_numpy(queries), dim=1).numpy() @ gallery.T
+    want = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    assert (ranks == want).all()
+    assert (scores == np.take_along_axis(similarity, want, axis=1)).all()
 
 
 def test_a_gallery_smaller_than_k_is_padded_with_minus_one():

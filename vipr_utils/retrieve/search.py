@@ -110,7 +110,12 @@ def _merged(
     scores stand in gallery order, and -inf never takes a place.
     """
     k = best.shape[1]
-    at = part.topk(min(k, part.shape[1]), dim=1).indices.sort(dim=1).values
+    values, at = part.topk(min(k + 1, part.shape[1]), dim=1)
+    at = at[:, :k]
+    tied = (values[:, k - 1 : k] == values[:, k:]).any(dim=1)  # topk takes any of those equal
+    if tied.any():
+        at[tied] = part[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    at = at.sort(dim=1).values
     scores = torch.cat([best, part.gather(1, at)], 1)
     rows = torch.cat([rows, at + left], 1)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
