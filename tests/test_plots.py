@@ -126,6 +126,12 @@ def test_ranked_list_marks_same_different_and_unknown(monkeypatch):
     assert "2 of 6 images show the query's product" in figure.alt
 
 
+def test_a_curve_may_be_a_single_point():
+    curves = {"x": ([2], [0.5], [0.4], [0.6])}
+    figure = plots.lines(curves, xlabel="n", ylabel="m", **WORDS)
+    assert "x from 0.50 at 2 to 0.50 at 2" in figure.alt
+
+
 def test_denormalised_picture_is_the_one_that_was_normalised():
     image = picture(4, 8, 8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

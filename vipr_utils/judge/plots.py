@@ -343,7 +343,8 @@ def lines(
     for name, (x, y, low, high) in series.items():
         (line,) = ax.plot(x, y, "o-", label=name)
         ax.fill_between(x, low, high, alpha=0.18)
-        (start, first), *_, (end, last) = line.get_xydata()
+        points = line.get_xydata()
+        (start, first), (end, last) = points[0], points[-1]
         ends.append(f"{name} from {first:.2f} at {start:g} to {last:.2f} at {end:g}")
     ax.legend()
     alt = f"Curves of {ylabel} over {xlabel}: {'; '.join(ends)}"
