@@ -219,6 +219,7 @@ def test_drawn_queries_are_spread_over_products_and_bounded(shaped, tmp_path):
     task = Task(str(root), validation="drawn", image_size=32, device="cpu", cache_dir=str(tmp_path))
     counts = task.validation.queries["product_id"].value_counts()
     assert len(counts) == 5 and counts.max() <= 8 and counts.min() >= 4
+    assert "queries, drawn from train photos" in str(task)  # no domain is known
 
 
 def test_a_model_sees_drawn_queries_as_it_sees_photos(task):

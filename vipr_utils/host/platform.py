@@ -133,7 +133,8 @@ def _holds_products(gallery: Path) -> bool:
     root = gallery.parent
     if (root / MARKER).exists() or not any((root / name).is_dir() for name in QUERIES):
         return False
-    return any(path.is_dir() for path in islice(gallery.glob("[!.]*"), 20))
+    first = islice(os.scandir(gallery), 20)  # pathlib's glob would list all of them
+    return any(entry.is_dir() and entry.name[0] != "." for entry in first)
 
 
 def cache_folder(given: str = "") -> Path:
