@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import io
 
 import numpy as np
 import pytest
@@ -199,6 +200,66 @@ def test_model_of_an_earlier_run_is_found_by_name_or_folder_and_a_missing_one_is
         models.open_model("", "siamese_small", weights="none").record["weights"]["source"]
         == "random"
     )
+
+
+def test_an_earlier_model_gets_a_new_neck_of_the_size_asked_for(tmp_path):
+    for dim in (0, 8):
+        model = models.create("siamese_small", embedding_dim=dim, pooling="gem")
+        models.save(model, tmp_path / "earlier" / "model.pt", distance="euclidean")
+        again = models.open_model("earlier", "unused", output_dir=str(tmp_path), embedding_dim=16)
+        assert again(images()).shape == (2, 16) and again.record["distance"] == "euclidean"
+        torch.testing.assert_close(again.features(images()), model.features(images()))
+        rebuilt = models.load(models.save(again, tmp_path / "again.pt"))
+        torch.testing.assert_close(rebuilt(images()), again(images()))
+        assert rebuilt.record["parameters"] == sum(p.numel() for p in rebuilt.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"weights": "none"}, {"pooling": "rmac"}])
+def test_an_earlier_model_with_other_weights_or_pooling_is_refused(tmp_path, settings):
+    models.save(models.create("siamese_small"), tmp_path / "earlier" / "model.pt")
+    with pytest.raises(
+        ValueError, match="'earlier' brings its weights and its pooling .'own'., go"
+    ):
+        models.open_model("earlier", "unused", output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_vision_transformer_takes_other_sizes_and_gives_its_own_the_same(name):
+    torch.manual_seed(0)
+    model = models.create(name, weights="none")
+    for size in (96, 100):
+        assert model(images(size=size)).shape == (2, 192)
+    plain = timm.create_model(name, num_classes=0).eval()
+    plain.load_state_dict(model.backbone.state_dict())
+    x = images(size=224)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.features(x), plain(x))
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, {"state_dict": {}}, {"record": {}, "state": {}}])
+def test_a_weights_file_without_tensors_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "resnet18.pth")
+    with pytest.raises(
+        models.WeightsError, match=r"resnet18.pth cannot be read .*it holds no tensors.* Give the"
+    ):
+        models.create("resnet18", weights=str(tmp_path))
+
+
+def test_source_of_weights_is_told_without_fetching_them(tmp_path, monkeypatch, no_network):
+    torch.save({}, tmp_path / "resnet18.pth")
+    assert models.weights_source("resnet18", str(tmp_path)) == "file resnet18.pth"
+    assert models.weights_source("resnet34", str(tmp_path)) == ""
+    assert models.weights_source("resnet34", "none") == "random"
+    assert models.weights_source("siamese_small") == "random"
+    assert models.weights_source("resnet18") == ""
+    with pytest.raises(ValueError, match="'resnet5' is no timm model; near it"):
+        models.weights_source("resnet5")
+    monkeypatch.setattr("socket.create_connection", lambda *a, **k: io.StringIO())
+    asked = []
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", asked.append)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    assert models.weights_source("resnet18.tv_in1k") == "hub timm/resnet18.tv_in1k"
+    assert asked[0].endswith("timm/resnet18.tv_in1k/resolve/main/model.safetensors")
 
 
 def test_loading_what_is_no_model_says_so(tmp_path):

