@@ -83,31 +83,159 @@ def test_best_validated_epoch_is_kept(toy_data, tmp_path):
     assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
 
 
-def test_time_budget_stops_keeps_what_was_learned_and_marks_the_history(toy_data, tmp_path, capsys):
+class Clock:
+    """Time that passes only in steps (10 s) and validations (30 s)."""
+
+    now, seconds_a_step = 1000.0, 10.0
+
+    def monotonic(self):
+        return self.now
+
+    def validate(self, model):
+        self.now += 30.0
+        return {"map_at_5": 0.5}
+
+    def step(self, criterion):
+        """The criterion, whose calls take time."""
+
+        def timed(embeddings, labels):
+            self.now += self.seconds_a_step
+            return criterion(embeddings, labels)
+
+        return timed
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(training, "time", clock)
+    return clock
+
+
+def timed_fit(toy_data, folder, clock, *, steps=10, criterion=None, **recipe):
+    """(model, history, lr of every step) of a training of 10 steps an epoch by the clock."""
+    model, _, photos, sampler = setting(toy_data)
+    criterion = criterion or losses.criterion("contrastive", "cosine", 16)
+    whole, asked, rates = sampler.batches, [], []
+    sampler.batches = lambda epoch: asked.append(epoch) or (whole(epoch) * steps)[:steps]
+    step = training._Training.step
+
+    def recorded(state, pixels, labels):
+        step(state, pixels, labels)
+        rates.append((state.lr, any(p.requires_grad for p in model.backbone.parameters())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Training, "step", recorded)
+        recipe = {"epochs": 4, "lr": 1.0e-3, "precision": "float32"} | recipe
+        history = training.fit(
+            model, clock.step(criterion), photos, sampler, folder=folder, **recipe
+        )
+    return model, history, rates, asked[2:]  # two are for the identity
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
+def test_a_limit_that_is_not_binding_changes_no_bit(toy_data, tmp_path, clock):
+    free, history, *_ = timed_fit(toy_data, tmp_path, clock, ema_decay=0.9, epochs=2)
+    assert training.cut_short(history) == ""
+    limit = 2 * 10 * 10 / 60 + 0.01  # what the steps take
+    fast, history, *_ = timed_fit(
+        toy_data, tmp_path, clock, ema_decay=0.9, epochs=2, max_minutes=limit
+    )
+    assert equal(free, fast) and training.cut_short(history) == ""
+    assert list(history.passes) == [1.0, 2.0] and not history.cut_short.any()
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
+@pytest.mark.parametrize("minutes", [3.0, 1.0])
+def test_the_schedule_fits_into_its_budget_validations_included(toy_data, tmp_path, clock, minutes):
+    start = clock.now
+    _, history, rates, _ = timed_fit(
+        toy_data, tmp_path, clock, max_minutes=minutes, validate=clock.validate
+    )
+    assert clock.now - start <= 60 * minutes + clock.seconds_a_step + 30 * (minutes == 1.0)
+    lr = np.array([rate for rate, _ in rates])
+    peak = lr.argmax()
+    assert (np.diff(lr[: peak + 1]) > 0).all() and (np.diff(lr[peak:]) < 0).all()
+    assert lr[-1] < 0.1 * lr.max()
+    passes = len(rates) / 10
+    assert history.passes.iloc[-1] == pytest.approx(passes) and passes < 4
+    assert list(history.cut_short) == [False] * (len(history) - 1) + [True]
+    assert history.map_at_5.iloc[-1] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
+def test_a_machine_that_gets_busy_still_brings_the_rate_to_its_end(toy_data, tmp_path, clock):
+    whole = losses.criterion("contrastive", "cosine", 16)
+
+    def busy(embeddings, labels):
+        clock.now += 40.0 if clock.now > 1100.0 else 0.0
+        return whole(embeddings, labels)
+
+    _, history, rates, _ = timed_fit(toy_data, tmp_path, clock, criterion=busy, max_minutes=10.0)
+    assert rates[-1][0] < 0.03 * max(rates)[0] and 10 < len(rates) < 25
+    assert training.cut_short(history) == (
+        f"to {len(rates) / 10:g} of 4 epochs, fitted into 10 minutes"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
+def test_milestones_frozen_epochs_and_the_samplers_stages_follow_the_clock(
+    toy_data, tmp_path, clock
+):
+    recipe = {"milestones": (1, 3), "frozen_epochs": 2, "max_minutes": 200 / 60}
+    _, history, rates, asked = timed_fit(toy_data, tmp_path, clock, **recipe)
+    assert len(rates) == 20 and len(history) == 2
+    position = np.maximum(np.arange(20) / 10, 4 * (np.arange(20) / 20 - 0.05) / 0.95)
+    lr, trained = zip(*rates)
+    expected = 1e-3 * 0.1 ** ((position >= 1).astype(int) + (position >= 3))
+    assert list(lr) == pytest.approx(list(expected))
+    assert list(trained) == list(position >= 2) and 10 > sum(trained) > 5
+    assert asked == [0, 1]
+    recipe["max_minutes"] = 600 / 60
+    clock.seconds_a_step = 50.0
+    *_, asked = timed_fit(toy_data, tmp_path, clock, **recipe)
+    assert asked == [0, 3]
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
+def test_a_fitted_training_that_was_killed_ends_with_the_same_weights(toy_data, tmp_path, clock):
+    plain = losses.criterion("contrastive", "cosine", 16)
+    recipe = {"max_minutes": 5.0, "checkpoint_minutes": 1e-9, "frozen_epochs": 1}
+    whole, expected, *_ = timed_fit(toy_data, tmp_path / "whole", clock, **recipe)
+    steps = iter(range(100))
+
+    def killed(embeddings, labels):
+        if next(steps) in (3, 13, 17):
+            clock.now += 500.0  # while nothing runs
+            raise KeyboardInterrupt
+        return plain(embeddings, labels)
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            timed_fit(toy_data, tmp_path / "killed", clock, criterion=killed, **recipe)
+    again, history, *_ = timed_fit(toy_data, tmp_path / "killed", clock, criterion=killed, **recipe)
+    assert equal(whole, again) and training.cut_short(history).startswith("to ")
+    pd.testing.assert_frame_equal(history, expected)
+
+
+def test_time_budget_ends_with_the_best_and_marks_history_file_and_line(toy_data, tmp_path, capsys):
     start = time.monotonic()
     model, history = fit(toy_data, tmp_path, epochs=10_000, max_minutes=0.03)
-    assert training.cut_short(history) == f"in epoch {len(history)} of 10000"
-    assert training.cut_short(pd.read_csv(tmp_path / "history.csv")) == training.cut_short(history)
-    assert capsys.readouterr().out.endswith(
-        "CUT SHORT: max_minutes was used up before the schedule ended\n"
-    )
+    text = training.cut_short(history)
+    assert text == training.cut_short(pd.read_csv(tmp_path / "history.csv"))
+    assert text.endswith(" of 10000 epochs, fitted into 0.03 minutes")
+    assert capsys.readouterr().out.endswith(f"CUT SHORT {text}\n")
     assert time.monotonic() - start < 30 and 1 <= len(history) < 10_000
-    assert not equal(model, setting(toy_data)[0])
+    assert history.lr.iloc[-1] < 1e-4 and not equal(model, setting(toy_data)[0])
 
 
-def test_time_that_runs_out_in_the_last_step_cuts_nothing_short(toy_data, tmp_path, monkeypatch):
-    clock = iter(range(0, 10**9, 3600))
-    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
-    model, criterion, photos, sampler = setting(toy_data)
-    sampler.batches = lambda epoch, whole=sampler.batches: whole(epoch)[:1]
-    how = {"folder": tmp_path, "lr": 1e-3, "max_minutes": 1.0}
-    assert (
-        training.cut_short(training.fit(model, criterion, photos, sampler, epochs=1, **how)) == ""
-    )
-    assert (
-        training.cut_short(training.fit(model, criterion, photos, sampler, epochs=2, **how))
-        == "in epoch 1 of 2"
-    )
+def test_time_that_runs_out_in_the_last_step_cuts_nothing_short(toy_data, tmp_path, clock):
+    clock.seconds_a_step = 3600.0
+    recipe = {"steps": 1, "max_minutes": 1.0}
+    *_, history, _, _ = timed_fit(toy_data, tmp_path, clock, epochs=1, **recipe)
+    assert training.cut_short(history) == ""
+    *_, history, _, _ = timed_fit(toy_data, tmp_path, clock, epochs=2, **recipe)
+    assert training.cut_short(history) == "to 1 of 2 epochs, fitted into 1 minutes"
 
 
 def test_frozen_backbone_keeps_weights_and_statistics(toy_data, tmp_path):
@@ -304,6 +432,14 @@ def test_training_by_two_processes_learns_and_the_weights_come_back(toy_data, tm
     assert not torch.equal(criterion.centres, start)
     assert capfd.readouterr().out.count("epoch 16/16") == 1
     assert not training.distributed.is_initialized()
+
+
+def test_processes_fit_into_a_budget_by_the_first_ones_clock(toy_data, tmp_path):
+    model, criterion, *rest = setting(toy_data)
+    how = {"folder": tmp_path, "epochs": 10_000, "lr": 1e-3, "processes": 2, "frozen_epochs": 5_000}
+    history = training.fit(model, criterion, *rest, max_minutes=0.05, **how)
+    assert training.cut_short(history).endswith("of 10000 epochs, fitted into 0.05 minutes")
+    assert not equal(model.backbone, setting(toy_data)[0].backbone)
 
 
 def test_a_process_that_dies_ends_training_with_its_error(toy_data, tmp_path):

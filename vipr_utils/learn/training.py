@@ -38,7 +38,20 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler, with_occurrences
 
-SAVED = ("identity", "epoch", "batch", "best", "lr", "history", "results")
+SAVED = (
+    "identity",
+    "epoch",
+    "batch",
+    "steps",
+    "stage",
+    "used",
+    "validation_seconds",
+    "best",
+    "lr",
+    "history",
+    "results",
+)
+START_UP = 0.05  # share of max_minutes that may pass before the clock drives the schedule
 NOT_DECISIVE = ("folder", "validate", "device", "max_minutes", "checkpoint_minutes")
 NOT_SENT = (
     "fit with processes > 1 sends model, criterion, photos, sampler and validate to other "
@@ -71,7 +84,7 @@ class Recipe:
     processes: int = 1
     validate: Callable | None = None  # model -> dict with map_at_5
     device: torch.device = torch.device("cpu")
-    max_minutes: float = 0.0  # from the first start, over restarts; 0 is no limit
+    max_minutes: float = 0.0  # the schedule fits into, over restarts; 0 is no limit
     checkpoint_minutes: float = 5.0
 
 
@@ -80,8 +93,9 @@ def fit(model: models.Embedder, criterion, photos: Photos, sampler, **recipe) ->
 
     criterion(embeddings, labels) -> (loss, share of active pairs or accuracy); an nn.Module's
     parameters are trained. recipe: the fields of `Recipe`; epochs, lr and folder must be given.
-    With `validate` the epoch with the best map_at_5 is kept, else the last. When max_minutes are
-    used up training stops, keeps what it has, and returns: see `cut_short`.
+    With `validate` the epoch with the best map_at_5 is kept, else the last. Where max_minutes
+    (validation included) do not allow all epochs, the clock drives the schedule to its end, and
+    `cut_short` says so; where they do they change nothing.
     processes: each embeds its part of every batch, on a GPU of its own or on the CPU; loss and
     gradients are those of the whole batch. All that is given is sent to them by pickle.
     Raises Diverged when the loss is not finite; the last checkpoint stays. ValueError for more
@@ -92,21 +106,23 @@ def fit(model: models.Embedder, criterion, photos: Photos, sampler, **recipe) ->
         return _by_processes(model, criterion, photos, sampler, recipe)
     training = _Training(model, criterion, photos, sampler, recipe)
     training.resume()
-    out_of_time = False
-    while training.epoch < recipe.epochs and not out_of_time:
-        out_of_time = training.run_epoch()
-        row = training.end_epoch(out_of_time)
+    while not training.done():
+        training.run_epoch()
+        row = training.end_epoch()
         if training.leads:
             print(_line(row), flush=True)
-        if not out_of_time:
+        if not training.done():
             training.save()
     return training.finish()
 
 
 def cut_short(history: pd.DataFrame) -> str:
-    """'in epoch 3 of 8' when max_minutes ended this training before its schedule did, '' else."""
+    """'to 3.4 of 8 epochs, fitted into 29 minutes' where max_minutes did not allow all; '' else."""
     last = history.iloc[-1]
-    return f"in epoch {last.epoch} of {last.epochs}" if last.cut_short else ""
+    if not last.cut_short:
+        return ""
+    passes = math.floor(10 * last.passes) / 10
+    return f"to {passes:g} of {last.epochs} epochs, fitted into {last.max_minutes:g} minutes"
 
 
 class _Network(nn.Module):
@@ -150,54 +166,92 @@ class _Training:
             self.parts.append(self.average)
         self.identity = _identity(model, photos, sampler, recipe, self.dtype)
         self.start = self.last_saved = time.monotonic()
-        self.epoch, self.batch, self.best, self.lr = 0, 0, -1.0, recipe.lr
+        self.epoch, self.batch, self.steps = 0, 0, 1
+        self.stage = 0  # the sampler's epoch: the schedule's, and another one each time
+        self.used = 0.0  # share of max_minutes
+        self.validation_seconds = 0.0  # the longest
+        self.best, self.lr = -1.0, recipe.lr
         self.history: list[dict] = []
         self.results: list[tuple] = []  # (loss, active, random distance) of this epoch's batches
 
+    def position(self) -> float:
+        """Epochs of the schedule that are over: those stepped through, or the clock's if further.
+
+        The clock's are 0 at START_UP and all when max_minutes are used up, so that a training
+        which ends in time at an even pace is never ahead of its own steps.
+        """
+        stepped = self.epoch + self.batch / self.steps
+        by_clock = (self.used - START_UP) / (1 - START_UP)
+        return max(stepped, by_clock * self.recipe.epochs)
+
+    def done(self) -> bool:
+        return self.position() >= self.recipe.epochs
+
+    def read_clock(self) -> None:
+        """Bring `used` up to date by the first process's clock; the last validation is set aside.
+
+        Before the first step nothing is used: there is at least one.
+        """
+        limit = self.recipe.max_minutes * 60
+        if not limit:
+            return
+        trainable = max(limit - self.validation_seconds, 1e-9)
+        used = torch.tensor(self.spent() / trainable, device=self.recipe.device)
+        if distributed.is_initialized():
+            distributed.broadcast(used, 0)
+        self.used = max(self.used, used.item())
+
     def begin_epoch(self) -> list[np.ndarray]:
         """This process's part of the epoch's batches, with the network ready for them."""
-        whole = self.sampler.batches(self.epoch)
+        whole = self.sampler.batches(self.stage)
         batches = _shares(with_occurrences(whole), self.recipe.processes) if whole else []
         if not batches:
             raise ValueError("the sampler gives no batch of 2 images or more: change batch_size")
         self.steps = len(batches)
         self.photos.set_epoch(self.epoch)
-        learns = self.epoch >= self.recipe.frozen_epochs
+        self._freeze(self.position() < self.recipe.frozen_epochs)
+        return batches
+
+    def _freeze(self, frozen: bool) -> None:
+        """Ready all for training, or all but the backbone."""
+        self.frozen = frozen
         self.model.train()
         # The batch statistics of a frozen backbone stay those of pretraining.
-        self.model.backbone.requires_grad_(learns).train(learns)
+        self.model.backbone.requires_grad_(not frozen).train(not frozen)
         self.forward = self.network
         if distributed.is_initialized():
             unused = self.model.pooling is not None  # layers of the backbone's own head
             self.forward = DistributedDataParallel(self.network, find_unused_parameters=unused)
-        return batches
 
-    def run_epoch(self) -> bool:
-        """Train to the end of the epoch; True when time ran out before or with it."""
+    def run_epoch(self) -> None:
+        """Train to the end of the epoch or of the schedule."""
         rest = self.begin_epoch()[self.batch :]
         loader = store.loader(self.photos, batch_sampler=rest, device=self.recipe.device)
         for pixels, labels, _ in loader:
             self.step(pixels, labels)
-            if self._out_of_time():
-                return True
+            self.read_clock()
+            if self.done():
+                return
             if time.monotonic() - self.last_saved > self.recipe.checkpoint_minutes * 60:
                 self.save()
-        return False
 
     def step(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
         """One update by the loss of a whole batch."""
-        recipe, done = self.recipe, self.epoch * self.steps + self.batch
+        recipe, position = self.recipe, self.position()
+        stepped = self.epoch * self.steps + self.batch
+        if self.frozen and position >= recipe.frozen_epochs:  # within an epoch, by the clock
+            self._freeze(False)
         if recipe.milestones is None:
-            factor = rate(done, recipe.epochs * self.steps)
+            factor = rate(position * self.steps, recipe.epochs * self.steps)
         else:
-            factor = 0.1 ** sum(self.epoch >= milestone for milestone in recipe.milestones)
+            factor = 0.1 ** sum(position >= milestone for milestone in recipe.milestones)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.lr = recipe.lr * factor
         pixels = pixels.to(recipe.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(recipe.device, non_blocking=True)
         self.optimizer.zero_grad()
-        torch.manual_seed(recipe.seed * 1_000_003 + done)
+        torch.manual_seed(recipe.seed * 1_000_003 + stepped)
         loss, active, embeddings = self.forward(pixels, labels)
         self.scaler.scale(loss).backward()
         if not loss.isfinite():
@@ -209,7 +263,7 @@ class _Training:
         self.scaler.update()
         self.batch += 1
         if self.average is not None:
-            self.average.update(self.model, step=done + 1)
+            self.average.update(self.model, step=stepped + 1)
         half = len(embeddings) // 2  # neighbours in a P x K batch are one product
         similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean()
         self.results.append((loss.item(), active, 1 - similarity.item()))
@@ -218,22 +272,12 @@ class _Training:
         """Seconds since the first start."""
         return time.monotonic() - self.start
 
-    def _out_of_time(self) -> bool:
-        """Whether max_minutes are used up, by the first process's clock."""
-        limit = self.recipe.max_minutes * 60
-        if not limit:
-            return False
-        late = torch.tensor(int(self.spent() > limit), device=self.recipe.device)
-        if distributed.is_initialized():
-            distributed.broadcast(late, 0)
-        return bool(late)
-
-    def end_epoch(self, out_of_time: bool) -> dict:
+    def end_epoch(self) -> dict:
         """Validate and go to the next epoch; the row of this one, now in the history."""
-        recipe, stepped = self.recipe, self.batch
+        recipe, done = self.recipe, self.done()
+        passes = self.epoch + self.batch / self.steps
         loss, active, random_distance = np.mean(self.results, axis=0).tolist()
         self.epoch, self.batch, self.results = self.epoch + 1, 0, []
-        last = self.epoch == recipe.epochs
         row = {
             "epoch": self.epoch,
             "loss": loss,
@@ -242,17 +286,24 @@ class _Training:
             "lr": self.lr,
             "seconds": self.spent(),
             "epochs": recipe.epochs,
-            "cut_short": out_of_time and not (last and stepped == self.steps),
+            "passes": passes,
+            "max_minutes": recipe.max_minutes,
         }
         self.history.append(row)
-        if self.leads:
-            if recipe.validate and (last or out_of_time or self.epoch % recipe.validate_every == 0):
+        if recipe.validate and (done or self.epoch % recipe.validate_every == 0):
+            if self.leads:
                 self._validate(row)
+            self.read_clock()
+        row["cut_short"] = self.done() and passes < recipe.epochs
+        self.stage = max(self.stage + 1, int(self.position()))
+        if self.leads:
             _warn_of_collapse(row, of_pairs=not isinstance(self.network.criterion, nn.Module))
         return row
 
     def _validate(self, row: dict) -> None:
+        start = time.monotonic()
         row["map_at_5"] = float(self.recipe.validate(self.evaluated)["map_at_5"])
+        self.validation_seconds = max(self.validation_seconds, time.monotonic() - start)
         if row["map_at_5"] > self.best:
             self.best = row["map_at_5"]
             models.save(self.evaluated, self.folder / "best.pt")
@@ -336,7 +387,7 @@ def rate(step: int, steps: int) -> float:
 
 def _identity(model, photos: Photos, sampler, recipe: Recipe, dtype: torch.dtype) -> str:
     """A hash of all that decides the outcome, so that only its own run continues a checkpoint."""
-    settings = vars(recipe) | {"precision": str(dtype), "record": model.record}
+    settings = vars(recipe) | {"precision": str(dtype), "record": model.record, "saved": SAVED}
     for name in NOT_DECISIVE:
         del settings[name]
     arrays = [photos.rows, *sampler.batches(0), *sampler.batches(recipe.epochs - 1)]
@@ -494,5 +545,5 @@ def _line(row: dict) -> str:
     if "map_at_5" in row:
         line += f"  mAP@5 {row['map_at_5']:.3f}"
     if row["cut_short"]:
-        line += "\nCUT SHORT: max_minutes was used up before the schedule ended"
+        line += f"\nCUT SHORT {cut_short(pd.DataFrame([row]))}"
     return line
