@@ -110,16 +110,24 @@ def _merged(
     scores stand in gallery order, and -inf never takes a place.
     """
     k = best.shape[1]
-    values, at = part.topk(min(k + 1, part.shape[1]), dim=1)
-    at = at[:, :k]
-    tied = (values[:, k - 1 : k] == values[:, k:]).any(dim=1)  # topk takes any of those equal
-    if tied.any():
-        at[tied] = part[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
-    at = at.sort(dim=1).values
+    at = _largest(part, k)
     scores = torch.cat([best, part.gather(1, at)], 1)
     rows = torch.cat([rows, at + left], 1)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return scores.gather(1, order), rows.gather(1, order)
+
+
+def _largest(part: torch.Tensor, k: int) -> torch.Tensor:
+    """Columns (Q, k) of each row's largest scores, in the order of columns; fewer where fewer are.
+
+    Of scores that equal the k-th the first ones are taken. `topk` takes any of them: rows where the
+    one behind the cut is equal are sorted whole.
+    """
+    values, at = part.topk(min(k + 1, part.shape[1]), dim=1)
+    tied = (values[:, k - 1 : k] == values[:, k:]).any(dim=1)
+    ordered = part[tied].argsort(dim=1, descending=True, stable=True)
+    at[tied, :k] = ordered[:, :k]
+    return at[:, :k].sort(dim=1).values
 
 
 @dataclass(frozen=True)
