@@ -344,7 +344,8 @@ def lines(
         (line,) = ax.plot(x, y, "o-", label=name)
         ax.fill_between(x, low, high, alpha=0.18)
         points = line.get_xydata()
-        (start, first), (end, last) = points[0], points[-1]
+        start, first = points[0]
+        end, last = points[-1]
         ends.append(f"{name} from {first:.2f} at {start:g} to {last:.2f} at {end:g}")
     ax.legend()
     alt = f"Curves of {ylabel} over {xlabel}: {'; '.join(ends)}"
