@@ -256,6 +256,15 @@ def test_grid_is_every_combination_over_the_base_with_its_own_name(repo):
     )
 
 
+def test_list_of_one_of_these_words_is_checked_word_by_word():
+    kind = "list[Literal[contrastive, triplet]]"
+    assert params.check(["triplet"], kind) == ["triplet"]
+    with pytest.raises(ValueError, match="expected one of contrastive, triplet, got 'arcface'"):
+        params.check(["triplet", "arcface"], kind)
+    with pytest.raises(ValueError, match="expected list"):
+        params.check("triplet", kind)
+
+
 def test_list_of_runs_takes_the_base_and_its_own_values(repo):
     several = [{"run_name": "a", "seed": 1}, {"run_name": "b"}]
     sweep = params_file(

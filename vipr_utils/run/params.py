@@ -86,8 +86,8 @@ def naming(place: object) -> Iterator[None]:
 def parameters_of(notebook: Path) -> dict[str, tuple[str, object]]:
     """{name: (type, default)} of the cell tagged `parameters`, in its order, as papermill reads it.
 
-    Types are str, int, float and bool, lists of one of these, `list[Step]`, `list[Stack]` and
-    `Literal[a, b]`; the last three in quotes. A value of another type is an error.
+    Types are str, int, float and bool, `Literal[a, b]`, lists of one of these, `list[Step]` and
+    `list[Stack]`; lists and literals in quotes. A value of another type is an error.
     """
     try:
         from papermill import inspect_notebook
@@ -251,7 +251,11 @@ def _combinations(sweep: str, grid: dict) -> list[dict]:
 
 
 def _word(name: str, value: object) -> str:
-    """A value as a part of a run's name: text as it is, all else with its parameter's name."""
+    """A value as a part of a run's name: text as it is, all else with its parameter's name; a list
+    of one as the value in it.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     text = value if isinstance(value, str) else f"{name}{value}"
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or f"no_{name}"
 
