@@ -136,7 +136,9 @@ def test_parameter_line_says_its_unit_or_rule_and_papermill_can_read_it(stem):
     (parameters,) = tagged(stem, "parameters")
     for node in ast.parse(parameters).body:
         lines = parameters.splitlines()[node.lineno - 1 : node.end_lineno]
-        assert re.fullmatch(r'\w+: (\w+|"(list\[)?[\w, +]+\[[\w, +]+\]{1,2}") = .*', lines[0]), lines[0]
+        assert re.fullmatch(r'\w+: (\w+|"(list\[)?[\w, +]+\[[\w, +]+\]{1,2}") = .*', lines[0]), (
+            lines[0]
+        )
         assert re.search(r"  # \w.{3,}$", lines[-1]), f"{lines[-1]!r} has no unit or rule"
         assert "".join(lines).count("=") == 1, f"a second '=' hides {lines} from papermill"
 
