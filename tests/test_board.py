@@ -137,3 +137,16 @@ def test_words_of_an_interval_and_a_stack():
         "does not help",
     ]
     assert gain(0.1, 0.05, 0.15) == "+0.100 [+0.050, +0.150]"
+
+
+def test_training_cut_short_marks_the_network_and_every_row_made_of_its_embeddings(task, tmp_path):
+    network = models.create("siamese_small", weights="none", embedding_dim=8)
+    network.record["cut_short"] = "in epoch 3 of 8"
+    board = Board(task)
+    board.add("network", network, image_size=32)
+    board.add("steps", told(task, 0.1), steps=["centring()"], baseline="network")
+    board.add("other", told(task, 0.1))
+    marks = {row["name"]: row["cut_short"] for row in board.rows()}
+    assert marks == {"network": "in epoch 3 of 8", "steps": "in epoch 3 of 8", "other": ""}
+    board.save_run(tmp_path, "steps", notebook="07_reranking", params={})
+    assert runs.load(tmp_path)["cut_short"] == "in epoch 3 of 8"

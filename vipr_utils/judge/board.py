@@ -74,12 +74,19 @@ class Board:
             views={"test": test} | others,
             baseline=baseline,
             cost={"setting": setting or " + ".join(steps), "ms_per_image": ms, **measured},
-            cut_short=cut_short,
+            cut_short=cut_short or self._cut_short(record, baseline),
             record=record,
         )
         if self.folder and record and self.choose() == name:
+            cut_short = self.entries[name].cut_short
             changes = {"image_size": image_size, "distance": distance, "cut_short": cut_short}
             models.save(model_or_embeddings, Path(self.folder) / "model.pt", **changes)
+
+    def _cut_short(self, record: dict, baseline: str) -> str:
+        """What a network's record says of its training; of embeddings what their baseline says."""
+        if record or baseline not in self.entries:
+            return record.get("cut_short", "")
+        return self.entries[baseline].cut_short
 
     def tune(self, embeddings: np.ndarray, stacks: list[str]) -> pd.DataFrame:
         """Stacks of steps ("a(...) + b(...)") tried on validation: a row each, test not looked at.
