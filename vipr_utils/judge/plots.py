@@ -150,7 +150,7 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     return _picture(ax.figure, title, caption, alt)
 
 
-def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str) -> Figure:
+def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str, colours=None) -> Figure:
     """Overlaid histograms, each in percent of its own series."""
     ax = _axes(7.2, 3.9, xlabel=xlabel, ylabel=ylabel)
     ax.hist(
@@ -158,6 +158,7 @@ def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str) -> Fig
         bins=30,
         weights=[np.full(len(values), 100 / max(1, len(values))) for values in series.values()],
         label=[f"{name} ({len(values):,})" for name, values in series.items()],
+        color=colours,
         histtype="stepfilled",
         alpha=0.6,
     )
@@ -166,12 +167,20 @@ def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str) -> Fig
 
 
 @styled
-def histogram(series: dict[str, np.ndarray], *, title: str, xlabel: str, caption: str) -> Picture:
+def histogram(
+    series: dict[str, np.ndarray],
+    *,
+    title: str,
+    xlabel: str,
+    caption: str,
+    ylabel: str = "% of images",
+    colours=None,
+) -> Picture:
     """Overlaid histograms in percent of each series.
 
-    series: values by name; an empty one is drawn as nothing.
+    series: values by name; an empty one is drawn as nothing. colours: one for each series.
     """
-    figure = _percentages(series, xlabel, "% of images")
+    figure = _percentages(series, xlabel, ylabel, colours)
     medians = ", ".join(
         f"{name} median {np.median(values):.4g} of {len(values):,}"
         for name, values in series.items()
