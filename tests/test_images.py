@@ -4,6 +4,7 @@ loaders.
 
 import io
 import pickle
+import warnings
 
 import cv2
 import numpy as np
@@ -15,7 +16,15 @@ from PIL import Image
 from torchvision.transforms import v2 as T
 
 from vipr_utils.data import audit, catalog, transforms
-from vipr_utils.data.store import BrokenImage, Photos, build_store, loader, open_data, read_image
+from vipr_utils.data.store import (
+    BrokenImage,
+    Photos,
+    build_store,
+    decoders,
+    loader,
+    open_data,
+    read_image,
+)
 from vipr_utils.host import platform
 
 SMOOTH = cv2.GaussianBlur(picture(3, 64, 96), (0, 0), 6)  # survives JPEG nearly unchanged
@@ -217,6 +226,13 @@ def test_store_is_found_again_and_a_damaged_one_is_built_anew(tmp_path, make_roo
         file.truncate(10)
     again = build_store(photos, cache_dir=tmp_path, store_px=64)
     np.testing.assert_array_equal(again[0], expected)
+
+
+def test_threads_that_decode_leave_warnings_as_they_were():
+    before = list(warnings.filters)
+    with decoders() as pool:
+        list(pool.map(warnings.simplefilter, ["ignore"] * 4))
+    assert warnings.filters == before
 
 
 def test_store_travels_to_another_process(toy_data):

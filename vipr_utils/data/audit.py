@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -13,8 +12,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 
 from vipr_utils.data import catalog
-from vipr_utils.data.store import read_image
-from vipr_utils.host.device import cores
+from vipr_utils.data.store import decoders, read_image
 from vipr_utils.host.files import whole_file
 
 
@@ -56,7 +54,8 @@ def colour_layouts(photos: pd.DataFrame, *, cache_dir: Path) -> np.ndarray:
     def layout(path: str) -> np.ndarray:
         return colour_layout(read_image(root / path, least_px=64))
 
-    with ThreadPoolExecutor(cores()) as pool:
+    # Threads will do: the decoder works without Python's lock.
+    with decoders() as pool:
         found = list(pool.map(layout, photos["path"]))
     layouts = np.stack(found)
     with whole_file(cached) as part, open(part, "wb") as file:

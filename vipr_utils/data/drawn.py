@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from vipr_utils.data.store import Store, read_image
+from vipr_utils.data.store import Store, decoders, read_image
 from vipr_utils.data.transforms import customer_like
-from vipr_utils.host.device import cores
 from vipr_utils.host.files import whole_file
 
 VERSION = 1  # of the pictures: rises with the code that draws them, as does that of embeddings
@@ -69,7 +67,7 @@ def queries(photos: pd.DataFrame, *, first_row: int, cache_dir: Path) -> pd.Data
         if not file.is_file():
             _draw(root, path, grounds, name, file)
 
-    with ThreadPoolExecutor(cores()) as pool:
+    with decoders() as pool:
         list(pool.map(draw, sources["path"], names, files))
     rows = sources.assign(
         source=sources["image_id"],

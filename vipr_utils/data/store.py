@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def read_image(path: Path | str, *, least_px: int = 0) -> np.ndarray:
         raise BrokenImage(
             f"{path}: no readable image ({type(error).__name__}: {error}); replace or remove it"
         ) from error
+
+
+@contextmanager
+def decoders() -> Iterator[ThreadPoolExecutor]:
+    """Threads to call `read_image` in.
+
+    Two that silence warnings at once can leave them silent for good: at the end they are as before.
+    """
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
+        yield pool
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -118,7 +129,7 @@ def _build(catalog: pd.DataFrame, folder: Path, store_px: int) -> None:
     with (
         whole_file(folder / "images.bin") as part,
         open(part, "wb") as out,
-        ThreadPoolExecutor(cores()) as pool,
+        decoders() as pool,
     ):
         for start in range(0, len(paths), 512):  # a block at a time: no farther ahead of the disk
             for data, problem in pool.map(pack, paths.iloc[start : start + 512]):
