@@ -308,7 +308,7 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
     ax.plot(scores, places, "o")
     if np.nanmin(low) < 0:  # differences
         ax.axvline(0, color=GREY)
-    ax.set_yticks(places, labels)
+    ax.set_yticks(places, [textwrap.fill(label, 48) for label in labels])
     alt = f"{xlabel} with 95 % intervals: {', '.join(labels)}"
     return _picture(ax.figure, title, caption, alt)
 
