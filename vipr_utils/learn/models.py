@@ -366,17 +366,16 @@ def open_model(
     """The model of an earlier run (its name, see platform.find_run, or its folder); with
     model_run "" a fresh `create`.
 
-    embedding_dim: of a new neck; 0 keeps the run's. Raises ValueError where a run is asked for
-    with weights or a pooling of its own.
+    embedding_dim: of a new neck; 0 keeps the run's. weights are the backbone's alone. Raises
+    ValueError where a run is asked for with another pooling.
     """
     if not model_run:
         return create(backbone, weights=weights, embedding_dim=embedding_dim, pooling=pooling)
     model = load(platform.find_run(model_run, output_dir=output_dir) / "model.pt")
-    if weights != "auto" or pooling not in ("own", model.record["pooling"]):
+    if pooling not in ("own", model.record["pooling"]):
         raise ValueError(
-            f"model_run {model_run!r} brings its weights and its pooling "
-            f"({model.record['pooling']!r}), got weights={weights!r} and pooling={pooling!r}: "
-            "leave them at 'auto' and 'own', or leave model_run empty"
+            f"model_run {model_run!r} was trained with pooling {model.record['pooling']!r}, got "
+            f"{pooling!r}: leave pooling at 'own', or leave model_run empty"
         )
     return with_neck(model, embedding_dim) if embedding_dim else model
 
