@@ -435,4 +435,14 @@ def test_rung_of_a_training_cut_short_says_so(tmp_path):
 
 
 def test_ladder_of_no_run_is_a_sentence(tmp_path):
-    assert plots.ladder(runs.ladder(tmp_path, "f")).alt.startswith("No run on this data yet")
+    assert plots.ladder(runs.ladder(tmp_path, "f")).alt.startswith("No score on this data yet")
+
+
+def test_run_by_hand_after_a_failed_one_is_finished(tmp_path):
+    stood(tmp_path / "a", "03_scratch_siamese", 0.1)
+    runs.set_aside(tmp_path / "a", "ValueError: broken")
+    assert runs.unfinished(tmp_path) == ["a"] and runs.ladder(tmp_path, "f").empty
+    stood(tmp_path / "a", "03_scratch_siamese", 0.2)
+    assert runs.unfinished(tmp_path) == [] and runs.load(tmp_path / "a")
+    runs.settle(tmp_path / "a")
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["run.json"]

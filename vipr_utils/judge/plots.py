@@ -324,7 +324,7 @@ def ladder(table: pd.DataFrame) -> Picture:
     """
     title = "The ladder so far"
     if table.empty:
-        sentence = "No run on this data yet: notebooks 03 to 07 put one rung each on the ladder."
+        sentence = "No score on this data yet: notebooks 03 to 07 put one rung each on the ladder."
         return _picture(Figure((7.2, 0.4)), title, sentence, sentence)
     marks = [f" (cut short {cut})" if cut else "" for cut in table["cut_short"]]
     shown = table.set_index(table.index + marks)[["map_at_5", "low", "high"]].ffill(axis=1)

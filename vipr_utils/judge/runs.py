@@ -105,7 +105,9 @@ def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
         "git": platform.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    return _written(Path(folder) / "run.json", record)
+    path = _written(Path(folder) / "run.json", record)
+    path.with_name(UNFINISHED).unlink(missing_ok=True)
+    return path
 
 
 def _written(path: Path, record: dict) -> Path:
@@ -259,7 +261,7 @@ def _on_whole_gallery(record: dict, fingerprint: str) -> bool:
     """Whether a run's score is of all test queries of that data on its whole gallery."""
     data, figures = record["data"], record["metrics"]
     scored = record["protocol"] == "test" and figures.get("map_at_5") is not None
-    whole = figures.get("n_gallery") == data.get("n_train")
+    whole = figures.get("n_gallery", 0) >= data.get("n_train", 1)  # more: of photos not there
     return scored and whole and data.get("fingerprint") == fingerprint
 
 
