@@ -47,7 +47,6 @@ MEMORY_SIGNS = re.compile(
 )
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 COLLECTED = ("*.json", "*.csv", "*.png", "notebook.ipynb")  # of a run on another machine
-PHOTOS = ["train", "gallery", "test", "queries"]  # folders of a data root
 NOT_CARRIED = [".git", ".venv", ".lanes", "submissions", "tests", "kaggle"]  # to one
 
 
@@ -254,7 +253,10 @@ def _inputs(run: Run) -> str:
     if weights:
         places.append(platform.home() / Path(weights).expanduser())
     if data := run.data():
-        places += [*sorted(data.glob("*.csv")), *(data / folder for folder in PHOTOS)]
+        places += [
+            *sorted(data.glob("*.csv")),
+            *(data / f for f in platform.GALLERIES + platform.QUERIES),
+        ]
     if run.reads_runs:
         records = runs.finished(run.folder().parent)[0].items()
         earlier = [f for f, record in records if record["notebook"] < run.notebook.stem]
