@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -25,6 +25,15 @@ class View(NamedTuple):
 
     queries: pd.DataFrame
     gallery: pd.DataFrame
+
+
+class Sides(NamedTuple):
+    """Embeddings of a view's queries (Q, D) and gallery (G, D), and of the photos that projections
+    are fitted on (M, D), see `Task.known`."""
+
+    queries: np.ndarray
+    gallery: np.ndarray
+    known: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -208,18 +217,21 @@ class Task:
         *,
         image_size: int | tuple[int, ...] = 0,
         fit: str = "squash",
+        zoom: float = 1.0,
         features: bool = False,
         precision: str = "",
     ) -> np.ndarray:
         """(N, D) embeddings of all photos, kept on disk; of several sizes their normalised sum.
 
-        features: the pooled backbone output instead, for a head or a whitening to be learned.
+        zoom: central share of each side that the network sees, 1 is all. features: the pooled
+        backbone output instead, for a head or a whitening to be learned.
         """
         return self._embedded(
             model,
             self.photos,
             image_size,
             fit=fit,
+            zoom=zoom,
             features=features,
             precision=precision or self.precision,
             cache_dir=self.cache_dir,
@@ -245,29 +257,80 @@ class Task:
 
     # -------------------------------------------------------------------------------- scoring
 
+    def known(self, view: str | View) -> pd.DataFrame:
+        """The photos whose products may be known when a view's queries are answered: its gallery,
+        and the train photos that a narrowed gallery leaves out."""
+        tables = [self.views[view].gallery if isinstance(view, str) else view.gallery, self.fit]
+        if self.validation and view != "validation":
+            tables += [self.views["test"].gallery, self.validation.queries]
+        rows = pd.concat(tables).index.unique().sort_values()
+        real = self.photos.loc[rows]
+        return real[real["split"] != "drawn"]
+
+    def sides(
+        self, embeddings: np.ndarray, view: str | View, of_gallery: np.ndarray | None = None
+    ) -> Sides:
+        """The embeddings (N, D) of a view's rows; of_gallery: those of photos as the gallery has
+        them, where they are others (see `zoomed`)."""
+        asked = self.views[view] if isinstance(view, str) else view
+        of_gallery = embeddings if of_gallery is None else of_gallery
+        return Sides(
+            self.rows(embeddings, asked.queries),
+            self.rows(of_gallery, asked.gallery),
+            self.rows(of_gallery, self.known(view)),
+        )
+
+    def zoomed(
+        self, model, view: str, *, zoom: tuple[float, float], image_size: int = 0, features=False
+    ) -> Sides:
+        """The embeddings of a view's rows, seen through a zoom for each domain.
+
+        zoom: shares of each side, of customers' photos and of shop photos. Where a domain is
+        unknown a query counts as a customer's photo, a gallery photo as the shop's.
+        """
+        seen = [
+            self.embed(model, image_size=image_size, zoom=share, features=features)
+            for share in dict.fromkeys(zoom)
+        ]
+        domain = self.photos["domain"].to_numpy()[:, None]
+        as_query = np.where(domain == "shop", seen[-1], seen[0])
+        as_gallery = np.where(domain == "customer", seen[0], seen[-1])
+        return self.sides(as_query, view, as_gallery)
+
     def retrieve(
-        self, embeddings: np.ndarray, view: str | View = "test", *, steps=(), distance="cosine"
+        self,
+        embeddings: np.ndarray | Sides,
+        view: str | View = "test",
+        *,
+        steps=(),
+        distance="cosine",
     ) -> Retrieval:
         """The ranked lists of a view after these steps of post-processing (see `pipeline`).
 
-        For the shop and customer views projections are fitted on the whole gallery, as for 'test'.
-        Raises ValueError for steps with the manhattan distance: they work by cosine.
+        Projections are fitted on the photos that are `known`. Raises ValueError for steps with the
+        manhattan distance: they work by cosine.
         """
         asked = self.views[view] if isinstance(view, str) else view
+        sides = embeddings if isinstance(embeddings, Sides) else self.sides(embeddings, view)
         fitted = pipeline.fitted_first(steps)
-        if fitted and view in ("shop", "customer"):
-            embeddings, steps = self._projected(embeddings, steps[:fitted]), steps[fitted:]
-        sides = [self.rows(embeddings, rows) for rows in asked]
-        return self._ranked(asked, *sides, steps=steps, distance=distance)
+        sides, seconds = self.projected(sides, view, steps[:fitted])
+        queries, gallery, _ = sides
+        found = self._ranked(asked, queries, gallery, steps=steps[fitted:], distance=distance)
+        return replace(found, seconds=[*seconds, *found.seconds])
 
-    def _projected(self, embeddings: np.ndarray, steps) -> np.ndarray:
-        """The embeddings (N, D) behind projections that are fitted on the whole gallery."""
-        whole = self.views["test"].gallery
-        embeddings = rerank.unit(embeddings)
-        found = search.Search(embeddings, self.rows(embeddings, whole), self.photos, whole)
-        for project in pipeline.check(steps):
+    def projected(self, sides: Sides, view: str | View, steps) -> tuple[Sides, list[dict]]:
+        """(the sides behind projections fitted on the known photos, [{step, seconds}])."""
+        if not steps:
+            return sides, []
+        rows = self.known(view)
+        both = np.concatenate([sides.queries, sides.gallery])
+        found, seconds = search.Search(rerank.unit(both), rerank.unit(sides.known), rows, rows), []
+        for step, project in zip(steps, pipeline.check(steps)):
+            began = perf_counter()
             found = project(found)
-        return found.queries
+            seconds.append({"step": step, "seconds": perf_counter() - began})
+        queries, gallery = np.split(found.queries, [len(sides.queries)])
+        return Sides(queries, gallery, found.gallery), seconds
 
     def evaluate(
         self, model_or_embeddings, *, steps=(), distance="cosine", image_size=0

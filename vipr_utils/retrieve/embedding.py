@@ -32,6 +32,7 @@ def embed(
     batch_size: int = 64,
     image_size: int = 0,
     fit: str = "squash",
+    zoom: float = 1.0,
     precision: str = "auto",
     cache_dir: Path | None = None,
     features: bool = False,
@@ -39,8 +40,8 @@ def embed(
     """(N, D) float32 embeddings of the catalog rows given, by the model's own eval transform.
 
     features: the pooled output before the neck instead, as it is (for training.fit_head).
-    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. precision: see
-    `compute_dtype`. With cache_dir a photo passes the backbone once, whatever rows and necks are
+    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. zoom: the central
+    share of each side that is seen, 1 is all. precision: see `compute_dtype`. With cache_dir a photo passes the backbone once, whatever rows and necks are
     asked for. A row that the store could not read gets NaN.
     """
     size = image_size or model.record["image_size"]
@@ -52,12 +53,12 @@ def embed(
     transform = _transform(model, size, fit)
 
     def pooled(rows: np.ndarray) -> np.ndarray:
-        photos = Photos(store, rows, transform)
+        photos = Photos(store, rows, transform, zoom=zoom)
         return _forwarded(
             model, model.features, photos, batch_size=batch_size, device=device, dtype=dtype
         )
 
-    folder = cache_dir and Path(cache_dir) / "pooled" / _key(model, store, size, fit, dtype)
+    folder = cache_dir and Path(cache_dir) / "pooled" / _key(model, store, size, fit, zoom, dtype)
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
@@ -164,10 +165,10 @@ def _forwarded(model, forward, photos: Photos, *, batch_size: int, device, dtype
     return np.concatenate(found)
 
 
-def _key(model, store, size: int, fit: str, dtype) -> str:
+def _key(model, store, size: int, fit: str, zoom: float, dtype) -> str:
     """What a photo's features depend on beside its pixels; the neck has no part in them."""
     transform = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
-    settings = [VERSION, *transform, size, fit, str(dtype), store.key]
+    settings = [VERSION, *transform, size, fit, zoom, str(dtype), store.key]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith("neck."):

@@ -33,6 +33,7 @@ METHODS = {  # step -> what it is called in tables
 }
 STEPS = {function.__name__: function for function in METHODS}
 PROJECTIONS = (rerank.centring, rerank.pca, rerank.whitening, rerank.learned_whitening)
+DEPTH = 100  # photos in the lists that steps reorder
 ON_EMBEDDINGS = (*PROJECTIONS, rerank.database_augmentation)
 
 
@@ -93,7 +94,7 @@ def check(steps: list[str]) -> list[partial]:
 
 
 def apply(
-    steps: list[str], search: Search, *, k: int = 5, depth: int = 100
+    steps: list[str], search: Search, *, k: int = 5, depth: int = DEPTH
 ) -> tuple[Search, list[dict]]:
     """(the Search after these steps, its lists cut to k; [{step, seconds}]); [] is plain search.
 
@@ -124,6 +125,14 @@ def method(step: str) -> str:
 def transductive(steps: list[str]) -> bool:
     """Whether an answer depends on the other queries, which a shop that answers one has not."""
     return any(bind(step).func is rerank.transductive_k_reciprocal for step in steps)
+
+
+def verified_pairs(step: str) -> int:
+    """Photos of each list that a step verifies; 0 for other steps."""
+    bound = bind(step)
+    if bound.func is not verification.verify:
+        return 0
+    return bound.keywords["top"] or DEPTH
 
 
 def fitted_first(steps: list[str]) -> int:
