@@ -68,10 +68,14 @@ class Choice:
     task: Task
     networks: dict
     sizes: dict
-    level: float = 0.68
+    max_minutes: float = 0.0  # 0 is no limit
     tried: dict[Candidate, np.ndarray] = field(default_factory=dict)  # AP@5 of each query
     refused: dict[str, str] = field(default_factory=dict)
-    _parts: dict[tuple, Sides] = field(default_factory=dict)
+    rungs: dict[str, Candidate] = field(default_factory=dict)
+    began: float = field(default_factory=monotonic)
+    _looks: dict[tuple, Sides] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------ candidates
 
     def found(self, candidate: Candidate, view: str) -> Retrieval:
         """Its ranked lists for a view."""
@@ -81,44 +85,45 @@ class Choice:
     def joined(self, parts: tuple[Part, ...], view: str) -> Sides:
         """Embeddings whose cosine is the weighted mean of the parts' cosines."""
         looks = [self._look(replace(part, weight=1.0), view) for part in parts]
-        scales = [np.sqrt(part.weight) for part in parts]
         if len(parts) == 1:
             return looks[0]
-        return Sides(
-            *(
-                rerank.unit(np.hstack([x * scale for x, scale in zip(side, scales)]))
-                for side in zip(*looks)
-            )
-        )
+        scales = [np.sqrt(part.weight) for part in parts]
+        sides = [np.hstack([x * scale for x, scale in zip(side, scales)]) for side in zip(*looks)]
+        return Sides(*map(rerank.unit, sides))
 
     def _look(self, part: Part, view: str) -> Sides:
-        if (part, view) not in self._parts:
+        """A part's embeddings, computed once."""
+        if (part, view) not in self._looks:
             model, px = self.networks[part.network], self.sizes[part.network]
             sides = self.task.zoomed(
                 model, view, zoom=part.zoom, image_size=px, features=part.features
             )
             steps = [part.projection] if part.projection else []
             sides, _ = self.task.projected(sides, view, steps)
-            self._parts[part, view] = Sides(*map(rerank.unit, sides))
-        return self._parts[part, view]
+            self._looks[part, view] = Sides(*map(rerank.unit, sides))
+        return self._looks[part, view]
 
     def cost(self, candidate: Candidate) -> tuple[int, float]:
         """(pairs verified a query, arithmetic of its forward passes in arbitrary units)."""
         seen = {(part.network, part.zoom[0]) for part in candidate.parts}
-        passes = sum(
+        passes = [
             self.networks[name].record["parameters"] * self.sizes[name] ** 2 for name, _ in seen
-        )
-        return candidate.verified, passes
+        ]
+        return candidate.verified, sum(passes)
+
+    # ---------------------------------------------------------------------------------- scores
 
     def score(self, candidate: Candidate) -> float:
         """mAP@5 on validation; tried now if it was not."""
         if candidate not in self.tried:
-            found = self.found(candidate, "validation")
-            self.tried[candidate] = found.average_precision
+            self.tried[candidate] = self.found(candidate, "validation").average_precision
         return float(np.nan_to_num(np.nanmean(self.tried[candidate])))
 
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
-        """The one with the best mAP@5; of what cannot be told from it the cheapest."""
+        """The one with the best mAP@5; where a cheaper one cannot be told from it, that one.
+
+        What cannot be done on this gallery is left out, and noted in `refused`.
+        """
         scores = {}
         for candidate in dict.fromkeys(candidates):
             try:
@@ -126,16 +131,77 @@ class Choice:
             except ValueError as error:
                 self.refused[str(candidate)] = str(error)
         best = max(scores, key=scores.get)
-        for candidate in sorted(scores, key=self.cost):
-            costs = zip(self.cost(candidate), self.cost(best))
-            if all(a <= b for a, b in costs) and self.cost(candidate) < self.cost(best):
-                if not self.told_apart(best, candidate):
-                    return candidate
-        return best
+        cheaper = [c for c in scores if self.cost(c) < self.cost(best)]
+        alike = [c for c in cheaper if not self._told_apart(best, c)]
+        return min(alike, key=self.cost, default=best)
 
-    def told_apart(self, better: Candidate, other: Candidate) -> bool:
+    def _told_apart(self, better: Candidate, other: Candidate) -> bool:
         products = self.task.views["validation"].queries["product_id"]
         _, low, _ = metrics.paired_difference(
-            self.tried[better], self.tried[other], products, level=self.level
+            self.tried[better], self.tried[other], products, level=LEVEL
         )
         return low > 0
+
+    # ----------------------------------------------------------------------------------- climb
+
+    def climb(self, zooms: list[float], stacks: list[str], tops: list[int]) -> Candidate:
+        """The best of what grows from plain search, a rung at a time; `rungs` names them.
+
+        First each network by itself: its projection, then its zoom, then several zooms joined.
+        Then networks are joined, steps follow, and verification where its time fits.
+        """
+        alone = [self._network(name, zooms) for name in self.networks]
+        best = self._rung("best network", alone)
+        best = self._rung("networks joined", self._teams(alone, best))
+        stacks = [tuple(pipeline.split(stack)) for stack in stacks]
+        best = self._rung("steps", [best, *(replace(best, steps=steps) for steps in stacks)])
+        affordable = [top for top in tops if self._affordable(top)]
+        verified = [replace(best, steps=(*best.steps, f"verify({top})")) for top in affordable]
+        return self._rung("verification", [best, *verified])
+
+    def _rung(self, name: str, candidates) -> Candidate:
+        best = self.best(candidates)
+        if best not in self.rungs.values():
+            self.rungs[name] = best
+        return best
+
+    def _network(self, name: str, zooms: list[float]) -> Candidate:
+        """The best that one network gives."""
+        plain = Part(name)
+        projected = [replace(plain, projection=step) for step in PROJECTIONS]
+        pooled = [replace(part, features=True) for part in projected]
+        (part,) = self.best(Candidate((part,)) for part in [plain, *projected, *pooled]).parts
+        pairs = dict.fromkeys([WHOLE, *((a, b) for a in zooms for b in (1.0, a))])
+        looks = [replace(part, zoom=zoom) for zoom in pairs]
+        single = self.best(Candidate((look,)) for look in looks)
+        ranked = sorted(looks, key=lambda look: -self.score(Candidate((look,))))
+        views = [Candidate(tuple(ranked[:n])) for n in range(2, len(zooms) + 1)]
+        whitened = [replace(c, steps=(WHITENED,)) for c in views]
+        return self.best([single, *views, *whitened])
+
+    def _teams(self, alone: list[Candidate], best: Candidate) -> list[Candidate]:
+        """Up to three networks, each added to the best so far under several weights."""
+        teams, rest = [best], [c for c in alone if c != best]
+        for _ in range(2):
+            grown = [
+                Candidate((*teams[-1].parts, *(replace(p, weight=weight) for p in c.parts)), steps)
+                for c in rest
+                for weight in WEIGHTS
+                for steps in dict.fromkeys([(), teams[-1].steps])
+            ]
+            if not grown:
+                break
+            teams.append(max(grown, key=self.score))
+            added = teams[-1].parts[-1].network
+            rest = [c for c in rest if c.parts[0].network != added]
+        return teams
+
+    def _affordable(self, top: int) -> bool:
+        """Whether verifying the heads of all lists fits into what is left of max_minutes."""
+        return True
+
+
+PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
+WHITENED = "learned_whitening(128)"  # of several views joined
+WEIGHTS = (0.5, 1.0, 2.0)
+LEVEL = 0.68  # of the interval that must clear zero: one standard error, Breiman et al. 1984
