@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -70,8 +71,9 @@ class Board:
         search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
         test, measured = _measured(search)
         others = {view: search(view) for view in self.task.views if view != "test"}
-        self.entries[name] = Entry(
-            views={"test": test} | others,
+        self.enter(
+            name,
+            {"test": test} | others,
             baseline=baseline,
             cost={"setting": setting or " + ".join(steps), "ms_per_image": ms, **measured},
             cut_short=cut_short or self._cut_short(record, baseline),
@@ -81,6 +83,19 @@ class Board:
             cut_short = self.entries[name].cut_short
             changes = {"image_size": image_size, "distance": distance, "cut_short": cut_short}
             models.save(model_or_embeddings, Path(self.folder) / "model.pt", **changes)
+
+    def enter(
+        self,
+        name: str,
+        views: dict[str, Retrieval],
+        *,
+        baseline: str = "",
+        cost: dict,
+        cut_short: str = "",
+        record: dict = MappingProxyType({}),
+    ) -> None:
+        """Put what was found for each view on the board; see `Entry`."""
+        self.entries[name] = Entry(views, baseline, cost, cut_short, record)
 
     def _cut_short(self, record: dict, baseline: str) -> str:
         """What a network's record says of its training; of embeddings what their baseline says."""

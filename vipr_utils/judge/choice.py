@@ -11,7 +11,7 @@ import pandas as pd
 
 from vipr_utils.judge import metrics
 from vipr_utils.judge.task import Retrieval, Sides, Task
-from vipr_utils.retrieve import pipeline, rerank
+from vipr_utils.retrieve import pipeline, rerank, verification
 
 WHOLE = (1.0, 1.0)
 
@@ -154,7 +154,8 @@ class Choice:
         best = self._rung("best network", alone)
         best = self._rung("networks joined", self._teams(alone, best))
         stacks = [tuple(pipeline.split(stack)) for stack in stacks]
-        best = self._rung("steps", [best, *(replace(best, steps=steps) for steps in stacks)])
+        stepped = [replace(best, steps=steps) for stack in stacks for steps in (stack, (*best.steps, *stack))]
+        best = self._rung("steps", [best, *stepped])
         affordable = [top for top in tops if self._affordable(top)]
         verified = [replace(best, steps=(*best.steps, f"verify({top})")) for top in affordable]
         return self._rung("verification", [best, *verified])
@@ -198,7 +199,15 @@ class Choice:
 
     def _affordable(self, top: int) -> bool:
         """Whether verifying the heads of all lists fits into what is left of max_minutes."""
-        return True
+        views = [self.task.views[view] for view in ("validation", "test")]
+        needed = sum(verification.seconds(*view, top) for view in views) / 60
+        left = self.max_minutes - (monotonic() - self.began) / 60
+        if not self.max_minutes or needed < left:
+            return True
+        self.refused[f"verify({top})"] = (
+            f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
+        )
+        return False
 
 
 PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
