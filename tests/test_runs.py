@@ -308,26 +308,24 @@ def validated(folder, score, split, fingerprint="f"):
     (folder / "model.pt").touch()
 
 
-def test_best_run_is_chosen_on_validation_among_those_with_a_model_of_this_data(tmp_path):
+def test_runs_that_held_out_the_same_photos_are_taken_best_first_and_the_others_are_told_why(
+    tmp_path,
+):
     validated(tmp_path / "good", 0.5, "aa")
     validated(tmp_path / "better", 0.6, "aa")
-    validated(tmp_path / "elsewhere", 0.9, "bb", fingerprint="other")
+    validated(tmp_path / "elsewhere", 0.9, "aa", fingerprint="other")
+    validated(tmp_path / "other_split", 0.9, "bb")
     validated(tmp_path / "no_model", 0.9, "aa")
     (tmp_path / "no_model" / "model.pt").unlink()
+    validated(tmp_path / "unfinished", 0.9, "aa")
+    (tmp_path / "unfinished" / "run.json").unlink()
     saved(tmp_path / "never_validated", metrics=SCORES | {"map_at_5": 0.99})
-    assert runs.best_on_validation(tmp_path, "f") == "better"
-    with pytest.raises(runs.RunError, match="no run in .* has a model validated on this data"):
-        runs.best_on_validation(tmp_path, "third")
-
-
-def test_records_of_different_splits_are_not_chosen_among(tmp_path):
-    validated(tmp_path / "one", 0.5, "aa")
-    validated(tmp_path / "two", 0.6, "bb")
-    validated(tmp_path / "three", 0.4, "aa")
-    with pytest.raises(
-        runs.RunError, match="held out different photos .*'one': 'aa', 'three': 'aa', 'two': 'bb'"
-    ):
-        runs.best_on_validation(tmp_path, "f")
+    (tmp_path / "never_validated" / "model.pt").touch()
+    folders, refused = runs.validated(tmp_path, "f", "aa")
+    assert [folder.name for folder in folders] == ["better", "good"]
+    assert "other photos" in refused["elsewhere"] and "same holdout" in refused["other_split"]
+    assert "has not finished" in refused["unfinished"] and "never_validated" in refused
+    assert runs.validated(tmp_path, "third", "aa")[0] == []
 
 
 def test_training_cut_short_is_marked_in_record_and_table(tmp_path):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import monotonic
 
 import numpy as np
 import pandas as pd
 
-from vipr_utils.judge import metrics
+from vipr_utils.judge import metrics, runs
 from vipr_utils.judge.task import Retrieval, Sides, Task
+from vipr_utils.learn import models
 from vipr_utils.retrieve import pipeline, rerank, verification
 
 WHOLE = (1.0, 1.0)
+PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
+WHITENED = "learned_whitening(128)"  # of several views joined
+WEIGHTS = (0.5, 1.0, 2.0)
+LEVEL = 0.68  # of the interval that must clear zero: one standard error, Breiman et al. 1984
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,64 @@ class Choice:
     rungs: dict[str, Candidate] = field(default_factory=dict)
     began: float = field(default_factory=monotonic)
     _looks: dict[tuple, Sides] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        task: Task,
+        output_dir: Path,
+        *,
+        backbones: list[str],
+        weights: str = "auto",
+        image_size: int = 0,
+        model_run: str = "",
+        most_runs: int = 3,
+        max_minutes: float = 0.0,
+    ) -> Choice:
+        """A Choice among frozen backbones and the finished runs that held out the same photos.
+
+        image_size: pixels of the frozen ones, 0 takes their own; a run's model sees what it was
+        tested at. model_run: this run's model alone. most_runs: so many runs, those that validated
+        best. Raises WeightsError where no network can be had.
+        """
+        networks, refused = {}, {}
+        if model_run:
+            name = Path(model_run).name
+            networks[name] = models.open_model(model_run, "", output_dir=str(output_dir))
+        for name in [] if model_run else backbones:
+            try:
+                networks[name] = models.create(name, weights=weights)
+            except models.WeightsError as error:
+                refused[name] = str(error)
+        sizes = {name: image_size or networks[name].record["image_size"] for name in networks}
+        if task.validation and not model_run:
+            folders, others = runs.validated(
+                output_dir, task.photos.attrs["fingerprint"], task.validation.split
+            )
+            refused |= others
+            for folder in folders[:most_runs]:
+                networks[folder.name] = models.load(folder / "model.pt")
+                sizes[folder.name] = networks[folder.name].record["image_size"]
+        if not networks:
+            raise models.WeightsError("; ".join(refused.values()))
+        return cls(task, networks, sizes, max_minutes, refused=refused)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a network: backbone, pixels, millions of parameters, where its training was cut."""
+        return pd.DataFrame(
+            {
+                "backbone": network.record["name"],
+                "pixels": self.sizes[name],
+                "million": network.record["parameters"] / 1e6,
+                "cut_short": network.record.get("cut_short", ""),
+            }
+            for name, network in self.networks.items()
+        ).set_axis(list(self.networks))
+
+    def table(self) -> pd.DataFrame:
+        """Every candidate tried, best first: its mAP@5 on validation."""
+        scores = {str(candidate): self.score(candidate) for candidate in self.tried}
+        return pd.Series(scores, name="validation").sort_values(ascending=False).to_frame()
 
     # ------------------------------------------------------------------------------ candidates
 
@@ -150,12 +214,14 @@ class Choice:
         First each network by itself: its projection, then its zoom, then several zooms joined.
         Then networks are joined, steps follow, and verification where its time fits.
         """
+        self._rung("plain search", [Candidate((Part(next(iter(self.networks))),))])
         alone = [self._network(name, zooms) for name in self.networks]
         best = self._rung("best network", alone)
         best = self._rung("networks joined", self._teams(alone, best))
         stacks = [tuple(pipeline.split(stack)) for stack in stacks]
-        stepped = [replace(best, steps=steps) for stack in stacks for steps in (stack, (*best.steps, *stack))]
-        best = self._rung("steps", [best, *stepped])
+        instead = [replace(best, steps=stack) for stack in stacks]
+        behind = [replace(best, steps=(*best.steps, *stack)) for stack in stacks]
+        best = self._rung("steps", [best, *instead, *behind])
         affordable = [top for top in tops if self._affordable(top)]
         verified = [replace(best, steps=(*best.steps, f"verify({top})")) for top in affordable]
         return self._rung("verification", [best, *verified])
@@ -208,9 +274,3 @@ class Choice:
             f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
         )
         return False
-
-
-PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
-WHITENED = "learned_whitening(128)"  # of several views joined
-WEIGHTS = (0.5, 1.0, 2.0)
-LEVEL = 0.68  # of the interval that must clear zero: one standard error, Breiman et al. 1984

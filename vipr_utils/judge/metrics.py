@@ -171,7 +171,9 @@ def _mean(values: np.ndarray) -> float:
     return float(pd.Series(values).mean())
 
 
-def paired_difference(a, b, products, *, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
+def paired_difference(
+    a, b, products, *, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
     """(difference, low, high): mean of a - b over the same queries, with its 95 % interval.
 
     a and b (Q,) are values of two runs, row by row the same query; products (Q,) are theirs. Hard

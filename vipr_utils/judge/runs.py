@@ -153,31 +153,30 @@ def load(folder: Path) -> dict:
     return record
 
 
-def best_on_validation(output_dir: Path, fingerprint: str) -> str:
-    """Name of the run whose model has the highest validation mAP@5 on the data of a fingerprint.
+def validated(output_dir: Path, fingerprint: str, split: str) -> tuple[list[Path], dict[str, str]]:
+    """(folders of finished runs with a model.pt, best mAP@5 on validation first; name -> why not of
+    the others).
 
-    Raises RunError where there is none, and where runs held out different photos: such scores do
-    not compare.
+    They learned from the data of a fingerprint and held out the photos of a split: only then their
+    scores compare.
     """
-    validated = {}
-    for file in sorted(Path(output_dir).glob("*/model.pt")):
-        if not file.with_name("run.json").is_file():
-            continue
-        record = load(file.parent)
-        if record.get("validation") and record["data"].get("fingerprint") == fingerprint:
-            validated[record["run"]] = record["validation"]
-    if not validated:
-        raise RunError(
-            f"no run in {Path(output_dir).name} has a model validated on this data: "
-            "run notebook 03, 04 or 05 first"
-        )
-    table = pd.DataFrame.from_dict(validated, orient="index")
-    if table["split"].nunique() > 1:
-        raise RunError(
-            f"runs held out different photos ({table['split'].to_dict()}): "
-            "name one as model_run, or run them with the same holdout"
-        )
-    return table["map_at_5"].astype(float).fillna(0).idxmax()
+    scores, refused = {}, {}
+    for folder in [Path(output_dir), *platform.attached("submissions")]:
+        for file in sorted(folder.glob("*/model.pt")):
+            run = file.parent
+            try:
+                record = load(run)
+            except RunError as error:
+                refused[run.name] = str(error)
+                continue
+            found = record.get("validation")
+            if record["data"].get("fingerprint") != fingerprint:
+                refused[run.name] = "its model learned from other photos"
+            elif not found or found["split"] != split:
+                refused[run.name] = "its model held out other photos: use the same holdout"
+            else:
+                scores[run] = found["map_at_5"] or 0.0
+    return sorted(scores, key=scores.get, reverse=True), refused
 
 
 def set_aside(folder: Path, why: str) -> None:

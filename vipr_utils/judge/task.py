@@ -312,10 +312,24 @@ class Task:
         """
         asked = self.views[view] if isinstance(view, str) else view
         sides = embeddings if isinstance(embeddings, Sides) else self.sides(embeddings, view)
+        if steps and distance == "manhattan":
+            raise ValueError(
+                f"steps {list(steps)} work by cosine, got distance 'manhattan': "
+                "leave the steps or the distance away"
+            )
         fitted = pipeline.fitted_first(steps)
         sides, seconds = self.projected(sides, view, steps[:fitted])
-        queries, gallery, _ = sides
-        found = self._ranked(asked, queries, gallery, steps=steps[fitted:], distance=distance)
+        queries, gallery, references = sides.queries, sides.gallery, None
+        if steps[fitted:]:  # what may not be answered still helps to find what may
+            gallery, references = sides.known, self.known(view)
+        found = self._ranked(
+            asked,
+            queries,
+            gallery,
+            references=references,
+            steps=steps[fitted:],
+            distance=distance,
+        )
         return replace(found, seconds=[*seconds, *found.seconds])
 
     def projected(self, sides: Sides, view: str | View, steps) -> tuple[Sides, list[dict]]:
@@ -390,6 +404,7 @@ def ranked(
     queries: np.ndarray,
     gallery: np.ndarray,
     *,
+    references: pd.DataFrame | None = None,
     steps: list[str] = (),
     distance: str = "cosine",
     seed: int = 0,
@@ -398,7 +413,8 @@ def ranked(
 ) -> Retrieval:
     """The scored lists for embeddings (Q, D) and (G, D) of a view's rows, after these steps.
 
-    Raises ValueError for steps with the manhattan distance: they work by cosine.
+    references: the rows that (G, D) belong to, where they are more than the view's gallery: those
+    steps may look at, though only the view's gallery is answered.
     """
     if not steps:
         scores, ranks = search.top_k(
@@ -411,18 +427,23 @@ def ranked(
             gallery_ids=view.gallery["image_id"],
         )
         return scored(view, scores, ranks, seed=seed)
-    if distance == "manhattan":
-        raise ValueError(
-            f"steps {list(steps)} work by cosine, got distance 'manhattan': "
-            "leave the steps or the distance away"
-        )
     # steps do not see which products the queries show
     unlabelled = view.queries.drop(columns=["product_id", "product", "group"], errors="ignore")
+    references = view.gallery if references is None else references
+    answers = references.index.isin(view.gallery.index)
     unsearched = search.Search(
-        queries, gallery, unlabelled, view.gallery, device=device, cache_dir=cache_dir
+        queries,
+        gallery,
+        unlabelled,
+        references,
+        answers=None if answers.all() else answers,
+        device=device,
+        cache_dir=cache_dir,
     )
     found, seconds = pipeline.apply(list(steps), unsearched)
-    return scored(view, found.scores, found.ranks, seconds=seconds, seed=seed)
+    rows = view.gallery.index.get_indexer(found.gallery_rows.index)
+    ranks = np.where(found.ranks < 0, -1, rows[found.ranks])
+    return scored(view, found.scores, ranks, seconds=seconds, seed=seed)
 
 
 def scored(view: View, scores, ranks, *, seconds=(), seed: int = 0) -> Retrieval:

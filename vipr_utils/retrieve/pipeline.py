@@ -28,12 +28,14 @@ METHODS = {  # step -> what it is called in tables
     rerank.alpha_query_expansion: "alpha expansion",
     rerank.k_reciprocal: "k-reciprocal",
     rerank.transductive_k_reciprocal: "k-reciprocal (transductive)",
+    rerank.product_votes: "product votes",
     verification.verify: "verification",
     verification.verified_expansion: "verified expansion",
 }
 STEPS = {function.__name__: function for function in METHODS}
 PROJECTIONS = (rerank.centring, rerank.pca, rerank.whitening, rerank.learned_whitening)
 DEPTH = 100  # photos in the lists that steps reorder
+ON_PHOTOS = (verification.verify, verification.verified_expansion)
 ON_EMBEDDINGS = (*PROJECTIONS, rerank.database_augmentation)
 
 
@@ -105,6 +107,9 @@ def apply(
     tops = [step.keywords.get("top", 0) for step in on_lists]
     find = partial(Search.searched, k=max([k, depth, *tops]) if on_lists else k)
     plan = list(zip(steps, bound))
+    if search.answers is not None:  # photos are compared with what may be answered alone
+        looks = [step.func in ON_PHOTOS for step in bound]
+        plan.insert((looks + [True]).index(True), ("narrow", Search.narrowed))
     plan.insert(len(bound) - len(on_lists), ("search", find))
     queries = rerank.unit(checked(search.queries, "query"))
     gallery = rerank.unit(checked(search.gallery, "gallery"))

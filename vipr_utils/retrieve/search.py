@@ -136,6 +136,8 @@ class Search:
 
     queries (Q, D) and gallery (G, D), L2-normalised, with their catalog rows; scores and ranks
     (Q, K), best first, are None until the gallery is searched; inliers (Q, K) until `verify`.
+    answers (G,) bool: the gallery rows that may be answered, the others only help to find them;
+    None is all.
     """
 
     queries: np.ndarray
@@ -145,20 +147,51 @@ class Search:
     scores: np.ndarray | None = None
     ranks: np.ndarray | None = None
     inliers: np.ndarray | None = None
+    answers: np.ndarray | None = None
     device: str | torch.device = "cpu"
     cache_dir: Path | None = None
 
     def searched(self, k: int) -> Search:
-        """With the k nearest gallery rows of every query, by cosine."""
+        """With the k nearest gallery rows of every query, by cosine; behind them, where not all may
+        be answered, the k nearest of those that may.
+        """
+        scores, ranks = self._nearest(np.arange(len(self.gallery)), k)
+        if self.answers is not None:
+            more = self._nearest(np.flatnonzero(self.answers), k)
+            scores, ranks = np.hstack([scores, more[0]]), np.hstack([ranks, more[1]])
+            order = np.argsort(ranks, axis=1, kind="stable")
+            listed = np.take_along_axis(ranks, order, axis=1)
+            again = np.zeros(ranks.shape, bool)
+            np.put_along_axis(again, order[:, 1:], listed[:, 1:] == listed[:, :-1], axis=1)
+            scores, ranks = np.where(again, -np.inf, scores), np.where(again, -1, ranks)
+        return replace(self, scores=scores, ranks=ranks, inliers=None)
+
+    def _nearest(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, ranks) (Q, k) among these gallery rows (R,)."""
         scores, ranks = top_k(
             self.queries,
-            self.gallery,
+            self.gallery[rows],
             k,
             query_ids=self.query_rows["image_id"],
-            gallery_ids=self.gallery_rows["image_id"],
+            gallery_ids=self.gallery_rows["image_id"].iloc[rows],
             device=self.device,
         )
-        return replace(self, scores=scores, ranks=ranks, inliers=None)
+        return scores, np.where(ranks < 0, -1, rows[ranks])
+
+    def narrowed(self) -> Search:
+        """With the rows that may be answered as its gallery, in the same order."""
+        if self.answers is None:
+            return self
+        rows, numbers = np.flatnonzero(self.answers), np.cumsum(self.answers) - 1
+        stays = (self.ranks >= 0) & self.answers[self.ranks]
+        found = replace(
+            self,
+            gallery=self.gallery[rows],
+            gallery_rows=self.gallery_rows.iloc[rows],
+            ranks=np.where(stays, numbers[self.ranks], -1),
+            answers=None,
+        )
+        return found.sorted_by(np.where(stays, self.scores, -np.inf))
 
     def sorted_by(self, scores: np.ndarray, inliers: np.ndarray | None = None) -> Search:
         """With each list in the order of new scores (Q, K).
