@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
@@ -19,7 +19,8 @@ WHOLE = (1.0, 1.0)
 PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
 WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
-LEVEL = 0.68  # of the interval that must clear zero: one standard error, Breiman et al. 1984
+MOST_NETWORKS = 3
+TIE = 0.005  # of mAP@5: what lies closer is the same
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,20 @@ class Choice:
         scores = {str(candidate): self.score(candidate) for candidate in self.tried}
         return pd.Series(scores, name="validation").sort_values(ascending=False).to_frame()
 
+    def record(self, rung: str) -> dict:
+        """What was chosen, for run.json: networks, their parts, steps, where a training was cut."""
+        candidate = self.rungs[rung]
+        names = list(dict.fromkeys(part.network for part in candidate.parts))
+        cut = [self.networks[name].record.get("cut_short") for name in names]
+        return {
+            "what": str(candidate),
+            "networks": names,
+            "image_size": {name: self.sizes[name] for name in names},
+            "parts": [asdict(part) for part in candidate.parts],
+            "steps": list(candidate.steps),
+            "cut_short": "; ".join(filter(None, cut)),
+        }
+
     # ------------------------------------------------------------------------------ candidates
 
     def found(self, candidate: Candidate, view: str) -> Retrieval:
@@ -184,7 +199,7 @@ class Choice:
         return float(np.nan_to_num(np.nanmean(self.tried[candidate])))
 
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
-        """The one with the best mAP@5; where a cheaper one cannot be told from it, that one.
+        """The one with the best mAP@5 on validation; of those within TIE of it the cheapest.
 
         What cannot be done on this gallery is left out, and noted in `refused`.
         """
@@ -194,37 +209,29 @@ class Choice:
                 scores[candidate] = self.score(candidate)
             except ValueError as error:
                 self.refused[str(candidate)] = str(error)
-        best = max(scores, key=scores.get)
-        cheaper = [c for c in scores if self.cost(c) < self.cost(best)]
-        alike = [c for c in cheaper if not self._told_apart(best, c)]
-        return min(alike, key=self.cost, default=best)
-
-    def _told_apart(self, better: Candidate, other: Candidate) -> bool:
-        products = self.task.views["validation"].queries["product_id"]
-        _, low, _ = metrics.paired_difference(
-            self.tried[better], self.tried[other], products, level=LEVEL
-        )
-        return low > 0
+        most = max(scores.values())
+        alike = [candidate for candidate in scores if scores[candidate] >= most - TIE]
+        cheapest = min(map(self.cost, alike))
+        return max((c for c in alike if self.cost(c) == cheapest), key=scores.get)
 
     # ----------------------------------------------------------------------------------- climb
 
-    def climb(self, zooms: list[float], stacks: list[str], tops: list[int]) -> Candidate:
+    def climb(self, zooms: list[float], stacks: list[str], verified: list[str]) -> Candidate:
         """The best of what grows from plain search, a rung at a time; `rungs` names them.
 
         First each network by itself: its projection, then its zoom, then several zooms joined.
         Then networks are joined, steps follow, and verification where its time fits.
         """
-        self._rung("plain search", [Candidate((Part(next(iter(self.networks))),))])
+        plain = Candidate((Part(next(iter(self.networks))),))
+        self._rung("plain search", [plain])
         alone = [self._network(name, zooms) for name in self.networks]
-        best = self._rung("best network", alone)
-        best = self._rung("networks joined", self._teams(alone, best))
-        stacks = [tuple(pipeline.split(stack)) for stack in stacks]
-        instead = [replace(best, steps=stack) for stack in stacks]
-        behind = [replace(best, steps=(*best.steps, *stack)) for stack in stacks]
-        best = self._rung("steps", [best, *instead, *behind])
-        affordable = [top for top in tops if self._affordable(top)]
-        verified = [replace(best, steps=(*best.steps, f"verify({top})")) for top in affordable]
-        return self._rung("verification", [best, *verified])
+        best = self.best(ways["views joined"] for ways in alone)
+        for rung, candidate in next(ways for ways in alone if best in ways.values()).items():
+            self._rung(rung, [candidate])
+        best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
+        best = self._rung("steps", [best, *self._stepped(best, stacks)])
+        affordable = [stack for stack in verified if self._affordable(stack)]
+        return self._rung("verification", [best, *self._stepped(best, affordable)])
 
     def _rung(self, name: str, candidates) -> Candidate:
         best = self.best(candidates)
@@ -232,45 +239,54 @@ class Choice:
             self.rungs[name] = best
         return best
 
-    def _network(self, name: str, zooms: list[float]) -> Candidate:
-        """The best that one network gives."""
+    def _network(self, name: str, zooms: list[float]) -> dict[str, Candidate]:
+        """The best that one network gives, by rung."""
         plain = Part(name)
         projected = [replace(plain, projection=step) for step in PROJECTIONS]
         pooled = [replace(part, features=True) for part in projected]
-        (part,) = self.best(Candidate((part,)) for part in [plain, *projected, *pooled]).parts
+        first = self.best(Candidate((part,)) for part in [plain, *projected, *pooled])
         pairs = dict.fromkeys([WHOLE, *((a, b) for a in zooms for b in (1.0, a))])
-        looks = [replace(part, zoom=zoom) for zoom in pairs]
+        looks = [replace(first.parts[0], zoom=zoom) for zoom in pairs]
         single = self.best(Candidate((look,)) for look in looks)
         ranked = sorted(looks, key=lambda look: -self.score(Candidate((look,))))
-        views = [Candidate(tuple(ranked[:n])) for n in range(2, len(zooms) + 1)]
-        whitened = [replace(c, steps=(WHITENED,)) for c in views]
-        return self.best([single, *views, *whitened])
+        joined = [Candidate(tuple(ranked[:n])) for n in range(2, len(zooms) + 1)]
+        whitened = [replace(candidate, steps=(WHITENED,)) for candidate in joined]
+        views = self.best([single, *joined, *whitened])
+        return {"projection": first, "zoom": single, "views joined": views}
 
-    def _teams(self, alone: list[Candidate], best: Candidate) -> list[Candidate]:
-        """Up to three networks, each added to the best so far under several weights."""
-        teams, rest = [best], [c for c in alone if c != best]
-        for _ in range(2):
+    def _stepped(self, base: Candidate, stacks: list[str]) -> list[Candidate]:
+        """The candidate with each stack behind its own steps, and in their place."""
+        split = [tuple(pipeline.split(stack)) for stack in stacks]
+        steps = dict.fromkeys([*split, *((*base.steps, *stack) for stack in split)])
+        return [replace(base, steps=stack) for stack in steps]
+
+    def _teams(self, alone: list[Candidate]) -> list[Candidate]:
+        """The best network, and up to two more joined to it, each under several weights."""
+        teams = [self.best(alone)]
+        rest = [candidate for candidate in alone if candidate != teams[0]]
+        while rest and len(teams) < MOST_NETWORKS:
             grown = [
-                Candidate((*teams[-1].parts, *(replace(p, weight=weight) for p in c.parts)), steps)
-                for c in rest
+                Candidate(
+                    (*teams[-1].parts, *(replace(p, weight=weight) for p in other.parts)), steps
+                )
+                for other in rest
                 for weight in WEIGHTS
-                for steps in dict.fromkeys([(), teams[-1].steps])
+                for steps in dict.fromkeys([(), (WHITENED,)])
             ]
-            if not grown:
-                break
-            teams.append(max(grown, key=self.score))
-            added = teams[-1].parts[-1].network
-            rest = [c for c in rest if c.parts[0].network != added]
+            teams.append(self.best(grown))
+            joined = {part.network for part in teams[-1].parts}
+            rest = [candidate for candidate in rest if candidate.parts[0].network not in joined]
         return teams
 
-    def _affordable(self, top: int) -> bool:
-        """Whether verifying the heads of all lists fits into what is left of max_minutes."""
+    def _affordable(self, stack: str) -> bool:
+        """Whether a stack that verifies fits into what is left of max_minutes."""
+        top = max(map(pipeline.verified_pairs, pipeline.split(stack)))
         views = [self.task.views[view] for view in ("validation", "test")]
         needed = sum(verification.seconds(*view, top) for view in views) / 60
         left = self.max_minutes - (monotonic() - self.began) / 60
         if not self.max_minutes or needed < left:
             return True
-        self.refused[f"verify({top})"] = (
+        self.refused[stack] = (
             f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
         )
         return False

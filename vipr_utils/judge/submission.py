@@ -54,6 +54,32 @@ def write_classification(path: Path, names, products) -> Path:
     return _write(path, CLASSIFICATION, queries, products)
 
 
+def write_answers(
+    path: Path,
+    data_root: Path,
+    queries: pd.DataFrame,
+    gallery: pd.DataFrame,
+    ranks: np.ndarray,
+    *,
+    form: str = "ranking",
+) -> Path:
+    """The submission of ranked lists (Q, k) of gallery rows, for every query of a data root.
+
+    form: 'ranking', or 'classification': the product of the first photo. A query without a readable
+    photo is answered too, by the photos that the others' lists hold most often.
+    """
+    names = gallery["name"].to_numpy()
+    often = pd.Series(ranks[ranks >= 0]).value_counts(sort=True).index
+    usual = names[np.append(often, np.setdiff1d(np.arange(len(names)), often))[:LENGTH]]
+    answers = dict(zip(queries["name"], (names[row[row >= 0]][:LENGTH] for row in ranks)))
+    asked = catalog.read_rows(data_root, "test")["name"]
+    listed = [answers.get(name, usual) for name in asked]
+    if form == "ranking":
+        return write_ranking(path, asked, listed)
+    products = gallery.set_index("name")["product"]
+    return write_classification(path, asked, [products[images[0]] for images in listed])
+
+
 def _write(path: Path, header: list, names, answers) -> Path:
     """Raises ValueError, and writes nothing, where there is not one answer for each name."""
     table = pd.DataFrame(zip(names, answers, strict=True), columns=header)

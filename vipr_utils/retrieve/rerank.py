@@ -201,23 +201,26 @@ def _neighbours(x: np.ndarray, k: int, *, ids=None, device="cpu") -> tuple[np.nd
 # ------------------------------------------------------------------------------------------ votes
 
 
-def product_votes(search: Search, k: int = 10, alpha: float = 3.0) -> Search:
-    """With each list in the order of score + share of the votes for the photo's product.
+def product_votes(search: Search, k: int = 5, alpha: float = 3.0) -> Search:
+    """With each list in the order of its products' votes, inside a product by score.
 
-    The first k photos of a list vote for their products, each by max(score, 0)^alpha. Photos of the
-    product that most of them show move up together: where the first answer is right, the next are.
+    The first k photos of a list vote for their products, each by max(score, 0)^alpha, or by its
+    inliers once it was verified. So where the first answer is right, the next are. Photos keep
+    their scores.
     Source: Ozaki and Yokoo 2019, arXiv:1906.04087 (discriminative re-ranking), with the gallery's
     own labels in place of a classifier's.
     """
     products = np.append(search.gallery_rows["product_id"], -1)[search.ranks]  # (Q, K)
     weights = search.scores[:, :k].clip(0) ** alpha
-    weights = normalize(np.where(search.ranks[:, :k] >= 0, weights, 0), norm="l1")
-    scores = search.scores.copy()
-    for start in range(0, len(scores), CHUNK):
+    weights = np.where(search.ranks[:, :k] >= 0, weights, 0)
+    votes = np.empty(products.shape)
+    for start in range(0, len(votes), CHUNK):
         part = slice(start, start + CHUNK)
         same = products[part, :, None] == products[part, None, :k]  # (q, K, k)
-        scores[part] += np.einsum("qnk,qk->qn", same, weights[part])
-    return search.sorted_by(scores)
+        votes[part] = np.einsum("qnk,qk->qn", same, weights[part])
+    votes[search.ranks < 0] = -1
+    order = np.lexsort((-search.scores, -votes))
+    return search.ordered(order)
 
 
 # ------------------------------------------------------------------------------------ k-reciprocal

@@ -199,11 +199,13 @@ class Search:
         What was verified is forgotten where its inliers (Q, K) are not given again.
         """
         order = np.argsort(-scores, axis=1, kind="stable")
-        if inliers is not None:
-            inliers = np.take_along_axis(inliers, order, axis=1)
-        return replace(
-            self,
-            scores=np.take_along_axis(scores, order, axis=1),
-            ranks=np.take_along_axis(self.ranks, order, axis=1),
-            inliers=inliers,
-        )
+        return replace(self, scores=scores, inliers=inliers).ordered(order)
+
+    def ordered(self, order: np.ndarray) -> Search:
+        """With each list in this order (Q, K) of its places."""
+        lists = {"scores": self.scores, "ranks": self.ranks, "inliers": self.inliers}
+        taken = {
+            name: values if values is None else np.take_along_axis(values, order, axis=1)
+            for name, values in lists.items()
+        }
+        return replace(self, **taken)
