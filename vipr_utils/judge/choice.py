@@ -10,7 +10,7 @@ from time import monotonic
 import numpy as np
 import pandas as pd
 
-from vipr_utils.judge import metrics, runs
+from vipr_utils.judge import runs
 from vipr_utils.judge.task import Retrieval, Sides, Task
 from vipr_utils.learn import models
 from vipr_utils.retrieve import pipeline, rerank, verification
