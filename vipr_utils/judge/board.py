@@ -18,6 +18,8 @@ from vipr_utils.judge.task import Retrieval, Task
 from vipr_utils.learn import models
 from vipr_utils.retrieve import pipeline
 
+TIE = 0.005  # of mAP@5 on validation: what lies closer is the same
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -31,13 +33,16 @@ class Entry:
 
 
 class Board:
-    """Candidates on a Task, in the order in which they were tried.
+    """Candidates on a Task, in the order in which they were tried: the cheaper first.
 
-    folder: where model.pt of the best one so far, by `choose`, is kept.
+    folder: where model.pt of the best one so far, by `choose`, is kept. view: what its figures are
+    of, 'validation' where no test query has a label.
     """
 
     def __init__(self, task: Task, folder: Path | None = None) -> None:
         self.task, self.folder = task, folder
+        labelled = (task.views["test"].queries["product_id"] >= 0).any()
+        self.view = "test" if labelled or not task.validation else "validation"
         self.entries: dict[str, Entry] = {}
         self.refused: dict[str, str] = {}  # what could not be tried here, and why
 
@@ -69,11 +74,12 @@ class Board:
             image_size = image_size or record["image_size"]
             setting = setting or f"{image_size} px"
         search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
-        test, measured = _measured(search)
-        others = {view: search(view) for view in self.task.views if view != "test"}
+        headline, measured = _measured(partial(search, self.view))
+        views = self.task.views if self.view == "test" else []
+        others = {view: search(view) for view in views if view != self.view}
         self.enter(
             name,
-            {"test": test} | others,
+            {self.view: headline} | others,
             baseline=baseline,
             cost={"setting": setting or " + ".join(steps), "ms_per_image": ms, **measured},
             cut_short=cut_short or self._cut_short(record, baseline),
@@ -128,22 +134,23 @@ class Board:
     def choose(self, names=()) -> str:
         """The entry (of these names, else of all) with the best mAP@5 on validation.
 
-        Among equals the first; where nothing was held out the last, which learned most. Test
-        figures have no part in it.
+        Of those within TIE of it the first, which is the cheapest; where nothing was held out the
+        last, which learned most. Test figures have no part in it.
         """
         names = list(names or self.entries)
         if not self.task.validation:
             return names[-1]
-        return max(names, key=lambda name: self.score(name, "validation"))
+        scores = {name: self.score(name, "validation") for name in names}
+        return next(name for name in names if scores[name] >= max(scores.values()) - TIE)
 
-    def score(self, name: str, view: str = "test") -> float:
+    def score(self, name: str, view: str = "") -> float:
         """mAP@5 of an entry on a view; 0 where it was not asked or no answer can be right."""
-        found = self.entries[name].views.get(view)
+        found = self.entries[name].views.get(view or self.view)
         return float(np.nan_to_num(found.metrics.get("map_at_5", 0.0))) if found else 0.0
 
-    def difference(self, name: str, view: str = "test") -> tuple[float, float, float]:
+    def difference(self, name: str, view: str = "") -> tuple[float, float, float]:
         """(difference of mAP@5 to the baseline, low, high): paired by query, over products."""
-        entry = self.entries[name]
+        entry, view = self.entries[name], view or self.view
         return metrics.paired_difference(
             entry.views[view].average_precision,
             self.entries[entry.baseline].views[view].average_precision,
@@ -159,12 +166,12 @@ class Board:
         """The same for run.json."""
         rows = []
         for name, entry in self.entries.items():
-            test = entry.views["test"]
-            precision = metrics.guie_precision_at_k(test.hits, test.n_relevant)
+            headline = entry.views[self.view]
+            precision = metrics.guie_precision_at_k(headline.hits, headline.n_relevant)
             row = {
                 "name": name,
-                **{view: self.score(name, view) for view in entry.views if view != "test"},
-                **self._figures(name, "test"),
+                **{view: self.score(name, view) for view in entry.views if view != self.view},
+                **self._figures(name, self.view),
                 "mp_at_5": float(np.nanmean(precision)),
                 **entry.cost,
                 "million": entry.record.get("parameters", 0) / 1e6,
@@ -191,7 +198,7 @@ class Board:
         """A row for each view and entry: metrics, and the difference to its baseline there."""
         domain = self.task.gallery_domain
         rows = {}
-        for view in self.task.views:
+        for view in next(iter(self.entries.values())).views:
             title = f"{view} photos only"
             if view == "test":
                 title = f"{domain} photos only" if domain else "whole gallery"
@@ -201,7 +208,10 @@ class Board:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def save(self, folder: Path, chosen: str) -> None:
-        """Write <folder>/average_precision.csv: AP@5 of the chosen entry by query and view."""
+        """Write <folder>/average_precision.csv: AP@5 of the chosen entry by query and view, where
+        test queries have labels."""
+        if self.view != "test":
+            return
         per_query = self.task.views["test"].queries[["name", "product_id"]].copy()
         for view, found in self.entries[chosen].views.items():
             if view != "validation":
@@ -212,18 +222,19 @@ class Board:
     def save_run(
         self, folder: Path, chosen: str, *, model: dict | None = None, figures=(), **record
     ) -> Path:
-        """Write run.json: the chosen entry's metrics, and every entry as one of its rows.
+        """Write run.json: the chosen entry's metrics on the test, and every entry as one of its
+        rows; without test labels neither.
 
         model: the record behind an entry of embeddings; figures: further ones for its metrics;
         record: notebook, params, trained, see `Task.save_run`.
         """
         entry = self.entries[chosen]
-        rows = {row["name"]: row for row in self.rows()}
+        rows = {row["name"]: row for row in self.rows()} if self.view == "test" else {}
         listed = {"rows": list(rows.values()), "refused": self.refused}
         validation = entry.views.get("validation")
         return self.task.save_run(
             folder,
-            metrics=rows[chosen] | dict(figures) | listed,
+            metrics=rows.get(chosen, {}) | dict(figures) | listed,
             model=model or entry.record,
             validated=validation and validation.metrics,
             cut_short=entry.cut_short,

@@ -10,7 +10,9 @@ from time import monotonic
 import numpy as np
 import pandas as pd
 
+from vipr_utils.host import platform
 from vipr_utils.judge import runs
+from vipr_utils.judge.board import TIE
 from vipr_utils.judge.task import Retrieval, Sides, Task
 from vipr_utils.learn import models
 from vipr_utils.retrieve import pipeline, rerank, verification
@@ -20,7 +22,6 @@ PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
 WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
 MOST_NETWORKS = 3
-TIE = 0.005  # of mAP@5: what lies closer is the same
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Choice:
     networks: dict
     sizes: dict
     max_minutes: float = 0.0  # 0 is no limit
-    tried: dict[Candidate, np.ndarray] = field(default_factory=dict)  # AP@5 of each query
+    tried: dict[Candidate, float] = field(default_factory=dict)  # mAP@5 on validation
     refused: dict[str, str] = field(default_factory=dict)
     rungs: dict[str, Candidate] = field(default_factory=dict)
     began: float = field(default_factory=monotonic)
@@ -101,27 +102,27 @@ class Choice:
         tested at. model_run: this run's model alone. most_runs: so many runs, those that validated
         best. Raises WeightsError where no network can be had.
         """
-        networks, refused = {}, {}
-        if model_run:
-            name = Path(model_run).name
-            networks[name] = models.open_model(model_run, "", output_dir=str(output_dir))
+        found = cls(task, {}, {}, max_minutes)
+        folders = [platform.find_run(model_run, output_dir=str(output_dir))] if model_run else []
+        if task.validation and not model_run:
+            data, split = task.photos.attrs["fingerprint"], task.validation.split
+            finished, found.refused = runs.validated(output_dir, data, split)
+            folders = finished[:most_runs]
         for name in [] if model_run else backbones:
             try:
-                networks[name] = models.create(name, weights=weights)
+                network = models.create(name, weights=weights)
             except models.WeightsError as error:
-                refused[name] = str(error)
-        sizes = {name: image_size or networks[name].record["image_size"] for name in networks}
-        if task.validation and not model_run:
-            folders, others = runs.validated(
-                output_dir, task.photos.attrs["fingerprint"], task.validation.split
-            )
-            refused |= others
-            for folder in folders[:most_runs]:
-                networks[folder.name] = models.load(folder / "model.pt")
-                sizes[folder.name] = networks[folder.name].record["image_size"]
-        if not networks:
-            raise models.WeightsError("; ".join(refused.values()))
-        return cls(task, networks, sizes, max_minutes, refused=refused)
+                found.refused[name] = str(error)
+                continue
+            found._enter(name, network, image_size)
+        for folder in folders:
+            found._enter(folder.name, models.load(folder / "model.pt"), 0)
+        if not found.networks:
+            raise models.WeightsError("; ".join(found.refused.values()))
+        return found
+
+    def _enter(self, name: str, network: models.Embedder, px: int) -> None:
+        self.networks[name], self.sizes[name] = network, px or network.record["image_size"]
 
     def summary(self) -> pd.DataFrame:
         """A row a network: backbone, pixels, millions of parameters, where its training was cut."""
@@ -136,9 +137,10 @@ class Choice:
         ).set_axis(list(self.networks))
 
     def table(self) -> pd.DataFrame:
-        """Every candidate tried, best first: its mAP@5 on validation."""
-        scores = {str(candidate): self.score(candidate) for candidate in self.tried}
-        return pd.Series(scores, name="validation").sort_values(ascending=False).to_frame()
+        """mAP@5 on validation of every candidate tried, best first."""
+        names = list(map(str, self.tried))
+        table = pd.DataFrame({"validation": list(self.tried.values())}, index=names)
+        return table.sort_values("validation", ascending=False, kind="stable")
 
     def record(self, rung: str) -> dict:
         """What was chosen, for run.json: networks, their parts, steps, where a training was cut."""
@@ -195,8 +197,9 @@ class Choice:
     def score(self, candidate: Candidate) -> float:
         """mAP@5 on validation; tried now if it was not."""
         if candidate not in self.tried:
-            self.tried[candidate] = self.found(candidate, "validation").average_precision
-        return float(np.nan_to_num(np.nanmean(self.tried[candidate])))
+            metrics = self.found(candidate, "validation").metrics
+            self.tried[candidate] = float(np.nan_to_num(metrics["map_at_5"]))
+        return self.tried[candidate]
 
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """The one with the best mAP@5 on validation; of those within TIE of it the cheapest.
@@ -224,7 +227,12 @@ class Choice:
         """
         plain = Candidate((Part(next(iter(self.networks))),))
         self._rung("plain search", [plain])
-        alone = [self._network(name, zooms) for name in self.networks]
+        alone = []
+        for name in self.networks:
+            if alone and self._minutes_left() < 0:
+                self.refused[name] = "max_minutes were used up before it was tried"
+            else:
+                alone.append(self._network(name, zooms))
         best = self.best(ways["views joined"] for ways in alone)
         for rung, candidate in next(ways for ways in alone if best in ways.values()).items():
             self._rung(rung, [candidate])
@@ -283,10 +291,15 @@ class Choice:
         top = max(map(pipeline.verified_pairs, pipeline.split(stack)))
         views = [self.task.views[view] for view in ("validation", "test")]
         needed = sum(verification.seconds(*view, top) for view in views) / 60
-        left = self.max_minutes - (monotonic() - self.began) / 60
-        if not self.max_minutes or needed < left:
+        left = self._minutes_left()
+        if needed < left:
             return True
         self.refused[stack] = (
             f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
         )
         return False
+
+    def _minutes_left(self) -> float:
+        """Of max_minutes."""
+        limit = self.max_minutes or np.inf
+        return limit - (monotonic() - self.began) / 60
