@@ -8,7 +8,6 @@ from pathlib import Path
 from time import monotonic
 
 import numpy as np
-import pandas as pd
 
 from vipr_utils.host import platform
 from vipr_utils.judge import runs
@@ -46,24 +45,14 @@ class Candidate:
     steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """'04_pretrained_sweep zoom 1 and 0.8, learned whitening + k-reciprocal'"""
-        networks = dict.fromkeys(part.network for part in self.parts)
-        seen = [f"{name}{self._zooms(name)}" for name in networks]
+        """'04_pretrained_sweep zoom 1, 0.8|1 + learned whitening + k-reciprocal'"""
+        networks = {part.network: [] for part in self.parts}
+        for part in self.parts:
+            networks[part.network].append("{:g}|{:g}".format(*part.zoom))
+        seen = [f"{name} zoom {', '.join(zooms)}" for name, zooms in networks.items()]
         projections = dict.fromkeys(part.projection for part in self.parts if part.projection)
-        behind = [pipeline.method(step) for step in [*projections, *self.steps]]
+        behind = map(pipeline.method, [*projections, *self.steps])
         return " + ".join([" and ".join(seen), *behind])
-
-    def _zooms(self, network: str) -> str:
-        zooms = [part.zoom for part in self.parts if part.network == network]
-        if zooms == [WHOLE]:
-            return ""
-        shown = [f"{a:g}" if a == b else f"{a:g}|{b:g}" for a, b in zooms]
-        return f" zoom {', '.join(shown)}"
-
-    @property
-    def verified(self) -> int:
-        """Pairs of photos that are verified for a query."""
-        return max([pipeline.verified_pairs(step) for step in self.steps], default=0)
 
 
 @dataclass
@@ -124,24 +113,6 @@ class Choice:
     def _enter(self, name: str, network: models.Embedder, px: int) -> None:
         self.networks[name], self.sizes[name] = network, px or network.record["image_size"]
 
-    def summary(self) -> pd.DataFrame:
-        """A row a network: backbone, pixels, millions of parameters, where its training was cut."""
-        return pd.DataFrame(
-            {
-                "backbone": network.record["name"],
-                "pixels": self.sizes[name],
-                "million": network.record["parameters"] / 1e6,
-                "cut_short": network.record.get("cut_short", ""),
-            }
-            for name, network in self.networks.items()
-        ).set_axis(list(self.networks))
-
-    def table(self) -> pd.DataFrame:
-        """mAP@5 on validation of every candidate tried, best first."""
-        names = list(map(str, self.tried))
-        table = pd.DataFrame({"validation": list(self.tried.values())}, index=names)
-        return table.sort_values("validation", ascending=False, kind="stable")
-
     def record(self, rung: str) -> dict:
         """What was chosen, for run.json: networks, their parts, steps, where a training was cut."""
         candidate = self.rungs[rung]
@@ -185,12 +156,11 @@ class Choice:
         return self._looks[part, view]
 
     def cost(self, candidate: Candidate) -> tuple[int, float]:
-        """(pairs verified a query, arithmetic of its forward passes in arbitrary units)."""
-        seen = {(part.network, part.zoom[0]) for part in candidate.parts}
-        passes = [
-            self.networks[name].record["parameters"] * self.sizes[name] ** 2 for name, _ in seen
-        ]
-        return candidate.verified, sum(passes)
+        """(pairs verified a query, parameters times pixels of its forward passes)."""
+        passes = {(part.network, part.zoom[0]) for part in candidate.parts}
+        million = [self.networks[name].record["parameters"] for name, _ in passes]
+        area = [self.sizes[name] ** 2 for name, _ in passes]
+        return sum(map(pipeline.verified_pairs, candidate.steps)), float(np.dot(million, area))
 
     # ---------------------------------------------------------------------------------- scores
 
@@ -288,7 +258,7 @@ class Choice:
 
     def _affordable(self, stack: str) -> bool:
         """Whether a stack that verifies fits into what is left of max_minutes."""
-        top = max(map(pipeline.verified_pairs, pipeline.split(stack)))
+        top = sum(map(pipeline.verified_pairs, pipeline.split(stack)))
         views = [self.task.views[view] for view in ("validation", "test")]
         needed = sum(verification.seconds(*view, top) for view in views) / 60
         left = self._minutes_left()

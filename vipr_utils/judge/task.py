@@ -430,20 +430,14 @@ def ranked(
     # steps do not see which products the queries show
     unlabelled = view.queries.drop(columns=["product_id", "product", "group"], errors="ignore")
     references = view.gallery if references is None else references
+    machine = {"device": device, "cache_dir": cache_dir}
+    unsearched = search.Search(queries, gallery, unlabelled, references, **machine)
     answers = references.index.isin(view.gallery.index)
-    unsearched = search.Search(
-        queries,
-        gallery,
-        unlabelled,
-        references,
-        answers=None if answers.all() else answers,
-        device=device,
-        cache_dir=cache_dir,
-    )
+    if not answers.all():
+        unsearched = replace(unsearched, answers=answers)
     found, seconds = pipeline.apply(list(steps), unsearched)
-    rows = view.gallery.index.get_indexer(found.gallery_rows.index)
-    ranks = np.where(found.ranks < 0, -1, rows[found.ranks])
-    return scored(view, found.scores, ranks, seconds=seconds, seed=seed)
+    rows = np.append(view.gallery.index.get_indexer(found.gallery_rows.index), -1)
+    return scored(view, found.scores, rows[found.ranks], seconds=seconds, seed=seed)
 
 
 def scored(view: View, scores, ranks, *, seconds=(), seed: int = 0) -> Retrieval:

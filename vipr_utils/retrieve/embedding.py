@@ -41,9 +41,8 @@ def embed(
 
     features: the pooled output before the neck instead, as it is (for training.fit_head).
     image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. zoom: the central
-    share of each side that is seen, 1 is all. precision: see `compute_dtype`. With cache_dir a
-    photo passes the backbone once, whatever rows and necks are asked for. A row that the store
-    could not read gets NaN.
+    share of each side that is seen. precision: see `compute_dtype`. With cache_dir a photo passes
+    the backbone once, whatever rows and necks are asked for. A row without photo gets NaN.
     """
     size = image_size or model.record["image_size"]
     dtype = compute_dtype(precision, device)
