@@ -317,14 +317,12 @@ def test_runs_that_held_out_the_same_photos_are_taken_best_first_and_the_others_
     validated(tmp_path / "other_split", 0.9, "bb")
     validated(tmp_path / "no_model", 0.9, "aa")
     (tmp_path / "no_model" / "model.pt").unlink()
-    validated(tmp_path / "unfinished", 0.9, "aa")
-    (tmp_path / "unfinished" / "run.json").unlink()
     saved(tmp_path / "never_validated", metrics=SCORES | {"map_at_5": 0.99})
     (tmp_path / "never_validated" / "model.pt").touch()
     folders, refused = runs.validated(tmp_path, "f", "aa")
     assert [folder.name for folder in folders] == ["better", "good"]
     assert "other photos" in refused["elsewhere"] and "same holdout" in refused["other_split"]
-    assert "has not finished" in refused["unfinished"] and "never_validated" in refused
+    assert "never_validated" in refused and "no_model" not in refused
     assert runs.validated(tmp_path, "third", "aa")[0] == []
 
 

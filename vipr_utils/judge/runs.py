@@ -161,21 +161,16 @@ def validated(output_dir: Path, fingerprint: str, split: str) -> tuple[list[Path
     scores compare.
     """
     scores, refused = {}, {}
-    for folder in [Path(output_dir), *platform.attached("submissions")]:
-        for file in sorted(folder.glob("*/model.pt")):
-            run = file.parent
-            try:
-                record = load(run)
-            except RunError as error:
-                refused[run.name] = str(error)
-                continue
-            found = record.get("validation")
-            if record["data"].get("fingerprint") != fingerprint:
-                refused[run.name] = "its model learned from other photos"
-            elif not found or found["split"] != split:
-                refused[run.name] = "its model held out other photos: use the same holdout"
-            else:
-                scores[run] = found["map_at_5"] or 0.0
+    for folder, record in finished(output_dir)[0].items():
+        found = record.get("validation")
+        if not (folder / "model.pt").is_file():
+            continue
+        if record["data"].get("fingerprint") != fingerprint:
+            refused[folder.name] = "its model learned from other photos"
+        elif not found or found["split"] != split:
+            refused[folder.name] = "its model held out other photos: use the same holdout"
+        else:
+            scores[folder] = found["map_at_5"] or 0.0
     return sorted(scores, key=scores.get, reverse=True), refused
 
 

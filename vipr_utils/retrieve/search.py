@@ -157,13 +157,10 @@ class Search:
         """
         scores, ranks = self._nearest(np.arange(len(self.gallery)), k)
         if self.answers is not None:
-            more = self._nearest(np.flatnonzero(self.answers), k)
-            scores, ranks = np.hstack([scores, more[0]]), np.hstack([ranks, more[1]])
-            order = np.argsort(ranks, axis=1, kind="stable")
-            listed = np.take_along_axis(ranks, order, axis=1)
-            again = np.zeros(ranks.shape, bool)
-            np.put_along_axis(again, order[:, 1:], listed[:, 1:] == listed[:, :-1], axis=1)
-            scores, ranks = np.where(again, -np.inf, scores), np.where(again, -1, ranks)
+            more_scores, more = self._nearest(np.flatnonzero(self.answers), k)
+            again = (more[:, :, None] == ranks[:, None, :]).any(axis=2)
+            scores = np.hstack([scores, np.where(again, -np.inf, more_scores)])
+            ranks = np.hstack([ranks, np.where(again, -1, more)])
         return replace(self, scores=scores, ranks=ranks, inliers=None)
 
     def _nearest(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,16 +179,17 @@ class Search:
         """With the rows that may be answered as its gallery, in the same order."""
         if self.answers is None:
             return self
-        rows, numbers = np.flatnonzero(self.answers), np.cumsum(self.answers) - 1
-        stays = (self.ranks >= 0) & self.answers[self.ranks]
-        found = replace(
+        rows = np.flatnonzero(self.answers)
+        numbers = np.where(self.answers, self.answers.cumsum() - 1, -1)
+        numbers = np.append(numbers, -1)  # of rank -1
+        narrow = replace(
             self,
             gallery=self.gallery[rows],
             gallery_rows=self.gallery_rows.iloc[rows],
-            ranks=np.where(stays, numbers[self.ranks], -1),
+            ranks=numbers[self.ranks],
             answers=None,
         )
-        return found.sorted_by(np.where(stays, self.scores, -np.inf))
+        return narrow.sorted_by(np.where(narrow.ranks < 0, -np.inf, self.scores))
 
     def sorted_by(self, scores: np.ndarray, inliers: np.ndarray | None = None) -> Search:
         """With each list in the order of new scores (Q, K).
@@ -203,9 +201,12 @@ class Search:
 
     def ordered(self, order: np.ndarray) -> Search:
         """With each list in this order (Q, K) of its places."""
-        lists = {"scores": self.scores, "ranks": self.ranks, "inliers": self.inliers}
-        taken = {
-            name: values if values is None else np.take_along_axis(values, order, axis=1)
-            for name, values in lists.items()
-        }
-        return replace(self, **taken)
+        inliers = self.inliers
+        if inliers is not None:
+            inliers = np.take_along_axis(inliers, order, axis=1)
+        return replace(
+            self,
+            scores=np.take_along_axis(self.scores, order, axis=1),
+            ranks=np.take_along_axis(self.ranks, order, axis=1),
+            inliers=inliers,
+        )
