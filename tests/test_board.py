@@ -74,29 +74,6 @@ def test_row_holds_the_scores_of_all_views_and_what_it_cost(task, board):
     assert row["seconds"] > 0 and row["peak_mb"] > 0
 
 
-def test_every_view_has_its_own_row_and_difference(board):
-    table = board.by_view()
-    assert "whole gallery, good" in table.index and "shop photos only, poor" in table.index
-    ends = board.difference("good", view="shop")
-    assert table.loc["shop photos only, good", "difference"] == pytest.approx(ends[0])
-
-
-def test_settings_of_one_method_are_tried_on_validation_and_the_best_is_marked(task):
-    board = Board(task)
-    stacks = ["pca(1)", "pca(6)", "learned_whitening(4) + database_augmentation(2)"]
-    table = board.tune(told(task, 0.3), stacks)
-    assert list(table.index) == stacks and table["method"].iloc[0] == table["method"].iloc[1]
-    assert table["validation"]["pca(6)"] > table["validation"]["pca(1)"]
-    assert table["chosen"].tolist() == [False, True, True]
-    assert not board.entries, "the test was not asked"
-
-
-def test_what_cannot_be_fitted_here_is_noted_and_left_out(task):
-    board = Board(task)
-    table = board.tune(told(task, 0.3), ["pca(5000)", "centring()"])
-    assert list(table.index) == ["centring()"] and "use at most" in board.refused["pca(5000)"]
-
-
 def test_best_model_so_far_is_on_disk_after_each_entry(task, tmp_path):
     board = Board(task, tmp_path)
     networks = {}

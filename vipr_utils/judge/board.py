@@ -16,7 +16,6 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.judge import metrics
 from vipr_utils.judge.task import Retrieval, Task
 from vipr_utils.learn import models
-from vipr_utils.retrieve import pipeline
 
 TIE = 0.005  # of mAP@5 on validation: what lies closer is the same
 
@@ -109,28 +108,6 @@ class Board:
             return record.get("cut_short", "")
         return self.entries[baseline].cut_short
 
-    def tune(self, embeddings: np.ndarray, stacks: list[str]) -> pd.DataFrame:
-        """Stacks of steps ("a(...) + b(...)") tried on validation: a row each, test not looked at.
-
-        Columns method (the steps without their numbers), validation (mAP@5, NaN without held-out
-        photos) and chosen: the best setting of each method, the first where nothing is held out.
-        What cannot be fitted on this gallery is left out and noted in `refused`.
-        """
-        rows = {}
-        for stack in stacks:
-            steps, score = pipeline.split(stack), float("nan")
-            try:
-                if self.task.validation:
-                    found = self.task.retrieve(embeddings, "validation", steps=steps)
-                    score = found.metrics["map_at_5"]
-            except ValueError as error:
-                self.refused[stack] = str(error)
-                continue
-            rows[stack] = " + ".join(map(pipeline.method, steps)), score
-        table = pd.DataFrame.from_dict(rows, orient="index", columns=["method", "validation"])
-        best = table["validation"].fillna(0).groupby(table["method"], sort=False).idxmax()
-        return table.assign(chosen=table.index.isin(best))
-
     def choose(self, names=()) -> str:
         """The entry (of these names, else of all) with the best mAP@5 on validation.
 
@@ -193,19 +170,6 @@ class Board:
             "gain": gain(difference, low, high),
             "verdict": verdict(low, high),
         }
-
-    def by_view(self) -> pd.DataFrame:
-        """A row for each view and entry: metrics, and the difference to its baseline there."""
-        domain = self.task.gallery_domain
-        rows = {}
-        for view in next(iter(self.entries.values())).views:
-            title = f"{view} photos only"
-            if view == "test":
-                title = f"{domain} photos only" if domain else "whole gallery"
-            for name in self.entries:
-                row = f"{title}, {name}" if len(self.entries) > 1 else title
-                rows[row] = self._figures(name, view)
-        return pd.DataFrame.from_dict(rows, orient="index")
 
     def save(self, folder: Path, chosen: str) -> None:
         """Write <folder>/average_precision.csv: AP@5 of the chosen entry by query and view, where
