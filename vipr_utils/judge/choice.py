@@ -1,9 +1,18 @@
-"""What to answer with, chosen on validation: networks, zoom, views joined, steps."""
+"""What to answer with, chosen on validation: networks, zoom, views joined, steps.
+
+Candidates are tried in stages, and each stage starts from the best of the one before: a projection
+for each network, its zoom, several zooms joined, several networks joined, steps on the lists, and
+verification of their heads. So some dozens are tried where all combinations would be thousands.
+
+The test has no part in it: a candidate is scored on the validation queries of its task, and
+projections are fitted without their photos. Every photo passes a network once for each zoom, its
+features are kept on disk, and a projection is fitted once for each view.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
@@ -25,50 +34,47 @@ MOST_NETWORKS = 3
 
 @dataclass(frozen=True)
 class Part:
-    """One network's look at a photo, and the projection behind it.
-
-    zoom: see `Task.zoomed`; features: the pooled backbone output in place of the embedding.
-    """
+    """One network's look at a photo, and the projection behind it."""
 
     network: str
-    zoom: tuple[float, float] = WHOLE
+    zoom: tuple[float, float] = WHOLE  # of customers' photos and of shop photos, see `Task.zoomed`
     projection: str = ""  # a step that is fitted, such as "learned_whitening(64)"
-    features: bool = False
-    weight: float = 1.0
+    features: bool = False  # the pooled output of the backbone in place of the embedding
+    weight: float = 1.0  # of its cosine among those of the other parts
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What could answer: the embeddings of its parts joined, then steps."""
+    """What could answer: the embeddings of its parts joined, then steps.
+
+    Two are the same candidate where all their settings are: what was scored once is not again.
+    """
 
     parts: tuple[Part, ...]
     steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """'04_pretrained_sweep zoom 1, 0.8|1 + learned whitening + k-reciprocal'"""
-        networks = {part.network: [] for part in self.parts}
+        """'lite0 zoom 1|1, lite0 zoom 0.8|1 + learned whitening + k-reciprocal'"""
+        looks = []
         for part in self.parts:
-            networks[part.network].append("{:g}|{:g}".format(*part.zoom))
-        seen = [f"{name} zoom {', '.join(zooms)}" for name, zooms in networks.items()]
-        projections = dict.fromkeys(part.projection for part in self.parts if part.projection)
-        behind = map(pipeline.method, [*projections, *self.steps])
-        return " + ".join([" and ".join(seen), *behind])
+            customers, shop = part.zoom
+            looks.append(f"{part.network} zoom {customers:g}|{shop:g}")
+        steps = [self.parts[0].projection, *self.steps]
+        behind = [pipeline.method(step) for step in steps if step]
+        return " + ".join([", ".join(looks), *behind])
 
 
 @dataclass
 class Choice:
-    """Candidates tried on the validation queries of a task, and the best of them.
-
-    networks: name -> Embedder; sizes: name -> pixels. Test queries have no part in it.
-    """
+    """Candidates tried on the validation queries of a task, and the best of them."""
 
     task: Task
-    networks: dict
-    sizes: dict
+    networks: dict[str, models.Embedder]
+    sizes: dict[str, int]  # pixels that each network sees
     max_minutes: float = 0.0  # 0 is no limit
     tried: dict[Candidate, float] = field(default_factory=dict)  # mAP@5 on validation
-    refused: dict[str, str] = field(default_factory=dict)
-    rungs: dict[str, Candidate] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # what could not be tried here, and why
+    rungs: dict[str, Candidate] = field(default_factory=dict)  # of the climb, plain search first
     began: float = field(default_factory=monotonic)
     _looks: dict[tuple, Sides] = field(default_factory=dict)
 
@@ -113,20 +119,6 @@ class Choice:
     def _enter(self, name: str, network: models.Embedder, px: int) -> None:
         self.networks[name], self.sizes[name] = network, px or network.record["image_size"]
 
-    def record(self, rung: str) -> dict:
-        """What was chosen, for run.json: networks, their parts, steps, where a training was cut."""
-        candidate = self.rungs[rung]
-        names = list(dict.fromkeys(part.network for part in candidate.parts))
-        cut = [self.networks[name].record.get("cut_short") for name in names]
-        return {
-            "what": str(candidate),
-            "networks": names,
-            "image_size": {name: self.sizes[name] for name in names},
-            "parts": [asdict(part) for part in candidate.parts],
-            "steps": list(candidate.steps),
-            "cut_short": "; ".join(filter(None, cut)),
-        }
-
     # ------------------------------------------------------------------------------ candidates
 
     def found(self, candidate: Candidate, view: str) -> Retrieval:
@@ -137,30 +129,36 @@ class Choice:
     def joined(self, parts: tuple[Part, ...], view: str) -> Sides:
         """Embeddings whose cosine is the weighted mean of the parts' cosines."""
         looks = [self._look(replace(part, weight=1.0), view) for part in parts]
-        if len(parts) == 1:
+        if len(looks) == 1:
             return looks[0]
         scales = [np.sqrt(part.weight) for part in parts]
-        sides = [np.hstack([x * scale for x, scale in zip(side, scales)]) for side in zip(*looks)]
-        return Sides(*map(rerank.unit, sides))
+        sides = []
+        for side in zip(*looks):  # of each part the queries, then the gallery, then the known
+            scaled = [embeddings * scale for embeddings, scale in zip(side, scales)]
+            sides.append(rerank.unit(np.hstack(scaled)))
+        return Sides(*sides)
 
     def _look(self, part: Part, view: str) -> Sides:
         """A part's embeddings, computed once."""
         if (part, view) not in self._looks:
-            model, px = self.networks[part.network], self.sizes[part.network]
             sides = self.task.zoomed(
-                model, view, zoom=part.zoom, image_size=px, features=part.features
+                self.networks[part.network],
+                view,
+                zoom=part.zoom,
+                image_size=self.sizes[part.network],
+                features=part.features,
             )
             steps = [part.projection] if part.projection else []
             sides, _ = self.task.projected(sides, view, steps)
             self._looks[part, view] = Sides(*map(rerank.unit, sides))
         return self._looks[part, view]
 
-    def cost(self, candidate: Candidate) -> tuple[int, float]:
+    def cost(self, candidate: Candidate) -> tuple[int, int]:
         """(pairs verified a query, parameters times pixels of its forward passes)."""
-        passes = {(part.network, part.zoom[0]) for part in candidate.parts}
-        million = [self.networks[name].record["parameters"] for name, _ in passes]
-        area = [self.sizes[name] ** 2 for name, _ in passes]
-        return sum(map(pipeline.verified_pairs, candidate.steps)), float(np.dot(million, area))
+        arithmetic = 0
+        for name, _ in {(part.network, part.zoom[0]) for part in candidate.parts}:
+            arithmetic += self.networks[name].record["parameters"] * self.sizes[name] ** 2
+        return sum(map(pipeline.verified_pairs, candidate.steps)), arithmetic
 
     # ---------------------------------------------------------------------------------- scores
 
@@ -174,18 +172,23 @@ class Choice:
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """The one with the best mAP@5 on validation; of those within TIE of it the cheapest.
 
-        What cannot be done on this gallery is left out, and noted in `refused`.
+        What cannot be done on this gallery is left out, and noted in `refused`. Raises ValueError
+        where nothing can be done.
         """
         scores = {}
-        for candidate in dict.fromkeys(candidates):
+        for candidate in candidates:
             try:
                 scores[candidate] = self.score(candidate)
             except ValueError as error:
                 self.refused[str(candidate)] = str(error)
-        most = max(scores.values())
-        alike = [candidate for candidate in scores if scores[candidate] >= most - TIE]
-        cheapest = min(map(self.cost, alike))
-        return max((c for c in alike if self.cost(c) == cheapest), key=scores.get)
+        if not scores:
+            raise ValueError(f"nothing can be tried on these photos: {self.refused}")
+
+        def rank(candidate: Candidate) -> tuple:
+            alike = scores[candidate] >= max(scores.values()) - TIE
+            return not alike, self.cost(candidate), -scores[candidate]
+
+        return min(scores, key=rank)
 
     # ----------------------------------------------------------------------------------- climb
 
@@ -219,18 +222,26 @@ class Choice:
 
     def _network(self, name: str, zooms: list[float]) -> dict[str, Candidate]:
         """The best that one network gives, by rung."""
-        plain = Part(name)
-        projected = [replace(plain, projection=step) for step in PROJECTIONS]
-        pooled = [replace(part, features=True) for part in projected]
-        first = self.best(Candidate((part,)) for part in [plain, *projected, *pooled])
-        pairs = dict.fromkeys([WHOLE, *((a, b) for a in zooms for b in (1.0, a))])
-        looks = [replace(first.parts[0], zoom=zoom) for zoom in pairs]
-        single = self.best(Candidate((look,)) for look in looks)
-        ranked = sorted(looks, key=lambda look: -self.score(Candidate((look,))))
-        joined = [Candidate(tuple(ranked[:n])) for n in range(2, len(zooms) + 1)]
-        whitened = [replace(candidate, steps=(WHITENED,)) for candidate in joined]
-        views = self.best([single, *joined, *whitened])
-        return {"projection": first, "zoom": single, "views joined": views}
+        parts = [Part(name)]
+        for step in PROJECTIONS:
+            parts.append(Part(name, projection=step))
+            parts.append(Part(name, projection=step, features=True))
+        first = self.best(Candidate((part,)) for part in parts)
+
+        looks = [first]
+        for zoom in zooms:
+            for of_shop in (1.0, zoom):
+                look = Candidate((replace(first.parts[0], zoom=(zoom, of_shop)),))
+                if look not in looks:
+                    looks.append(look)
+        single = self.best(looks)
+
+        looks.sort(key=self.score, reverse=True)
+        views = [single]
+        for n in range(2, len(zooms) + 1):
+            joined = Candidate(tuple(look.parts[0] for look in looks[:n]))
+            views += [joined, replace(joined, steps=(WHITENED,))]
+        return {"projection": first, "zoom": single, "views joined": self.best(views)}
 
     def _stepped(self, base: Candidate, stacks: list[str]) -> list[Candidate]:
         """The candidate with each stack behind its own steps, and in their place."""
@@ -243,17 +254,15 @@ class Choice:
         teams = [self.best(alone)]
         rest = [candidate for candidate in alone if candidate != teams[0]]
         while rest and len(teams) < MOST_NETWORKS:
-            grown = [
-                Candidate(
-                    (*teams[-1].parts, *(replace(p, weight=weight) for p in other.parts)), steps
-                )
-                for other in rest
-                for weight in WEIGHTS
-                for steps in dict.fromkeys([(), (WHITENED,)])
-            ]
+            grown = {}
+            for other in rest:
+                for weight in WEIGHTS:
+                    added = tuple(replace(part, weight=weight) for part in other.parts)
+                    joined = Candidate((*teams[-1].parts, *added))
+                    grown[joined] = other
+                    grown[replace(joined, steps=(WHITENED,))] = other
             teams.append(self.best(grown))
-            joined = {part.network for part in teams[-1].parts}
-            rest = [candidate for candidate in rest if candidate.parts[0].network not in joined]
+            rest.remove(grown[teams[-1]])
         return teams
 
     def _affordable(self, stack: str) -> bool:
@@ -264,6 +273,7 @@ class Choice:
         left = self._minutes_left()
         if needed < left:
             return True
+
         self.refused[stack] = (
             f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
         )

@@ -37,8 +37,7 @@ def embed(
     cache_dir: Path | None = None,
     features: bool = False,
 ) -> np.ndarray:
-    """(N, D) float32 embeddings of the catalog rows given, by the model's own eval transform.
-
+    """(N, D) float32 embeddings of these catalog rows, by the model's own eval transform.
     features: the pooled output before the neck instead, as it is (for training.fit_head).
     image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. zoom: the central
     share of each side that is seen. precision: see `compute_dtype`. With cache_dir a photo passes

@@ -136,8 +136,9 @@ class Search:
 
     queries (Q, D) and gallery (G, D), L2-normalised, with their catalog rows; scores and ranks
     (Q, K), best first, are None until the gallery is searched; inliers (Q, K) until `verify`.
-    answers (G,) bool: the gallery rows that may be answered, the others only help to find them;
-    None is all.
+
+    answers (G,) bool: the gallery rows that may be answered, None for all. A shop that shows its
+    own photos alone still knows its customers' photos, and steps may look at them.
     """
 
     queries: np.ndarray
@@ -152,8 +153,11 @@ class Search:
     cache_dir: Path | None = None
 
     def searched(self, k: int) -> Search:
-        """With the k nearest gallery rows of every query, by cosine; behind them, where not all may
-        be answered, the k nearest of those that may.
+        """With the k nearest gallery rows of every query, by cosine.
+
+        Behind them, where not all may be answered, come the k nearest of those that may, so that
+        steps can look at neighbours of every kind and lists are long enough when they are
+        `narrowed`. A row stands in a list once; places without one hold -1.
         """
         scores, ranks = self._nearest(np.arange(len(self.gallery)), k)
         if self.answers is not None:
@@ -176,7 +180,11 @@ class Search:
         return scores, np.where(ranks < 0, -1, rows[ranks])
 
     def narrowed(self) -> Search:
-        """With the rows that may be answered as its gallery, in the same order."""
+        """With the rows that may be answered as its gallery, in the same order.
+
+        The others have done their part: neighbours that vote, expand a query or smooth a gallery.
+        What compares photos with photos comes after this.
+        """
         if self.answers is None:
             return self
         rows = np.flatnonzero(self.answers)
@@ -197,7 +205,9 @@ class Search:
         What was verified is forgotten where its inliers (Q, K) are not given again.
         """
         order = np.argsort(-scores, axis=1, kind="stable")
-        return replace(self, scores=scores, inliers=inliers).ordered(order)
+        found = replace(self, scores=scores, inliers=inliers)
+
+        return found.ordered(order)
 
     def ordered(self, order: np.ndarray) -> Search:
         """With each list in this order (Q, K) of its places."""
