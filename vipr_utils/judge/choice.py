@@ -54,14 +54,13 @@ class Candidate:
     steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """'lite0 zoom 1|1, lite0 zoom 0.8|1 + learned whitening + k-reciprocal'"""
+        """'lite0 zoom 1|1, lite0 zoom 0.8|1 + learned_whitening(64) + product_votes(3)'"""
         looks = []
         for part in self.parts:
             customers, shop = part.zoom
             looks.append(f"{part.network} zoom {customers:g}|{shop:g}")
-        steps = [self.parts[0].projection, *self.steps]
-        behind = [pipeline.method(step) for step in steps if step]
-        return " + ".join([", ".join(looks), *behind])
+        steps = filter(None, [self.parts[0].projection, *self.steps])
+        return " + ".join([", ".join(looks), *steps])
 
 
 @dataclass
