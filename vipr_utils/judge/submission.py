@@ -30,28 +30,19 @@ SubmissionError = CatalogError  # a submission is a table: file, row, id, what i
 def write_ranking(path: Path, query_names, gallery_names) -> Path:
     """The CSV `id,images` of query_names (Q,) and gallery_names (Q, 5), best first; its path.
 
-    A blank in a gallery name is written %20, and % then %25. Raises SubmissionError, and leaves an
-    older file as it is, for a query that is there twice, and for an image that has no name or comes
-    twice in a list. `validate` finds every other fault.
+    A blank in a gallery name is written %20, and % then %25. Raises ValueError, and leaves an older
+    file as it is, where there is not one list for each query; `validate` finds every other fault.
     """
-    queries = pd.Series(list(query_names), dtype=object)
-    lists = pd.Series([list(names) for names in gallery_names], dtype=object)
-    images = lists.explode().dropna()
-    empty = images[images == ""], "an image name is empty", "Leave it out."
-    tables.refuse(path, queries, [tables.repeated(queries), empty, _twice(images)])
-    encoded = images.str.replace("%", "%25").str.replace(" ", "%20")
-    answers = encoded.groupby(level=0).agg(" ".join).reindex(lists.index, fill_value="")
-    return _write(path, RANKING, queries, answers)
+    lists = [
+        " ".join(name.replace("%", "%25").replace(" ", "%20") for name in names)
+        for names in gallery_names
+    ]
+    return _write(path, RANKING, query_names, lists)
 
 
 def write_classification(path: Path, names, products) -> Path:
-    """The CSV `name,class` of query names (Q,) and the names of products (Q,); its path.
-
-    Raises SubmissionError, and leaves an older file as it is, for a query that is there twice.
-    """
-    queries = pd.Series(list(names), dtype=object)
-    tables.refuse(path, queries, [tables.repeated(queries)])
-    return _write(path, CLASSIFICATION, queries, products)
+    """The CSV `name,class` of query names (Q,) and the names of products (Q,); its path."""
+    return _write(path, CLASSIFICATION, names, products)
 
 
 def write_answers(
@@ -150,19 +141,14 @@ def _wrong_rankings(answers: pd.Series, gallery_names: pd.Index) -> list[Fault]:
     images = _images(answers)
     counts = images.groupby(level=0).size()
     unknown = images[~images.isin(gallery_names)]
+    again = images.reset_index().duplicated().to_numpy()
     names = "Give names of the gallery that was searched, with exactly one space between two."
     best = f"Rank the best {length} gallery images of every query."
     return [
         (unknown, "unknown image {!r}, not a train photo or not of the gallery_domain", names),
         (counts[counts != length], f"{{}} images, expected {length}", best),
-        _twice(images),
+        (images[again], "{} is listed more than once", "Rank each image once."),
     ]
-
-
-def _twice(images: pd.Series) -> Fault:
-    """The fault of a name that comes twice under one row."""
-    again = images.reset_index().duplicated().to_numpy()
-    return images[again], "{} is listed more than once", "Rank each image once."
 
 
 def score(path: Path, data_root: Path, *, gallery_domain: str = "", seed: int = 0) -> dict:
