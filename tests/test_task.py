@@ -129,11 +129,6 @@ def test_validator_scores_a_model_in_training_and_travels_to_other_processes(tas
     assert scores["map_at_5"] == pytest.approx(same["map_at_5"])
 
 
-def test_validator_of_products_without_held_out_photos_is_none(task):
-    rare = set(task.fit["product_id"]) - set(task.validation.queries["product_id"])
-    assert task.validator(products=list(rare)) is None
-
-
 def test_training_photos_carry_labels_from_zero(task):
     photos = task.training_photos(lambda image: np.zeros((3, 2, 2), np.float32))
     assert np.array_equal(photos.labels, catalog.with_labels(task.fit))

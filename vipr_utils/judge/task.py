@@ -176,24 +176,15 @@ class Task:
             seed=self.seed,
         )
 
-    def validate(
-        self, model, *, distance: str = "cosine", image_size: int = 0, products=None
-    ) -> dict:
-        """Metrics of a model in training on validation (of some products); not cached."""
+    def validate(self, model, *, distance: str = "cosine", image_size: int = 0) -> dict:
+        """Metrics of a model in training on validation; not cached."""
         view = self.views["validation"]
-        if products is not None:
-            view = View(*(rows[rows["product_id"].isin(products)] for rows in view))
         sides = [self._embedded(model, rows, image_size) for rows in view]
         return self._ranked(view, *sides, distance=distance).metrics
 
-    def validator(self, *, products=None, **settings):
+    def validator(self, **settings):
         """`validate` with these settings, for `training.fit`; None where nothing is held out."""
-        if not self.validation:
-            return None
-        held_out = self.validation.queries["product_id"]
-        if products is not None and not held_out.isin(products).any():
-            return None
-        return partial(self.validate, products=products, **settings)
+        return partial(self.validate, **settings) if self.validation else None
 
     def whitened(self, model, dim: int, *, image_size: int = 0):
         """A copy of the model that ends in a whitening to dim numbers, learned from fit."""
