@@ -288,7 +288,20 @@ def of_visits(photos, numbers):
     return np.eye(max(numbers) + 1, dtype=np.uint16)[list(numbers)] * 10
 
 
-def test_held_out_visits_are_whole_and_at_most_half_of_a_product():
+@pytest.fixture
+def share_as_given(monkeypatch):
+    monkeypatch.setattr(catalog, "ENOUGH", 1)
+
+
+def test_share_held_out_is_doubled_where_queries_are_few_and_never_beyond_the_most():
+    for products, queries in ((60, 120), (8, 32), (200, 200)):
+        photos = photos_of(dict.fromkeys(range(products), 10))
+        held = catalog.hold_out(photos, of_visits(photos, photos.i), holdout=0.1)
+        assert held.how == "visits" and len(held.queries) == queries
+        assert held.queries.product_id.value_counts().nunique() == 1
+
+
+def test_held_out_visits_are_whole_and_at_most_half_of_a_product(share_as_given):
     photos = photos_of(dict.fromkeys(range(8), 12) | {8: 6})
     numbers = (photos.i // 3).where(photos.product_id < 8, 0)  # product 8: one visit
     held = catalog.hold_out(photos, of_visits(photos, numbers), holdout=0.1)
@@ -306,7 +319,9 @@ def test_held_out_visits_are_whole_and_at_most_half_of_a_product():
     assert (held.queries.product_id.value_counts() == 3).all()
 
 
-def test_without_two_visits_single_photos_are_held_out_and_without_two_photos_none_can_be():
+def test_without_two_visits_single_photos_are_held_out_and_without_two_photos_none_can_be(
+    share_as_given,
+):
     photos = photos_of({1: 4, 2: 1})
     held = catalog.hold_out(photos, of_visits(photos, [0] * 5))
     assert held.how == "photos" and list(held.queries.product_id) == [1]
@@ -321,7 +336,7 @@ def test_without_two_visits_single_photos_are_held_out_and_without_two_photos_no
         catalog.hold_out(photos_of({1: 1, 2: 1}), of_visits(photos, [0, 0]))
 
 
-def test_a_split_is_named_by_the_photos_it_holds_out_and_written_down(tmp_path):
+def test_a_split_is_named_by_the_photos_it_holds_out_and_written_down(tmp_path, share_as_given):
     photos = photos_of(dict.fromkeys(range(4), 12))
     first = catalog.hold_out(photos, of_visits(photos, photos.i // 3))
     again = catalog.hold_out(photos, of_visits(photos, photos.i // 3))

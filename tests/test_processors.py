@@ -15,7 +15,7 @@ from processors import KINDS
 from vipr_utils.data import audit, catalog, toy
 
 ROOT = Path(__file__).resolve().parents[1]
-SPLITS = {"toy": "0ce6ae3e8653469a", "grocery": "f215399366fba909"}
+SPLITS = {"toy": "61c0b9c9904e9549", "grocery": "f215399366fba909"}
 CHILD = """
 import sys
 sys.path[:0] = [{tests!r}]

@@ -18,6 +18,8 @@ from vipr_utils.host.files import whole_file
 
 CATALOG = ["image_id", "name", "path", "split", "product_id", "product", "group", "domain"]
 WHOLE = r"(0|[1-9]\d{0,17})(\.0*)?"  # pandas writes 3.0 for 3 where a field of the column is empty
+ENOUGH = 100  # queries to choose by
+MOST_HELD = 0.4  # share of a product's photos to find them
 
 
 def read_rows(root: Path, split: str) -> pd.DataFrame:
@@ -281,12 +283,19 @@ def hold_out(
 ) -> Validation:
     """A share of each product's train photos as queries, in whole visits; the rest is searched.
 
+    The share is doubled, and doubled again up to MOST_HELD, while fewer than ENOUGH queries are
+    found: on the toy set 35 of them chose a candidate that scored 0.85 on the test, 61 of them one
+    that scored 0.95.
     The same for every run and machine: no seed and no model has a part in it. layouts as in
     `visits`. Where visits leave less than a quarter of the products with a query (studio photos on
     one ground all look like one visit), single photos are held out. Raises CatalogError where every
     product has one photo.
     """
-    queries, unit = _held_out(train, holdout, 0, visits(train, layouts)), "visits"
+    of_visits = visits(train, layouts)
+    queries, unit = _held_out(train, holdout, 0, of_visits), "visits"
+    while len(queries) < ENOUGH and 2 * holdout <= MOST_HELD:
+        holdout *= 2
+        queries = _held_out(train, holdout, 0, of_visits)
     photos = _held_out(train, holdout, 0)
     if photos.empty:
         raise CatalogError(
