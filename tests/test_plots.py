@@ -8,7 +8,7 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from vipr_utils.judge import plots, task
+from vipr_utils.judge import plots, runs, task
 
 COUNTS = pd.Series([9, 4, 1], index=["a", "b", "c"])
 HISTORY = pd.DataFrame(
@@ -20,7 +20,7 @@ SCORES = pd.DataFrame(
 RUNGS = pd.DataFrame(
     [[0.02, *[np.nan] * 5, ""], [0.5, 0.4, 0.6, 0.48, 0.4, 0.56, ""]],
     index=["random ranking", "trained"],
-    columns=["map_at_5", "low", "high", "gain", "gain_low", "gain_high", "cut_short"],
+    columns=runs.LADDER[:7],
 )
 WORDS = {"title": "Title", "caption": "Caption"}
 FIGURES = {
@@ -36,23 +36,15 @@ FIGURES = {
         lambda: plots.histogram({"x": np.arange(5)}, xlabel="size", **WORDS),
         "size: x median 2 of 5",
     ),
-    "sizes": (
-        lambda: plots.sizes(np.array([10, 30]), np.array([5, 7]), np.array(["", "shop"]), **WORDS),
-        "10 to 30 px",
-    ),
     "training_curves": (
         lambda: plots.training_curves(HISTORY, title="T"),
         "loss 2.00 to 1.00, best validation mAP@5 0.25 in epoch 2",
     ),
-    "similarity_histogram": (
-        lambda: plots.similarity_histogram(np.array([[0.9, 0.1], [0.2, 0.8]]), [1, 2], [1, 2]),
-        "median 0.85 for the same product, 0.15 for different ones, AUC 1.00",
-    ),
     "scatter": (
         lambda: plots.scatter(
-            np.random.default_rng(0).normal(size=(9, 2)), [0, 1, 2] * 3, title="T"
+            np.array([[10, 5], [30, 7]]), ["", "shop"], xlabel="width (px)", ylabel="h", **WORDS
         ),
-        "9 embeddings in 3",
+        "2 points in 2 groups: width (px) 10 to 30, h 5 to 7",
     ),
     "intervals": (lambda: plots.intervals(SCORES, **WORDS), "95 % intervals: frozen 0.500"),
     "ladder": (

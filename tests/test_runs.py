@@ -244,9 +244,9 @@ def test_runs_of_other_queries_and_runs_without_per_query_scores_are_refused(tmp
     with pytest.raises(
         runs.RunError, match="gap-other and gap-baseline answered different queries"
     ):
-        runs.compare(tmp_path / "gap-baseline", [tmp_path / "gap-other"])
+        runs.compare(tmp_path / "gap-baseline", tmp_path / "gap-other")
     with pytest.raises(runs.RunError, match="average_precision.csv does not exist"):
-        runs.compare(tmp_path / "gap-baseline", [tmp_path / "nothing"])
+        runs.compare(tmp_path / "gap-baseline", tmp_path / "nothing")
 
 
 def test_baseline_without_results_and_run_of_other_queries_are_skipped_and_named(tmp_path):
@@ -371,7 +371,7 @@ def test_ladder_has_a_rung_for_each_kind_of_run_in_the_order_of_the_series(tmp_p
         "submission": 0.8,
     }
     assert table["gain"].round(6).tolist()[1:] == [0.08, 0.2, 0.2, 0.3]
-    assert (table.loc["trained", "low"], table.loc["trained", "run"]) == (0.441, "t")
+    assert (table.loc["trained", "map_at_5_low"], table.loc["trained", "run"]) == (0.441, "t")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from vipr_utils.host.files import whole_file
 
@@ -150,22 +149,6 @@ def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
     return _picture(ax.figure, title, caption, alt)
 
 
-def _percentages(series: dict[str, np.ndarray], xlabel: str, ylabel: str, colours=None) -> Figure:
-    """Overlaid histograms, each in percent of its own series."""
-    ax = _axes(7.2, 3.9, xlabel=xlabel, ylabel=ylabel)
-    ax.hist(
-        list(series.values()),
-        bins=30,
-        weights=[np.full(len(values), 100 / max(1, len(values))) for values in series.values()],
-        label=[f"{name} ({len(values):,})" for name, values in series.items()],
-        color=colours,
-        histtype="stepfilled",
-        alpha=0.6,
-    )
-    ax.legend()
-    return ax.figure
-
-
 @styled
 def histogram(
     series: dict[str, np.ndarray],
@@ -180,82 +163,46 @@ def histogram(
 
     series: values by name; an empty one is drawn as nothing. colours: one for each series.
     """
-    figure = _percentages(series, xlabel, ylabel, colours)
+    ax = _axes(7.2, 3.9, xlabel=xlabel, ylabel=ylabel)
+    ax.hist(
+        list(series.values()),
+        bins=30,
+        weights=[np.full(len(values), 100 / max(1, len(values))) for values in series.values()],
+        label=[f"{name} ({len(values):,})" for name, values in series.items()],
+        color=colours,
+        histtype="stepfilled",
+        alpha=0.6,
+    )
+    ax.legend()
     medians = ", ".join(
         f"{name} median {np.median(values):.4g} of {len(values):,}"
         for name, values in series.items()
         if len(values)
     )
-    return _picture(figure, title, caption, f"Histogram of {xlabel}: {medians}")
+    return _picture(ax.figure, title, caption, f"Histogram of {xlabel}: {medians}")
 
 
 @styled
-def similarity_histogram(similarity: np.ndarray, query_products, gallery_products) -> Picture:
-    """Cosine similarities (Q, G) of pairs of one product against pairs of two.
-
-    The caption gives the chance that a random same pair beats a random different pair (area under
-    the ROC curve).
-    """
-    is_same = np.asarray(query_products)[:, None] == np.asarray(gallery_products)
-    same, different = similarity[is_same], similarity[~is_same]
-    pairs = {"different products": different, "same product": same}
-    figure = _percentages(pairs, "cosine similarity", "% of pairs")
-    auc = roc_auc_score(is_same.ravel(), similarity.ravel())
-    caption = (
-        "All query x gallery pairs. "
-        f"A random same pair beats a random different pair in {auc:.1%} of draws."
-    )
-    alt = (
-        f"Histogram of similarities: median {np.median(same):.2f} for the same product, "
-        f"{np.median(different):.2f} for different ones, AUC {auc:.2f}"
-    )
-    return _picture(figure, "Similarity of same and different products", caption, alt)
-
-
-@styled
-def sizes(
-    width: np.ndarray, height: np.ndarray, domain: np.ndarray, *, title: str, caption: str
+def scatter(
+    xy: np.ndarray, groups, *, title: str, caption: str, xlabel: str, ylabel: str
 ) -> Picture:
-    """Width against height (N,) in pixels of every photo, coloured by domain (N,)."""
-    ax = _axes(4.6, 5, xlabel="width (px)", ylabel="height (px)")
-    for name in np.unique(domain):
-        chosen = domain == name
-        label = f"{name or 'unknown'} ({chosen.sum():,})"
-        ax.plot(
-            width[chosen],
-            height[chosen],
-            ".",
-            alpha=0.5,
-            label=label,
-        )
-    ax.legend()
-    alt = (
-        f"Scatter of image sizes: width {width.min()} to {width.max()} px, "
-        f"height {height.min()} to {height.max()} px, "
-        f"median {np.median(width):.0f} x {np.median(height):.0f}"
-    )
-    return _picture(ax.figure, title, caption, alt)
+    """Points (N, 2); those of the seven largest groups in colour, the rest grey.
 
-
-@styled
-def scatter(xy: np.ndarray, groups, *, title: str) -> Picture:
-    """A map (N, 2) of embeddings; the seven largest groups in colour, the rest grey.
-
-    groups: a product group for each embedding; of equally large ones the smaller number goes first.
+    groups: a name for each point; of equally large ones the smaller name goes first.
     """
     groups = np.asarray(groups)
     names, counts = np.unique(groups, return_counts=True)
     largest = names[np.argsort(-counts, kind="stable")[:7]]
-    ax = _axes(6.4, 5, xticks=[], yticks=[])
+    ax = _axes(6.4, 5, xlabel=xlabel, ylabel=ylabel)
     ax.plot(*xy.T, ".", color="#CCCCCC")
     for group in largest:
-        ax.plot(*xy[groups == group].T, ".", label=f"group {group}")
-    ax.figure.legend(loc="outside center right")
-    caption = (
-        f"{len(groups):,} images; colours are the {len(largest)} largest product groups. "
-        "Only nearness means something here."
+        ax.plot(*xy[groups == group].T, ".", alpha=0.6, label=group)
+    ax.figure.legend(loc="outside right center")
+    (left, low), (right, high) = xy.min(axis=0), xy.max(axis=0)
+    alt = (
+        f"Scatter of {len(xy):,} points in {len(names)} groups: "
+        f"{xlabel} {left:.4g} to {right:.4g}, {ylabel} {low:.4g} to {high:.4g}"
     )
-    alt = f"Map of {len(groups):,} embeddings in {len(names)} groups, {len(largest)} in colour"
     return _picture(ax.figure, title, caption, alt)
 
 
@@ -291,12 +238,13 @@ def training_curves(history: pd.DataFrame, *, title: str) -> Picture:
 def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "mAP@5") -> Picture:
     """A forest plot, a row an entry, the first on top; a line at 0 where these are differences.
 
-    table: columns map_at_5, map_at_5_low, map_at_5_high.
+    table: columns map_at_5, map_at_5_low, map_at_5_high; a score without an interval is a point.
     """
     rows = len(table)
     ax = _axes(7.2, 2 + 0.36 * rows, xlabel=xlabel, ylim=(rows - 0.5, -0.5))
     places = range(rows)
-    scores, low, high = table[["map_at_5", "map_at_5_low", "map_at_5_high"]].to_numpy(float).T
+    columns = ["map_at_5", "map_at_5_low", "map_at_5_high"]
+    scores, low, high = table[columns].astype(float).ffill(axis=1).to_numpy().T
     labels = [f"{name} {score:.3f}" for name, score in zip(table.index, scores)]
     ax.hlines(
         places,
@@ -306,7 +254,7 @@ def intervals(table: pd.DataFrame, *, title: str, caption: str, xlabel: str = "m
         linewidth=4,
     )
     ax.plot(scores, places, "o")
-    if np.nanmin(low) < 0:  # differences
+    if low.min() < 0:  # differences
         ax.axvline(0, color=GREY)
     ax.set_yticks(places, [textwrap.fill(label, 48) for label in labels])
     alt = f"{xlabel} with 95 % intervals: {', '.join(labels)}"
@@ -320,14 +268,13 @@ def ladder(table: pd.DataFrame) -> Picture:
     The caption says what each rung gains over the one before it, with the interval of the paired
     difference where there is one; a training that was cut short is marked beside its rung.
 
-    table: of `runs.ladder`, columns map_at_5, low, high, gain, gain_low, gain_high, cut_short.
+    table: of `runs.ladder`.
     """
     title = "The ladder so far"
     if table.empty:
         sentence = "No score on this data yet: notebooks 03 to 07 put one rung each on the ladder."
         return _picture(Figure((7.2, 0.4)), title, sentence, sentence)
     marks = [f" (cut short {cut})" if cut else "" for cut in table["cut_short"]]
-    shown = table.set_index(table.index + marks)[["map_at_5", "low", "high"]].ffill(axis=1)
     steps = [
         f"{rung.Index} {rung.gain:+.3f} [{rung.gain_low:+.3f}, {rung.gain_high:+.3f}]"
         for rung in table.dropna(subset="gain").itertuples()
@@ -335,7 +282,7 @@ def ladder(table: pd.DataFrame) -> Picture:
     listed = ", ".join(steps).replace(" [+nan, +nan]", "")
     over = f" Over the rung before: {listed}." if steps else ""
     picture = intervals(
-        shown.set_axis(["map_at_5", "map_at_5_low", "map_at_5_high"], axis=1),
+        table.set_index(table.index + marks),
         title=title,
         caption=f"All test queries, whole gallery. Bars: 95 % over products.{over}",
     )

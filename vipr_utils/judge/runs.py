@@ -60,7 +60,7 @@ RUNGS = {  # of the ladder, and the notebook whose score stands there
     "post-processed": "07_reranking",
     "submission": "06_submission",
 }
-LADDER = ["map_at_5", "low", "high", "gain", "gain_low", "gain_high", "cut_short", "run"]
+LADDER = [*SCORES[:3], "gain", "gain_low", "gain_high", "cut_short", "run"]
 # mAP@5 that the reference study reports on Products-10K, over galleries it does not describe, by
 # the run that repeats it.
 STUDY = {
@@ -105,17 +105,13 @@ def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
         "git": platform.git_revision(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    path = _written(Path(folder) / "run.json", record)
-    path.with_name(UNFINISHED).unlink(missing_ok=True)
-    return path
-
-
-def _written(path: Path, record: dict) -> Path:
     text = json.dumps(record, default=_plain)
     finite = json.loads(text, parse_constant=lambda name: None)  # null for NaN and infinity
+    path = Path(folder) / "run.json"
     with whole_file(path) as part:
         text = json.dumps(finite, indent=1, ensure_ascii=False)
         part.write_text(text + "\n", encoding="utf-8")
+    path.with_name(UNFINISHED).unlink(missing_ok=True)
     return path
 
 
@@ -180,15 +176,15 @@ def set_aside(folder: Path, why: str) -> None:
     """
     (folder / UNFINISHED).write_text(why + "\n", encoding="utf-8")
     if (folder / "run.json").is_file():
-        for file in [folder / name for name in RESULTS]:
-            if file.is_file():
-                file.replace(f"{file}.old")
+        for name in RESULTS:
+            if (folder / name).is_file():
+                (folder / name).replace(folder / f"{name}.old")
 
 
 def settle(folder: Path) -> None:
     """Call a run finished: what was set aside for it goes."""
-    for name in [UNFINISHED, *(f"{name}.old" for name in RESULTS)]:
-        (folder / name).unlink(missing_ok=True)
+    for file in [folder / UNFINISHED, *folder.glob("*.old")]:
+        file.unlink(missing_ok=True)
 
 
 def unfinished(output_dir: Path) -> list[str]:
@@ -230,7 +226,7 @@ def ladder(output_dir: Path, fingerprint: str) -> pd.DataFrame:
     All queries of the protocol test against the whole gallery, so that rungs compare. Of several
     runs of a notebook it is the one that validates best, among equals the newest. gain is over the
     rung before, with its interval (gain_low, gain_high) where both answered the same queries and
-    tell query by query, else NaN; low and high are the score's own interval.
+    tell query by query, else NaN.
     """
     best, found = {}, {}
     for folder, record in sorted(finished(output_dir)[0].items(), key=lambda run: _merit(run[1])):
@@ -242,7 +238,6 @@ def ladder(output_dir: Path, fingerprint: str) -> pd.DataFrame:
     for before, rung in pairwise(rungs.values()):
         rung["gain"], rung["gain_low"], rung["gain_high"] = _gain(rung, before)
     table = pd.DataFrame.from_dict(rungs, orient="index")
-    table = table.rename(columns={"map_at_5_low": "low", "map_at_5_high": "high"})
     return table.reindex(columns=LADDER).astype(dict.fromkeys(LADDER[:6], float))
 
 
@@ -286,7 +281,7 @@ def _gain(rung: dict, before: dict) -> tuple:
         return rung["difference"], rung["difference_low"], rung["difference_high"]
     if "folder" in rung and "folder" in before:
         try:
-            pairs = compare(before["folder"], [rung["folder"]]).set_index("view")
+            pairs = compare(before["folder"], rung["folder"]).set_index("view")
             return tuple(pairs.loc["test", ["difference", "low", "high"]])
         except (ValueError, KeyError):
             pass  # other queries, or none told
@@ -363,8 +358,8 @@ def table(board: pd.DataFrame) -> str:
     return "\n\n".join(texts)
 
 
-def compare(folder: Path, others: list[Path]) -> pd.DataFrame:
-    """Paired differences of mAP@5 to a baseline's run folder, a row for each other run and view.
+def compare(folder: Path, run: Path) -> pd.DataFrame:
+    """Paired differences of a run's mAP@5 to that of a baseline's run folder, a row for each view.
 
     Columns: run, view, baseline, map_at_5, difference, low, high (95 % over products). Runs need
     not have searched the same gallery, only answered the same queries: their average_precision.csv
@@ -374,17 +369,16 @@ def compare(folder: Path, others: list[Path]) -> pd.DataFrame:
     """
     base = _average_precision(folder)
     products = base.index.get_level_values("product_id")
+    other = _average_precision(run)
+    if not other.index.equals(base.index):
+        raise RunError(
+            f"{run.name} and {folder.name} answered different queries: "
+            "compare runs of one protocol, seed and data set"
+        )
     rows = []
-    for run in others:
-        other = _average_precision(run)
-        if not other.index.equals(base.index):
-            raise RunError(
-                f"{run.name} and {folder.name} answered different queries: "
-                "compare runs of one protocol, seed and data set"
-            )
-        for view in base.columns.intersection(other.columns, sort=False):
-            difference = metrics.paired_difference(other[view], base[view], products)
-            rows.append([run.name, view, base[view].mean(), other[view].mean(), *difference])
+    for view in base.columns.intersection(other.columns, sort=False):
+        difference = metrics.paired_difference(other[view], base[view], products)
+        rows.append([run.name, view, base[view].mean(), other[view].mean(), *difference])
     columns = ["run", "view", "baseline", "map_at_5", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -401,7 +395,7 @@ def against_baselines(output_dir: Path) -> pd.DataFrame:
             if other.parent == folder or other.suffix == ".old":
                 continue
             try:
-                tables.append(compare(folder, [other.parent]))
+                tables.append(compare(folder, other.parent))
             except ValueError as error:
                 problems.append(str(error))
     table = pd.concat(tables, ignore_index=True)
