@@ -28,10 +28,6 @@ FIGURES = {
         lambda: plots.bars(COUNTS, xlabel="kind", ylabel="images", **WORDS),
         "images by kind: a 9, b 4, c 1",
     ),
-    "long_tail": (
-        lambda: plots.long_tail(COUNTS, **WORDS),
-        "3 products, 9 images for the first, median 4, 1 for the last; 1",
-    ),
     "histogram": (
         lambda: plots.histogram({"x": np.arange(5)}, xlabel="size", **WORDS),
         "size: x median 2 of 5",
@@ -65,7 +61,7 @@ FIGURES = {
         lambda: plots.matches(
             picture(0), picture(1, 90, 50), (np.eye(100, 2), np.eye(100, 2) / 2), title="Title"
         ),
-        "Title: 100 matches between a query and a gallery photo, 50 of them drawn",
+        "Title: 100 matches between a query and a gallery photo",
     ),
     "no matches": (
         lambda: plots.matches(

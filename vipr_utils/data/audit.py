@@ -122,12 +122,11 @@ def exact_duplicates(photos: pd.DataFrame) -> np.ndarray:
     `near_duplicates` finds them.
     """
     files = photos["path"].map(Path(photos.attrs["root"]).joinpath)
-    sizes = files.map(os.path.getsize)
-    files = files[sizes.duplicated(keep=False)]
+    files = files[files.map(os.path.getsize).duplicated(keep=False)]
     hashes = files.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest())
-    rows = hashes.index.to_series()
-    first = rows.groupby(hashes).transform("first")
-    return np.stack([rows, first], 1)[rows != first]
+    first = files.index.to_series().groupby(hashes).transform("first")
+    pairs = np.stack([files.index, first], 1)
+    return pairs[pairs[:, 0] != pairs[:, 1]]
 
 
 def near_duplicates(hashes: np.ndarray, max_bits: int = 4) -> np.ndarray:

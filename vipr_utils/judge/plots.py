@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from vipr_utils.host.files import whole_file
@@ -108,44 +108,6 @@ def bars(values: pd.Series, *, title: str, xlabel: str, ylabel: str, caption: st
     ax.bar_label(ax.containers[0], fontsize=7)
     listed = ", ".join(f"{name} {value:,g}" for name, value in values.items())
     alt = f"Bar chart: {ylabel} by {xlabel}: {listed}"
-    return _picture(ax.figure, title, caption, alt)
-
-
-@styled
-def long_tail(counts: pd.Series, *, title: str, caption: str) -> Picture:
-    """Images per product, most first, on a log axis, with the median.
-
-    counts: a number of images for each product, in any order.
-    """
-    images = np.sort(counts.to_numpy())[::-1]
-    median = np.median(images)
-    labels = {
-        "xlabel": "products, most images first",
-        "ylabel": "training images (log)",
-    }
-    ax = _axes(7.2, 4, yscale="log", **labels)
-    ax.stairs(
-        images,
-        baseline=0.8,
-        fill=True,
-        color=SKY,
-    )
-    ax.axhline(
-        median,
-        color=RED,
-        linestyle="--",
-        label=f"median {median:g}",
-    )
-    ax.legend()
-    ax.yaxis.set(
-        major_locator=LogLocator(subs=(1, 2, 5)),
-        major_formatter="{x:g}",
-    )
-    alt = (
-        f"Long tail: {len(images):,} products, {images[0]:,} images for the first, "
-        f"median {median:g}, {images[-1]} for the last; "
-        f"{(images < 4).sum():,} products have fewer than 4"
-    )
     return _picture(ax.figure, title, caption, alt)
 
 
@@ -291,10 +253,16 @@ def ladder(table: pd.DataFrame) -> Picture:
 
 @styled
 def lines(
-    series: dict[str, tuple], *, title: str, xlabel: str, ylabel: str, caption: str
+    series: dict[str, tuple],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    yscale: str = "linear",
 ) -> Picture:
-    """Named curves (x, y, low, high), each in its band."""
-    ax = _axes(7.2, 4.2, xlabel=xlabel, ylabel=ylabel)
+    """Named curves (x, y, low, high), each in its band. yscale: 'linear' or 'log'."""
+    ax = _axes(7.2, 4.2, xlabel=xlabel, ylabel=ylabel, yscale=yscale)
     ends = []
     for name, (x, y, low, high) in series.items():
         (line,) = ax.plot(x, y, "o-", label=name)
@@ -419,11 +387,9 @@ def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str) 
         linewidth=0.9,
         markersize=3,
     )
-    count, drawn = len(starts), x.shape[1]
-    shown = f", {drawn} of them drawn" if drawn < count else ""
     caption = (
         "Left: the query. Right: the gallery photo. "
-        f"{count} points lie where one homography puts them{shown}."
+        f"{len(starts)} points lie where one homography puts them; at most 60 are drawn."
     )
-    alt = f"{title}: {count} matches between a query and a gallery photo{shown}"
+    alt = f"{title}: {len(starts)} matches between a query and a gallery photo"
     return _picture(ax.figure, title, caption, alt)

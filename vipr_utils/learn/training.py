@@ -8,8 +8,6 @@ ends with the weights of one that never was.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import pickle
 import tempfile
@@ -21,6 +19,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -390,12 +389,9 @@ def _identity(model, photos: Photos, sampler, recipe: Recipe, dtype: torch.dtype
     settings = vars(recipe) | {"precision": str(dtype), "record": model.record, "saved": SAVED}
     for name in NOT_DECISIVE:
         del settings[name]
-    arrays = [photos.rows, *sampler.batches(0), *sampler.batches(recipe.epochs - 1)]
-    arrays += [tensor.cpu() for tensor in model.state_dict().values()]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
+    shown = [photos.rows, *sampler.batches(0), *sampler.batches(recipe.epochs - 1)]
+    weights = [tensor.cpu().numpy() for tensor in model.state_dict().values()]
+    return joblib.hash([settings, shown, weights])
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -490,8 +486,8 @@ def fit_head(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device = torch.device("cpu"),
-) -> pd.DataFrame:
-    """Train neck and criterion on cached features (N, C), in place; loss and accuracy by epoch.
+) -> None:
+    """Train neck and criterion on cached features (N, C), in place.
 
     features: embedding.embed(..., features=True) of the frozen backbone. The best return per GPU
     hour in Kaggle's Universal Image Embedding (2022). The neck comes back to where the model is.
@@ -505,19 +501,15 @@ def fit_head(
     targets = torch.as_tensor(labels, device=device)
     sampler = ShuffledSampler(np.arange(len(inputs)), batch_size=batch_size, seed=seed)
     schedule = LambdaLR(optimizer, partial(rate, steps=epochs * len(sampler.batches(0))))
-    results = []
     for epoch in range(epochs):
         for rows in sampler.batches(epoch):
             embeddings = nn.functional.normalize(model.neck(inputs[rows]), dim=1)
-            loss, accuracy = criterion(embeddings, targets[rows])
+            loss, _ = criterion(embeddings, targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            results.append((epoch + 1, loss.item(), accuracy))
     model.neck.to(home).eval()
-    by_batch = pd.DataFrame(results, columns=["epoch", "loss", "active"])
-    return by_batch.groupby("epoch", as_index=False).mean()
 
 
 def _warn_of_collapse(row: dict, of_pairs: bool) -> None:

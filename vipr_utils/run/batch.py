@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+import joblib
 import torch
 import yaml
 
@@ -233,48 +233,44 @@ def _end_with_parent() -> None:
 def _mark(inputs: str, record: Path) -> str:
     """What stands in batch.json when a run of these inputs has left this record."""
     content = record.read_bytes() if record.is_file() else b""
-    return json.dumps([inputs, hashlib.sha256(content).hexdigest()])
+    return json.dumps([inputs, joblib.hash(content)])
 
 
 def _inputs(run: Run) -> str:
-    """sha256 over what a run depends on: values, notebook, package, photos, tables, runs, weights.
+    """A hash of what a run depends on: values, notebook, package, photos, tables, runs, weights.
 
     Of runs it depends on that of its model, or where it chooses among all, on every one of an
     earlier notebook of the series.
     """
-    values = run.values | {"output_dir": ""}
-    weights = values.get("weights", "")
+    output_dir = run.folder().parent
+    weights = run.values.get("weights", "")
     if weights == "auto":
         weights = os.environ.get("VIPR_WEIGHTS", "")
-    found = json.dumps([values, weights, os.environ.get("VIPR_PRECISION")], sort_keys=True)
-    for cell in json.loads(run.notebook.read_text(encoding="utf-8"))["cells"]:
-        found += "".join(cell["source"])
+    cells = json.loads(run.notebook.read_text(encoding="utf-8"))["cells"]
     places = sorted(Path(__file__).parents[1].rglob("*.py"))
     if weights:
         places.append(platform.home() / Path(weights).expanduser())
     if data := run.data():
-        places += [
-            *sorted(data.glob("*.csv")),
-            *(data / f for f in platform.GALLERIES + platform.QUERIES),
-        ]
+        folders = [data / name for name in platform.GALLERIES + platform.QUERIES]
+        places += [*sorted(data.glob("*.csv")), *folders]
     if run.reads_runs:
-        records = runs.finished(run.folder().parent)[0].items()
+        records = runs.finished(output_dir)[0].items()
         earlier = [f for f, record in records if record["notebook"] < run.notebook.stem]
         places += [folder / "run.json" for folder in earlier]
     elif run.starts_from:
-        output_dir = str(run.folder().parent)
-        places.append(platform.find_run(values["model_run"], output_dir=output_dir) / "run.json")
-    return hashlib.sha256("".join([found, *map(_state, places)]).encode()).hexdigest()
+        folder = platform.find_run(run.params["model_run"], output_dir=str(output_dir))
+        places.append(folder / "run.json")
+    values = run.values | {"output_dir": "", "VIPR_PRECISION": os.environ.get("VIPR_PRECISION")}
+    sources = ["".join(cell["source"]) for cell in cells]
+    return joblib.hash([values, weights, sources, list(map(_state, places))])
 
 
-def _state(place: Path) -> str:
-    """What is there now: a file by its content, a folder by the names, sizes and times of files."""
+def _state(place: Path) -> bytes | list:
+    """What is there now: a file's content, or the names, sizes and times of a folder's files."""
     if place.is_file():
-        return hashlib.sha256(place.read_bytes()).hexdigest()
+        return place.read_bytes()
     files = [(file, file.stat()) for file in sorted(place.rglob("*")) if file.is_file()]
-    return "".join(
-        f"{file.relative_to(place)} {stat.st_size} {stat.st_mtime_ns} " for file, stat in files
-    )
+    return [(str(file.relative_to(place)), s.st_size, s.st_mtime_ns) for file, s in files]
 
 
 # ------------------------------------------------------------------------------------ in words
