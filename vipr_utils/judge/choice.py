@@ -54,13 +54,13 @@ class Candidate:
     steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """'lite0 zoom 1|1, lite0 zoom 0.8|1 + learned_whitening(64) + product_votes(3)'"""
-        looks = []
+        """'lite0 zoom 1|1, 0.8|1 and lite2 zoom 1|1 + centring() + product_votes(3)'"""
+        zooms = {part.network: [] for part in self.parts}
         for part in self.parts:
-            customers, shop = part.zoom
-            looks.append(f"{part.network} zoom {customers:g}|{shop:g}")
+            zooms[part.network].append("{:g}|{:g}".format(*part.zoom))
+        looks = [f"{network} zoom {', '.join(shares)}" for network, shares in zooms.items()]
         steps = filter(None, [self.parts[0].projection, *self.steps])
-        return " + ".join([", ".join(looks), *steps])
+        return " + ".join([" and ".join(looks), *steps])
 
 
 @dataclass
