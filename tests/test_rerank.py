@@ -158,6 +158,69 @@ def test_augmentation_of_a_gallery_smaller_than_k_uses_what_is_there():
     np.testing.assert_allclose(found.gallery[0], want, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------------------ votes
+
+
+def votes(search: Search, products, k: int, alpha: float) -> list[list[int]]:
+    """Each list's rows by the votes of their products, then by score."""
+    lists = []
+    for ranks, scores in zip(search.ranks.tolist(), search.scores.tolist()):
+        gained = dict.fromkeys(products, 0.0)
+        for row, score in list(zip(ranks, scores))[:k]:
+            if row >= 0:
+                gained[products[row]] += max(score, 0.0) ** alpha
+        places = [place for place, row in enumerate(ranks) if row >= 0]
+        places.sort(key=lambda place: (-gained[products[ranks[place]]], -scores[place]))
+        lists.append([ranks[place] for place in places])
+    return lists
+
+
+@pytest.mark.parametrize("k, alpha", [(3, 3.0), (5, 1.0), (5, 0.0), (200, 3.0)])
+@pytest.mark.parametrize("chunk", [7, 256])
+def test_votes_are_those_of_a_slow_loop_and_places_without_a_photo_have_none(
+    k, alpha, chunk, monkeypatch
+):
+    monkeypatch.setattr(rerank, "CHUNK", chunk)
+    queries, gallery, _, products = planted()
+    found = searched(queries, gallery, 40)
+    found.gallery_rows["product_id"] = products
+    ranks, scores = found.ranks.copy(), found.scores.copy()
+    ranks[::2, 25:], scores[::2, 25:] = -1, -np.inf  # short lists
+    ranks[1, 1], scores[1, 1] = -1, -np.inf  # and a hole
+    scores[2:4, 20:] *= -1
+    found = replace(found, ranks=ranks, scores=scores)
+    ordered = rerank.product_votes(found, k, alpha)
+    for row, want in zip(ordered.ranks, votes(found, products, k, alpha)):
+        assert row.tolist() == want + [-1] * (40 - len(want))
+    known = [dict(zip(*pair)) for pair in zip(ranks.tolist(), scores.tolist())]
+    for row, kept, score in zip(ordered.ranks.tolist(), known, ordered.scores.tolist()):
+        assert [kept[place] for place in row] == score, "photos keep their scores"
+    assert not np.array_equal(ordered.ranks, ranks)
+
+
+def test_verified_photo_votes_by_its_inliers():
+    """Three photos of one product are nearer; one of another has 20 inliers."""
+    rows = table("test", 1), table("train", 4).assign(product_id=[7, 7, 7, 8])
+    scores, ranks = np.array([[20.4, 0.9, 0.8, 0.7]]), np.array([[3, 0, 1, 2]])
+    inliers = np.array([[20, 0, 0, 0]])
+    found = Search(np.eye(1, 4), np.eye(4), *rows, scores, ranks, inliers)
+    assert rerank.product_votes(found, 4).ranks.tolist() == [[3, 0, 1, 2]]
+    plain = replace(found, scores=np.array([[0.4, 0.9, 0.8, 0.7]]), inliers=None)
+    assert rerank.product_votes(plain, 4).ranks.tolist() == [[0, 1, 2, 3]]
+    other = replace(found, ranks=np.array([[0, 3, 1, 2]]), inliers=np.array([[0, 20, 0, 0]]))
+    moved = rerank.product_votes(replace(other, scores=np.array([[0.9, 20.4, 0.8, 0.7]])), 4)
+    assert moved.ranks[0, 0] == 3 and moved.inliers[0, 0] == 20, "inliers move with their photo"
+
+
+def test_expansion_searches_as_deep_as_before_where_not_all_may_be_answered():
+    queries, gallery, _, _ = planted()
+    rows = table("test", len(queries)), table("train", len(gallery))
+    answers = np.arange(len(gallery)) % 3 > 0
+    found = Search(queries, gallery, *rows, answers=answers).searched(20)
+    again = rerank.alpha_query_expansion(rerank.alpha_query_expansion(found, 4), 4)
+    assert again.ranks.shape == found.ranks.shape == (len(queries), 40)
+
+
 # ------------------------------------------------------------------------------------- k-reciprocal
 
 

@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -80,6 +83,76 @@ def test_unequal_widths_and_empty_galleries_are_refused():
         search.top_k(vectors(2), np.zeros((0, 16), np.float32))
     with pytest.raises(ValueError, match="'hamming' is unknown"):
         search.top_k(vectors(2), vectors(3), distance="hamming")
+
+
+# ------------------------------------------------------------------- what may be answered alone
+
+
+@pytest.fixture(params=[(60, 40), (60, 3), (3, 40)])
+def partly(request):
+    """A Search of which some rows may be answered, each query in the gallery as well."""
+    n_answers, n_others = request.param
+    gallery = vectors(n_answers + n_others, seed=2)
+    answers = np.random.default_rng(3).permutation(np.arange(len(gallery)) < n_answers)
+    rows = pd.DataFrame({"image_id": [f"train/{i}.jpg" for i in range(len(gallery))]})
+    asked = np.arange(0, len(gallery), 4)
+    return search.Search(gallery[asked], gallery, rows.iloc[asked], rows, answers=answers)
+
+
+def order(unsearched, q: int) -> list[int]:
+    """All gallery rows but the query's own photo, the nearest first."""
+    ids = unsearched.gallery_rows["image_id"].to_numpy()
+    itself = unsearched.query_rows["image_id"].to_numpy()[q]
+    similarity = unsearched.gallery @ unsearched.queries[q]
+    return [row for row in np.argsort(-similarity) if ids[row] != itself]
+
+
+def test_lists_hold_the_nearest_of_those_that_may_be_answered_and_of_the_others(partly):
+    found = partly.searched(10)
+    assert found.ranks.shape == found.scores.shape == (len(partly.queries), 20)
+    for q, row in enumerate(found.ranks):
+        nearest = order(partly, q)
+        wanted = [[g for g in nearest if partly.answers[g] == kind][:10] for kind in (True, False)]
+        rows = row[row >= 0].tolist()
+        assert rows == [g for g in nearest if g in wanted[0] + wanted[1]], "once each, best first"
+        assert (row[len(rows) :] == -1).all() and np.isneginf(found.scores[q, len(rows) :]).all()
+        similarity = partly.gallery[rows] @ partly.queries[q]
+        np.testing.assert_allclose(found.scores[q, : len(rows)], similarity, atol=1e-6)
+
+
+def test_narrowed_lists_are_those_of_a_gallery_that_never_had_the_others(partly):
+    rows = np.flatnonzero(partly.answers)
+    alone = replace(
+        partly, gallery=partly.gallery[rows], gallery_rows=partly.gallery_rows.iloc[rows]
+    )
+    want, found = replace(alone, answers=None).searched(10), partly.searched(10).narrowed()
+    np.testing.assert_array_equal(found.ranks[:, :10], want.ranks)
+    np.testing.assert_allclose(found.scores[:, :10], want.scores, atol=1e-6)
+    assert (found.ranks[:, 10:] == -1).all() and found.answers is None
+    np.testing.assert_array_equal(found.gallery, want.gallery)
+    assert found.gallery_rows.equals(want.gallery_rows)
+
+
+def test_narrowed_lists_keep_the_order_that_a_step_gave_them(partly):
+    found = partly.searched(10)
+    shuffled = np.argsort(np.random.default_rng(0).random(found.ranks.shape), axis=1)
+    inliers = np.arange(found.ranks.size).reshape(found.ranks.shape)
+    listed = replace(found, inliers=inliers).ordered(shuffled)
+    narrow = listed.narrowed()
+    names = partly.gallery_rows.index
+    for before, after, scores, counts, shown in zip(
+        listed.ranks, narrow.ranks, narrow.scores, listed.inliers, narrow.inliers
+    ):
+        may = [i for i, g in enumerate(before) if g >= 0 and partly.answers[g]]
+        assert narrow.gallery_rows.index[after[after >= 0]].tolist() == list(names[before[may]])
+        assert (after[len(may) :] == -1).all() and np.isneginf(scores[len(may) :]).all()
+        assert shown[: len(may)].tolist() == counts[may].tolist()
+
+
+def test_where_all_may_be_answered_nothing_is_narrowed():
+    rows = pd.DataFrame({"image_id": [f"{i}" for i in range(9)]})
+    found = search.Search(vectors(2), vectors(9, seed=1), rows[:2], rows).searched(5)
+    assert found.narrowed() is found and found.ranks.shape == (2, 5)
 
 
 @pytest.mark.gpu

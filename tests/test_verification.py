@@ -167,6 +167,39 @@ def test_most_inliers_come_first_and_too_few_count_for_nothing(photos, monkeypat
     assert found.inliers.tolist() == [[40, 15, 15, 14]]
 
 
+def test_order_that_another_step_gave_stays_behind_what_was_verified(photos, monkeypatch):
+    monkeypatch.setattr(verification, "_inlier_counts", lambda *a: np.array([3, 20, 0, 20]))
+    voted = listed(photos[:1], photos, [[0, 1, 2, 3]])
+    voted = replace(voted, scores=np.array([[0.5, 0.4, 0.9, 0.6]], np.float32))
+    found = verification.verify(voted, top=4)
+    assert found.ranks.tolist() == [[1, 3, 0, 2]] and found.inliers.tolist() == [[20, 20, 3, 0]]
+    np.testing.assert_allclose(found.scores, [[20.4, 20.6, 0.5, 0.9]], atol=1e-5)
+
+
+def test_time_is_what_photos_cost_once_and_what_every_pair_costs(photos, monkeypatch):
+    clock = [0.0]
+
+    def features(rows):
+        clock[0] += 2.0 * len(rows)
+        return [None] * len(rows)
+
+    def inliers(a, b):
+        clock[0] += 0.5
+
+    monkeypatch.setattr(verification, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(verification, "features", features)
+    monkeypatch.setattr(verification, "inliers", inliers)
+    monkeypatch.setattr(verification, "cores", lambda: 1)
+    many = photos.iloc[np.arange(400) % len(photos)]
+    for n_queries, n_gallery, top, n_photos, n_pairs in (
+        (100, 50, 20, 150, 2000),
+        (100, 400, 3, 400, 300),  # 300 pairs show 300 photos at most
+        (10, 4, 20, 14, 40),
+    ):
+        found = verification.seconds(many[:n_queries], many[:n_gallery], top)
+        assert found == pytest.approx(2.0 * n_photos + 0.5 * n_pairs)
+
+
 def test_only_the_first_of_a_list_are_looked_at(photos, monkeypatch):
     read, sift = [], verification.sift
     monkeypatch.setattr(verification, "sift", lambda image: read.append(1) or sift(image))

@@ -30,6 +30,7 @@ PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
 WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
 MOST_NETWORKS = 3
+MOST_BYTES = 6 * 2**30  # of embeddings in memory for the next candidates
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class Part:
     projection: str = ""  # a step that is fitted, such as "learned_whitening(64)"
     features: bool = False  # the pooled output of the backbone in place of the embedding
     weight: float = 1.0  # of its cosine among those of the other parts
+
+    @property
+    def label(self) -> str:
+        """All but its zoom: 'lite0 features learned_whitening(64) weight 0.5'"""
+        features = "features" if self.features else ""
+        weight = f"weight {self.weight:g}" if self.weight != 1 else ""
+        return " ".join(filter(None, [self.network, features, self.projection, weight]))
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,12 @@ class Candidate:
     steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """'lite0 zoom 1|1, 0.8|1 and lite2 zoom 1|1 + centring() + product_votes(3)'"""
-        zooms = {part.network: [] for part in self.parts}
+        """'lite0 pca(8) zoom 1|1, 0.8|1 and lite2 weight 0.5 zoom 1|1 + product_votes(3)'"""
+        zooms = {}
         for part in self.parts:
-            zooms[part.network].append("{:g}|{:g}".format(*part.zoom))
-        looks = [f"{network} zoom {', '.join(shares)}" for network, shares in zooms.items()]
-        steps = filter(None, [self.parts[0].projection, *self.steps])
-        return " + ".join([" and ".join(looks), *steps])
+            zooms.setdefault(part.label, []).append("{:g}|{:g}".format(*part.zoom))
+        looks = [f"{label} zoom {', '.join(shares)}" for label, shares in zooms.items()]
+        return " + ".join([" and ".join(looks), *self.steps])
 
 
 @dataclass
@@ -97,12 +104,15 @@ class Choice:
         best. Raises WeightsError where no network can be had.
         """
         found = cls(task, {}, {}, max_minutes)
-        folders = [platform.find_run(model_run, output_dir=str(output_dir))] if model_run else []
-        if task.validation and not model_run:
+        folders = []
+        if model_run:
+            backbones = []
+            folders = [platform.find_run(model_run, output_dir=str(output_dir))]
+        elif task.validation:
             data, split = task.photos.attrs["fingerprint"], task.validation.split
             finished, found.refused = runs.validated(output_dir, data, split)
             folders = finished[:most_runs]
-        for name in [] if model_run else backbones:
+        for name in backbones:
             try:
                 network = models.create(name, weights=weights)
             except models.WeightsError as error:
@@ -138,8 +148,9 @@ class Choice:
         return Sides(*sides)
 
     def _look(self, part: Part, view: str) -> Sides:
-        """A part's embeddings, computed once."""
-        if (part, view) not in self._looks:
+        """A part's embeddings, L2-normalised; the last ones, up to MOST_BYTES, are remembered."""
+        found = self._looks.get((part, view))
+        if not found:
             sides = self.task.zoomed(
                 self.networks[part.network],
                 view,
@@ -149,8 +160,10 @@ class Choice:
             )
             steps = [part.projection] if part.projection else []
             sides, _ = self.task.projected(sides, view, steps)
-            self._looks[part, view] = Sides(*map(rerank.unit, sides))
-        return self._looks[part, view]
+            found = self._looks[part, view] = Sides(*map(rerank.unit, sides))
+            while sum(side.nbytes for looks in self._looks.values() for side in looks) > MOST_BYTES:
+                del self._looks[next(iter(self._looks))]
+        return found
 
     def cost(self, candidate: Candidate) -> tuple[int, int]:
         """(pairs verified a query, parameters times pixels of its forward passes)."""
@@ -171,8 +184,9 @@ class Choice:
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """The one with the best mAP@5 on validation; of those within TIE of it the cheapest.
 
-        What cannot be done on this gallery is left out, and noted in `refused`. Raises ValueError
-        where nothing can be done.
+        Where one of them comes within TIE of the best that was ever tried, the choice is among
+        such: so ties of one stage behind the other do not add up. What cannot be done on this
+        gallery is left out, and noted in `refused`. Raises ValueError where nothing can be done.
         """
         scores = {}
         for candidate in candidates:
@@ -183,8 +197,11 @@ class Choice:
         if not scores:
             raise ValueError(f"nothing can be tried on these photos: {self.refused}")
 
+        most, ever = max(scores.values()), max(self.tried.values())
+        least = (ever if most >= ever - TIE else most) - TIE
+
         def rank(candidate: Candidate) -> tuple:
-            alike = scores[candidate] >= max(scores.values()) - TIE
+            alike = scores[candidate] >= least
             return not alike, self.cost(candidate), -scores[candidate]
 
         return min(scores, key=rank)
@@ -196,7 +213,10 @@ class Choice:
 
         First each network by itself: its projection, then its zoom, then several zooms joined.
         Then networks are joined, steps follow, and verification where its time fits.
+        Raises ValueError where no photo was held out.
         """
+        if not self.task.validation:
+            raise ValueError("nothing to choose by: set holdout over 0, or choose='none'")
         plain = Candidate((Part(next(iter(self.networks))),))
         self._rung("plain search", [plain])
         alone = []

@@ -258,18 +258,10 @@ class Task:
         real = self.photos.loc[rows]
         return real[real["split"] != "drawn"]
 
-    def sides(
-        self, embeddings: np.ndarray, view: str | View, of_gallery: np.ndarray | None = None
-    ) -> Sides:
-        """The embeddings (N, D) of a view's rows; of_gallery: those of photos as the gallery has
-        them, where they are others (see `zoomed`)."""
+    def sides(self, embeddings: np.ndarray, view: str | View) -> Sides:
+        """The embeddings (N, D) of a view's rows."""
         asked = self.views[view] if isinstance(view, str) else view
-        of_gallery = embeddings if of_gallery is None else of_gallery
-        return Sides(
-            self.rows(embeddings, asked.queries),
-            self.rows(of_gallery, asked.gallery),
-            self.rows(of_gallery, self.known(view)),
-        )
+        return Sides(*(self.rows(embeddings, table) for table in (*asked, self.known(view))))
 
     def zoomed(
         self, model, view: str, *, zoom: tuple[float, float], image_size: int = 0, features=False
@@ -279,14 +271,17 @@ class Task:
         zoom: shares of each side, of customers' photos and of shop photos. Where a domain is
         unknown a query counts as a customer's photo, a gallery photo as the shop's.
         """
-        seen = [
-            self.embed(model, image_size=image_size, zoom=share, features=features)
-            for share in dict.fromkeys(zoom)
-        ]
-        domain = self.photos["domain"].to_numpy()[:, None]
-        as_query = np.where(domain == "shop", seen[-1], seen[0])
-        as_gallery = np.where(domain == "customer", seen[0], seen[-1])
-        return self.sides(as_query, view, as_gallery)
+        settings = {"features": features, "cache_dir": self.cache_dir}
+        tables = [*self.views[view], self.known(view)]
+        sides = []
+        for rows, unknown in zip(tables, ("customer", "shop", "shop")):
+            shares = np.where(rows["domain"].replace("", unknown) == "customer", *zoom)
+            seen = []
+            for share, part in rows.groupby(shares):
+                found = self._embedded(model, part, image_size, zoom=share, **settings)
+                seen.append(pd.DataFrame(found, part.index))
+            sides.append(pd.concat(seen).loc[rows.index].to_numpy())
+        return Sides(*sides)
 
     def retrieve(
         self,

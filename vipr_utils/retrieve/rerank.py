@@ -173,7 +173,8 @@ def expanded(search: Search, weights: np.ndarray) -> Search:
     """
     near = search.ranks[:, : weights.shape[1]]
     queries = search.queries + _weighted_sum(weights, near, search.gallery)
-    return replace(search, queries=unit(queries)).searched(search.ranks.shape[1])
+    k = search.ranks.shape[1] // (1 if search.answers is None else 2)  # see `Search.searched`
+    return replace(search, queries=unit(queries)).searched(k)
 
 
 def _weighted_sum(weights: np.ndarray, ranks: np.ndarray, gallery: np.ndarray) -> np.ndarray:

@@ -155,17 +155,16 @@ class Search:
     def searched(self, k: int) -> Search:
         """With the k nearest gallery rows of every query, by cosine.
 
-        Behind them, where not all may be answered, come the k nearest of those that may, so that
-        steps can look at neighbours of every kind and lists are long enough when they are
-        `narrowed`. A row stands in a list once; places without one hold -1.
+        Where not all may be answered lists are twice as long: the k nearest of those that may and
+        the k nearest of the others, by cosine. So steps look at neighbours of every kind, and
+        lists are long enough once they are `narrowed`. Places without a row hold -1.
         """
-        scores, ranks = self._nearest(np.arange(len(self.gallery)), k)
+        kinds = [np.arange(len(self.gallery))]
         if self.answers is not None:
-            more_scores, more = self._nearest(np.flatnonzero(self.answers), k)
-            again = (more[:, :, None] == ranks[:, None, :]).any(axis=2)
-            scores = np.hstack([scores, np.where(again, -np.inf, more_scores)])
-            ranks = np.hstack([ranks, np.where(again, -1, more)])
-        return replace(self, scores=scores, ranks=ranks, inliers=None)
+            kinds = [np.flatnonzero(self.answers), np.flatnonzero(~self.answers)]
+        lists = [self._nearest(rows, k) for rows in kinds]
+        scores, ranks = (np.hstack(parts) for parts in zip(*lists))
+        return replace(self, ranks=ranks).sorted_by(scores)
 
     def _nearest(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores, ranks) (Q, k) among these gallery rows (R,)."""
@@ -188,26 +187,22 @@ class Search:
         if self.answers is None:
             return self
         rows = np.flatnonzero(self.answers)
-        numbers = np.where(self.answers, self.answers.cumsum() - 1, -1)
-        numbers = np.append(numbers, -1)  # of rank -1
+        ranks = pd.Index(rows).get_indexer(self.ranks.ravel()).reshape(self.ranks.shape)
+        absent = ranks < 0
         narrow = replace(
             self,
             gallery=self.gallery[rows],
             gallery_rows=self.gallery_rows.iloc[rows],
-            ranks=numbers[self.ranks],
+            scores=np.where(absent, -np.inf, self.scores),
+            ranks=ranks,
             answers=None,
         )
-        return narrow.sorted_by(np.where(narrow.ranks < 0, -np.inf, self.scores))
+        return narrow.ordered(absent.argsort(axis=1, kind="stable"))
 
-    def sorted_by(self, scores: np.ndarray, inliers: np.ndarray | None = None) -> Search:
-        """With each list in the order of new scores (Q, K).
-
-        What was verified is forgotten where its inliers (Q, K) are not given again.
-        """
+    def sorted_by(self, scores: np.ndarray) -> Search:
+        """With each list in the order of new scores (Q, K); what was verified is forgotten."""
         order = np.argsort(-scores, axis=1, kind="stable")
-        found = replace(self, scores=scores, inliers=inliers)
-
-        return found.ordered(order)
+        return replace(self, scores=scores, inliers=None).ordered(order)
 
     def ordered(self, order: np.ndarray) -> Search:
         """With each list in this order (Q, K) of its places."""

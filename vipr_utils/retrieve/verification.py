@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from time import perf_counter
@@ -205,7 +206,8 @@ def verify(search: Search, top: int) -> Search:
     counts = np.full(search.ranks.shape, -1)
     counts[q, at] = _inlier_counts(query_rows, gallery_rows, pairs, search.cache_dir)
     verified = np.where(counts >= LEAST, counts, 0).astype(np.float32)
-    return search.sorted_by(search.scores + verified, counts)
+    found = replace(search, scores=search.scores + verified, inliers=counts)
+    return found.ordered(np.argsort(-verified, axis=1, kind="stable"))
 
 
 def seconds(queries: pd.DataFrame, gallery: pd.DataFrame, top: int) -> float:
