@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import shapes
 
+from vipr_utils.judge.board import TIE, Board
 from vipr_utils.learn import models
 from vipr_utils.run import params
 
@@ -86,12 +87,22 @@ def test_best_pair_on_validation_is_the_runs_model_and_every_pair_has_a_row(smal
         "contrastive, cosine",
         "contrastive, manhattan",
     ]
-    best = rows["validation"].idxmax()
+    alike = rows["validation"] >= rows["validation"].max() - TIE
+    best = rows.index[alike][0]
     kept = models.load(folder / "model.pt").record
     assert record["metrics"]["name"] == best == f"{kept['loss']}, {kept['distance']}"
     assert record["metrics"]["map_at_5"] == rows["map_at_5"][best]
     assert record["metrics"]["untrained"] > 0
     assert f"**{record['metrics']['map_at_5']:.3f}**" in shown["03-23"].data
+
+
+def test_model_of_the_run_is_the_chosen_pairs_whichever_was_kept_on_the_way(small, monkeypatch):
+    monkeypatch.setattr(Board, "choose", lambda board: list(board.entries)[-2:][0])
+    run(small | {"losses": ["triplet", "contrastive"], "distances": ["cosine", "manhattan"]})
+    folder = Path(small["output_dir"], "03_scratch_siamese")
+    name = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]["name"]
+    kept = models.load(folder / "model.pt").record
+    assert name == "contrastive, cosine" == f"{kept['loss']}, {kept['distance']}"
 
 
 def test_wrong_first_answers_are_counted_by_the_line_they_show(small):
