@@ -4,6 +4,7 @@ The findings above them are written by hand. A table is one task whose rows may 
 data, protocol, queries and gallery.
 """
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ SUBSET_VIEWS = {
     "all queries, full gallery": "all queries, whole gallery",
 }
 NO_VALUE = "–"
+SIZES = ["n_queries", "n_gallery"]
 
 
 def number(value, form: str = ".3f") -> str:
@@ -186,12 +188,69 @@ def levers(folder: Path, removed: bool) -> list[str]:
     return sections
 
 
+def regret(folder: Path) -> str:
+    """One row a series: what its notebook 06 submitted, beside the best row of all its boards."""
+    shown = []
+    for series in sorted(path for path in folder.iterdir() if path.is_dir()):
+        final = runs.load(series / "06_submission")
+        board = runs.scoreboard(series)
+        same = (board[["n_queries", "n_gallery"]] == [final["metrics"][n] for n in SIZES]).all(
+            axis=1
+        )
+        best = board[same & board["run"].str.match(r"0\d")].iloc[0]
+        score, asked = final["metrics"], final["validation"]
+        shown.append(
+            {
+                "data": final["data"]["root"],
+                "queries × gallery": f"{score['n_queries']:,} × {score['n_gallery']:,}",
+                "chosen by": f"{asked['n_queries']} queries, {asked['how']}",
+                "submitted": interval(*(score[name] for name in runs.SCORES[:3])),
+                "best row of all boards": f"{best['map_at_5']:.3f}",
+                "regret": f"{best['map_at_5'] - score['map_at_5']:.3f}",
+                "minutes of 06": f"{final['seconds'] / 60:.1f}",
+                "what": final["chosen"]["what"],
+            }
+        )
+    text = (
+        "The last notebook's submission beside the best row that any notebook of its series shows."
+    )
+    return section("No regret", text, pd.DataFrame(shown))
+
+
+def drawn(path: Path) -> str:
+    """One row a data set: how drawn queries ordered the candidates, and what they chose."""
+    shown = []
+    for data in json.loads(path.read_text(encoding="utf-8")):
+        tried = pd.DataFrame(data["rows"])
+        order = tried["validation"].corr(tried["test"], method="spearman")
+        shown.append(
+            {
+                "data": data["data"],
+                "drawn queries": data["n_validation"],
+                "candidates": len(tried),
+                "rank correlation": f"{order:.2f}",
+                "plain": f"{data['plain']:.3f}",
+                "chosen: drawn": f"{tried['validation'][tried['chosen']].iloc[0]:.3f}",
+                "chosen: true": f"{data['chosen']:.3f}",
+                "best: true": f"{data['best']:.3f}",
+                "regret": f"{data['regret']:.3f}",
+            }
+        )
+    text = (
+        "Where a product has one photo, queries are drawn from it to choose by. Their level is far "
+        "too high; their order is right. Frozen Lite0, `benchmarks/choice.py --validation drawn`, "
+        "all candidates of the climb, on sets whose true queries have labels."
+    )
+    return section("Choosing by drawn queries", text, pd.DataFrame(shown))
+
+
 def results(folder: Path = REFERENCE) -> str:
     """The tables of RESULTS.md."""
     table = rows(folder)
     removed = table["run"].str.contains(REMOVED)
     on_subset = table["run"].str.contains("subset queries|all queries")
-    sections = tasks(table[~removed & ~on_subset])
+    sections = [regret(folder / "series"), drawn(folder / "drawn.json")]
+    sections += tasks(table[~removed & ~on_subset])
     if on_subset.any():
         text = (
             "Grocery, protocol `test`, 20 products, one core. Every row's own gallery is another: "
