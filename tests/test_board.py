@@ -49,6 +49,14 @@ def test_among_equals_the_first_is_chosen(task):
     assert board.choose() == "first"
 
 
+def test_one_that_is_alike_does_not_take_the_place_of_a_cheaper_one(task, monkeypatch):
+    scores = {"a": 0.100, "b": 0.104, "c": 0.108, "d": 0.110}
+    board = Board(task)
+    board.entries = dict.fromkeys(scores)
+    monkeypatch.setattr(board, "score", lambda name, view: scores[name])
+    assert board.choose(["a", "b"]) == "a" and board.choose() == "c"
+
+
 def test_without_validation_the_last_is_chosen(toy_root, tmp_path):
     task = Task(str(toy_root), holdout=0, image_size=32, device="cpu", cache_dir=str(tmp_path))
     board = Board(task)
