@@ -12,12 +12,12 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
+import joblib
 import numpy as np
 import pandas as pd
 
@@ -467,7 +467,7 @@ def _photos(products: int, seed: int) -> pd.DataFrame:
     return photos
 
 
-def _draw(photos: pd.DataFrame, *, folder: Path, seed: int, image_size: int) -> None:
+def _draw(photos: pd.DataFrame, folder: Path, seed: int, image_size: int) -> None:
     """Draw these photos of one product."""
     optimized = cv2.useOptimized()
     cv2.setUseOptimized(False)  # its vector code rounds differently on each kind of processor
@@ -488,7 +488,7 @@ def generate(
     products: int = 24,
     seed: int = 0,
     image_size: int = 256,
-    workers: int = 0,
+    workers: int = 1,
 ) -> Path:
     """A data root in the Products-10K layout with domains; returns its folder.
 
@@ -534,13 +534,9 @@ def _write(root: Path, products: int, seed: int, image_size: int, workers: int) 
             index=False,
             lineterminator="\n",
         )
-    draw = partial(_draw, folder=root, seed=seed, image_size=image_size)
-    each = [rows for _, rows in photos.groupby("class")]
-    if workers:
-        with ProcessPoolExecutor(workers) as pool:
-            list(pool.map(draw, each, chunksize=8))
-    else:
-        list(map(draw, each))
+    joblib.Parallel(workers)(
+        joblib.delayed(_draw)(rows, root, seed, image_size) for _, rows in photos.groupby("class")
+    )
 
 
 def data_root_or_toy(given: str = "", cache_dir: str = "") -> tuple[Path, str]:

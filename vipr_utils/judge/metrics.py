@@ -138,9 +138,9 @@ def guie_precision_at_k(hits, n_relevant, k: int = 5) -> np.ndarray:
 
 
 def bootstrap_interval(
-    values, products, *, seed: int = 0, n_boot: int = 1000, level: float = 0.95
+    values, products, *, seed: int = 0, n_boot: int = 1000
 ) -> tuple[float, float]:
-    """(low, high): percentile interval of the mean of values (Q,), by resampling products.
+    """(low, high): 95 % percentile interval of the mean of values (Q,), by resampling products.
 
     The queries of one product stand or fall together, so whole products (Q,) are drawn with
     replacement, n_boot times; the mean is over all queries drawn: sum of values / number of values.
@@ -159,7 +159,7 @@ def bootstrap_interval(
         n_resamples=n_boot,
         batch=100,  # draws in memory at a time: 8 MB at 10,000 products
         method="percentile",
-        confidence_level=level,
+        confidence_level=0.95,
         rng=np.random.default_rng(seed),
     )
     low, high = drawn.confidence_interval
@@ -171,9 +171,7 @@ def _mean(values: np.ndarray) -> float:
     return float(pd.Series(values).mean())
 
 
-def paired_difference(
-    a, b, products, *, seed: int = 0, level: float = 0.95
-) -> tuple[float, float, float]:
+def paired_difference(a, b, products, *, seed: int = 0) -> tuple[float, float, float]:
     """(difference, low, high): mean of a - b over the same queries, with its 95 % interval.
 
     a and b (Q,) are values of two runs, row by row the same query; products (Q,) are theirs. Hard
@@ -187,7 +185,7 @@ def paired_difference(
             f"a counts {counted_a.sum()} queries and b {counted_b.sum()}, expected the same "
             "queries in both. Compare runs of one protocol, gallery and query order."
         )
-    return _mean(a - b), *bootstrap_interval(a - b, products, seed=seed, level=level)
+    return _mean(a - b), *bootstrap_interval(a - b, products, seed=seed)
 
 
 def summary(hits, n_relevant, products, *, seed: int = 0) -> dict:

@@ -361,22 +361,15 @@ def open_model(
     output_dir: str = "submissions",
     weights: str = "auto",
     embedding_dim: int = 0,
-    pooling: str = "own",
 ) -> Embedder:
     """The model of an earlier run (its name, see platform.find_run, or its folder); with
     model_run "" a fresh `create`.
 
-    embedding_dim: of a new neck; 0 keeps the run's. weights are the backbone's alone. Raises
-    ValueError where a run is asked for with another pooling.
+    embedding_dim: of a new neck; 0 keeps the run's. weights are the backbone's alone.
     """
     if not model_run:
-        return create(backbone, weights=weights, embedding_dim=embedding_dim, pooling=pooling)
+        return create(backbone, weights=weights, embedding_dim=embedding_dim)
     model = load(platform.find_run(model_run, output_dir=output_dir) / "model.pt")
-    if pooling not in ("own", model.record["pooling"]):
-        raise ValueError(
-            f"model_run {model_run!r} was trained with pooling {model.record['pooling']!r}, got "
-            f"{pooling!r}: leave pooling at 'own', or leave model_run empty"
-        )
     return with_neck(model, embedding_dim) if embedding_dim else model
 
 
