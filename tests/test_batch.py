@@ -238,24 +238,6 @@ def test_path_without_parameter_files_is_an_error(repo, path, message):
 # ---------------------------------------------------------------------------- sweeps and selection
 
 
-def test_grid_is_every_combination_over_the_base_with_its_own_name(repo):
-    grid = {"lr": [0.1, 0.01], "augment": [True, False], "milestones": [[2, 4]]}
-    content = {"notebook": "tiny", "base": {"seed": 3}, "grid": grid}
-    sweep = params_file(repo, yaml.safe_dump(content, sort_keys=False), "losses")
-    found = params.load_runs([sweep])
-    assert [(r.params["lr"], r.params["augment"]) for r in found] == [
-        (0.1, True),
-        (0.1, False),
-        (0.01, True),
-        (0.01, False),
-    ]
-    assert all(r.params["seed"] == 3 and r.notebook.stem == "tiny" for r in found)
-    assert (
-        len({r.name for r in found}) == 4
-        and found[0].name == "losses-lr0.1-augmentTrue-milestones_2_4"
-    )
-
-
 def test_list_of_one_of_these_words_is_checked_word_by_word():
     kind = "list[Literal[contrastive, triplet]]"
     assert params.check(["triplet"], kind) == ["triplet"]
@@ -276,16 +258,12 @@ def test_list_of_runs_takes_the_base_and_its_own_values(repo):
 @pytest.mark.parametrize(
     "sweep, message",
     [
-        ({"notebook": "tiny"}, "either runs or grid"),
-        (
-            {"notebook": "tiny", "runs": [{"run_name": "a"}], "grid": {"seed": [1]}},
-            "either runs or grid",
-        ),
-        ({"notebook": "tiny", "runs": ["a"]}, "expected runs: list of value sets"),
-        ({"notebook": "tiny", "grid": {"seed": 1}}, "or grid: lists of values"),
-        ({"notebook": "tiny", "seeds": [1]}, "either runs or grid, got notebook, seeds"),
-        ({"notebook": "huge", "grid": {"seed": [1]}}, "there is no notebooks/huge.ipynb"),
-        ({"notebook": "tiny", "grid": {"seed": [1, "x"]}}, "seed: expected int, got 'x'"),
+        ({"notebook": "tiny"}, "a sweep has notebook, base and runs, got notebook"),
+        ({"notebook": "tiny", "runs": ["a"]}, "expected runs: a list of value sets"),
+        ({"notebook": "tiny", "runs": 3}, "expected runs: a list of value sets"),
+        ({"notebook": "tiny", "seeds": [1]}, "base and runs, got notebook, seeds"),
+        ({"notebook": "huge", "runs": [{"seed": 1}]}, "there is no notebooks/huge.ipynb"),
+        ({"notebook": "tiny", "runs": [{"seed": "x"}]}, "seed: expected int, got 'x'"),
         (
             {"notebook": "tiny", "runs": [{"run_name": "a"}, {"run_name": "a"}]},
             "2 runs are called 'a'",

@@ -46,8 +46,7 @@ MEMORY_SIGNS = re.compile(
     r"MemoryError|out of memory|can(no|')t allocate memory|killed by signal: Killed", re.IGNORECASE
 )
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-COLLECTED = ("*.json", "*.csv", "*.png", "notebook.ipynb")  # of a run on another machine
-NOT_CARRIED = [".git", ".venv", ".lanes", "submissions", "tests", "kaggle"]  # to one
+NOT_CARRIED = [".git", ".venv", ".lanes", "submissions", "tests", "kaggle"]  # to another machine
 
 
 @dataclass
@@ -87,9 +86,9 @@ def run_all(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterator[
 def run_on_ray(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterator[Result]:
     """`run_all` on Ray's workers: a task a run with its GPU, tried again where a worker is lost.
 
-    $RAY_ADDRESS names a running cluster, which gets the repository and needs its packages, and the
-    data under the same path; without it Ray starts here. Records come back whatever machine made
-    them. Raises BadParameters without Ray.
+    $RAY_ADDRESS names a running cluster, which gets the repository and needs its packages, and data
+    and output_dir under the same path; without it Ray starts here. Raises BadParameters without
+    Ray.
     """
     try:
         import ray
@@ -105,9 +104,13 @@ def run_on_ray(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterat
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_on_a_worker)
 
-    def several(wave: list[Run]) -> list[Result]:
+    def several(wave: list[Run]) -> Iterator[Result]:
         references = [remote.remote(run, force) for run in wave]
-        return [_collected(ray, run, reference) for run, reference in zip(wave, references)]
+        for run, reference in zip(wave, references):
+            try:
+                yield ray.get(reference)
+            except ray.exceptions.RayError as error:
+                yield Result(run, "FAIL", error=f"Ray gave the run up: {error}")
 
     try:
         yield from _in_waves(todo, several)
@@ -115,26 +118,9 @@ def run_on_ray(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterat
         ray.shutdown()
 
 
-def _on_a_worker(run: Run, force: bool) -> tuple[Result, dict[str, bytes]]:
-    """(result, the small files of its run folder by name)."""
+def _on_a_worker(run: Run, force: bool) -> Result:
     run = replace(run, notebook=find_notebook(run.notebook.stem))  # in the worker's copy
-    result = run_one(run, force=force, slot={})  # Ray has set the GPU and threads
-    files = [file for pattern in COLLECTED for file in run.folder().glob(pattern)]
-    return result, {file.name: file.read_bytes() for file in files}
-
-
-def _collected(ray, run: Run, reference) -> Result:
-    """The worker's result, its files written into the run folder here."""
-    try:
-        result, files = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        result, files = Result(run, "FAIL", error=f"Ray gave the run up: {error}"), {}
-    if result.status == "FAIL":
-        runs.set_aside(run.folder(), result.error)
-    for name, content in files.items():
-        with whole_file(run.folder() / name) as part:
-            part.write_bytes(content)
-    return result
+    return run_one(run, force=force, slot={})  # Ray has set the GPU and threads
 
 
 def _in_waves(todo: list[Run], run_wave: Callable) -> Iterator[Result]:

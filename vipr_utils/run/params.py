@@ -1,16 +1,14 @@
 """Parameter files and sweeps: from YAML to runs whose every value was checked.
 
 A parameter file is flat YAML named like its notebook. A sweep names the notebook itself, with
-`base` values and either `runs` (a list of value sets, each with its run_name) or `grid` (name: list
-of values, all combinations). Types are those that the notebook's parameters cell declares.
+`base` values and `runs`, a list of value sets, each with its run_name. Types are those that the
+notebook's parameters cell declares.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -225,39 +223,19 @@ def _runs_of(file: Path) -> list[Run]:
         if not isinstance(content, dict):
             raise ValueError("expected lines 'name: value'")
         notebook = find_notebook(content.get("notebook", file.stem))
-        rows = _rows(file.stem, content) if "notebook" in content else [content]
+        rows = _rows(content) if "notebook" in content else [content]
     return [Run(notebook, values, {}, file) for values in rows]
 
 
-def _rows(sweep: str, content: dict) -> list[dict]:
+def _rows(content: dict) -> list[dict]:
     """The value sets of a sweep."""
-    keys = content.keys() - {"base"}
-    if keys not in ({"notebook", "runs"}, {"notebook", "grid"}):
+    if content.keys() - {"base"} != {"notebook", "runs"}:
         given = ", ".join(map(str, content))
-        raise ValueError(f"a sweep has notebook, base, and either runs or grid, got {given}")
+        raise ValueError(f"a sweep has notebook, base and runs, got {given}")
     try:
-        rows = content["runs"] if "runs" in content else _combinations(sweep, content["grid"])
-        return [content.get("base", {}) | row for row in rows]
-    except (TypeError, AttributeError):
-        raise ValueError("expected runs: list of value sets, or grid: lists of values") from None
-
-
-def _combinations(sweep: str, grid: dict) -> list[dict]:
-    """Every combination of the grid's values, each with a run_name made of them."""
-    rows = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    for row in rows:
-        row["run_name"] = "-".join([sweep, *(_word(n, v) for n, v in row.items())])
-    return rows
-
-
-def _word(name: str, value: object) -> str:
-    """A value as a part of a run's name: text as it is, all else with its parameter's name; a list
-    of one as the value in it.
-    """
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    text = value if isinstance(value, str) else f"{name}{value}"
-    return re.sub(r"[^\w.+-]+", "_", text).strip("_") or f"no_{name}"
+        return [content.get("base", {}) | row for row in content["runs"]]
+    except TypeError:
+        raise ValueError("expected runs: a list of value sets, each with its run_name") from None
 
 
 def find_notebook(stem: str) -> Path:
