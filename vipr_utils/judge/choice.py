@@ -217,6 +217,7 @@ class Choice:
         """
         if not self.task.validation:
             raise ValueError("nothing to choose by: set holdout over 0, or choose='none'")
+        self.began = monotonic()
         plain = Candidate((Part(next(iter(self.networks))),))
         self._rung("plain search", [plain])
         alone = []
