@@ -98,6 +98,69 @@ def test_verification_sorts_the_head_of_the_list_and_its_expansion_searches_agai
     np.testing.assert_array_equal(found.ranks, top_k(again, gallery, 5)[1])
 
 
+def partly(answers, products):
+    """(a Search of the planted gallery that may answer these rows, one without the others)."""
+    queries, gallery, _, _ = planted()
+    rows = table(np.full(len(queries), -1), "test"), table(products)
+    found = Search(queries, gallery, *rows, answers=answers)
+    may = np.flatnonzero(answers)
+    alone = replace(
+        found, gallery=gallery[may], gallery_rows=found.gallery_rows.iloc[may], answers=None
+    )
+    return found, alone
+
+
+@pytest.mark.parametrize("steps", [[], ["alpha_query_expansion(0, 3)"], ["k_reciprocal(8, 3, 1)"]])
+def test_only_what_may_be_answered_comes_out_and_never_twice(steps):
+    answers = np.arange(90) % 3 > 0
+    found, alone = partly(answers, np.zeros(90, int))
+    lists, _ = pipeline.apply(steps, found, k=60)
+    want, _ = pipeline.apply([], alone, k=60)
+    np.testing.assert_array_equal(lists.ranks, want.ranks)
+    np.testing.assert_allclose(lists.scores, want.scores, atol=1e-6)
+    assert lists.gallery_rows.equals(want.gallery_rows)
+
+
+def test_votes_of_what_may_not_be_answered_decide_which_answer_comes_first():
+    _, _, asked, products = planted()
+    answers = np.arange(90) % 3 > 0
+    found, alone = partly(answers, products)
+    voted, _ = pipeline.apply(["product_votes(5)"], found)
+    for q, row in enumerate(voted.ranks):
+        similarity = found.gallery @ found.queries[q]
+        nearest = np.argsort(-similarity)
+        gained = np.zeros(12)
+        np.add.at(gained, products[nearest[:5]], similarity[nearest[:5]].clip(0) ** 3)
+        ordered = sorted(nearest[answers[nearest]], key=lambda g: -gained[products[g]])
+        assert found.gallery_rows.index[answers][row].tolist() == ordered[:5]
+    by_themselves, _ = pipeline.apply(["product_votes(5)"], alone)
+    assert not np.array_equal(by_themselves.ranks, voted.ranks)
+
+
+def test_photos_are_compared_with_what_may_be_answered_alone(monkeypatch):
+    compared = []
+
+    def inlier_counts(query_rows, gallery_rows, pairs, cache_dir):
+        compared.extend(pairs[:, 1])
+        return np.zeros(len(pairs), int)
+
+    monkeypatch.setattr(verification, "_inlier_counts", inlier_counts)
+    answers = np.arange(90) % 3 > 0
+    _, _, _, products = planted()
+    found, _ = partly(answers, products)
+    steps = ["product_votes(5)", "verify(7)", "product_votes(3)"]
+    lists, seconds = pipeline.apply(steps, found)
+    assert [row["step"] for row in seconds] == ["search", steps[0], "narrow", *steps[1:]]
+    assert set(compared) <= set(np.flatnonzero(answers)) and len(compared) == 7 * len(found.queries)
+    assert lists.ranks.shape == (30, 5) and (lists.ranks >= 0).all()
+
+
+def test_pairs_that_a_step_verifies_are_its_top_or_the_whole_list():
+    assert pipeline.verified_pairs("verify(20)") == pipeline.verified_pairs("verify(top=20)") == 20
+    assert pipeline.verified_pairs("verify(0)") == pipeline.DEPTH
+    assert pipeline.verified_pairs("product_votes(3)") == 0
+
+
 def test_what_was_verified_is_forgotten_once_the_lists_change():
     queries, gallery, _, _ = planted()
     rows = table(np.full(len(queries), -1), "test"), table(np.zeros(len(gallery), int))

@@ -13,7 +13,7 @@ from vipr_utils.host.device import tune
 from vipr_utils.judge import metrics
 from vipr_utils.judge.task import Task, View, ranked, scored
 from vipr_utils.learn import models
-from vipr_utils.retrieve import embedding
+from vipr_utils.retrieve import embedding, rerank
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,111 @@ def test_labels_of_queries_are_not_there_for_the_steps(task, network):
     steps = ["learned_whitening(dim=8)", "database_augmentation(k=2)"]
     known, blind = (task.retrieve(embeddings, v, steps=steps) for v in (view, unknown))
     assert np.array_equal(known.ranks, blind.ranks) and "map_at_5" not in blind.metrics
+
+
+def test_photos_that_may_be_known_are_never_queries_of_the_view(task, toy_root, tmp_path):
+    held_out = task.validation.queries.index
+    train = task.photos.index[task.photos["split"] == "train"]
+    assert list(task.known("validation").index) == list(task.fit.index.sort_values())
+    for view in ("test", "shop", "customer"):
+        known = task.known(view).index
+        assert list(known) == sorted(train) and set(held_out) <= set(known), view
+    shop = Task(
+        str(toy_root), gallery_domain="shop", image_size=32, device="cpu", cache_dir=str(tmp_path)
+    )
+    assert set(shop.known("validation").index) == set(shop.fit.index)
+    assert set(shop.known("test").index) == set(train) > set(shop.views["test"].gallery.index)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["centring()"],
+        ["pca(4)", "alpha_query_expansion(3, 3)"],
+        ["learned_whitening(8)", "product_votes(3)"],
+        ["database_augmentation(3)", "k_reciprocal(8, 3, 0.3)"],
+    ],
+)
+def test_answers_of_validation_depend_on_the_query_and_the_photos_to_fit_alone(task, steps):
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(len(task.photos), 16)).astype(np.float32)
+    first = task.views["validation"].queries.index[:3]
+    unseen = ~task.photos.index.isin([*task.fit.index, *first])
+    other = embeddings.copy()
+    other[unseen] = 5 + rng.normal(size=(unseen.sum(), 16))  # of other queries and of the test
+    assert unseen.any()
+    found, changed = (task.retrieve(x, "validation", steps=steps) for x in (embeddings, other))
+    np.testing.assert_array_equal(found.ranks[:3], changed.ranks[:3])
+    np.testing.assert_allclose(found.scores[:3], changed.scores[:3], atol=1e-6)
+    assert not np.array_equal(found.ranks[3:], changed.ranks[3:])
+
+
+def test_photos_that_may_not_be_answered_still_help_to_find_those_that_may(task):
+    """The query's product is told by a customer's photo; of the shop's none is near."""
+    view, rng = task.views["shop"], np.random.default_rng(0)
+    embeddings = rerank.unit(rng.normal(size=(len(task.photos), 64)))
+    query, shown = view.queries.index[0], view.queries["product_id"].iloc[0]
+    known = task.known("shop")
+    of_customers = known[(known["product_id"] == shown) & (known["domain"] == "customer")]
+    embeddings[task.photos.index.get_indexer(of_customers.index)] = embeddings[
+        task.photos.index.get_loc(query)
+    ]
+    found = task.retrieve(embeddings, "shop", steps=["product_votes(3)"])
+    own = (view.gallery["product_id"] == shown).sum()
+    products = view.gallery["product_id"].to_numpy()[found.ranks[0]]
+    assert (products[: min(own, 5)] == shown).all()
+    assert set(view.gallery["domain"].iloc[found.ranks[found.ranks >= 0]]) == {"shop"}
+    plain = task.retrieve(embeddings, "shop")
+    assert (view.gallery["product_id"].to_numpy()[plain.ranks[0]] != shown).any()
+
+
+def test_sides_of_a_zoom_are_of_each_photo_as_its_domain_is_seen(task, network):
+    asked = {"image_size": 32, "zoom": (0.6, 0.8)}
+    found = task.zoomed(network, "test", **asked)
+    seen = {share: task.embed(network, image_size=32, zoom=share) for share in (0.6, 0.8)}
+    for side, table in zip(found, [*task.views["test"], task.known("test")]):
+        assert len(side) == len(table)
+        for share, domain in ((0.6, "customer"), (0.8, "shop")):
+            rows = (table["domain"] == domain).to_numpy()
+            np.testing.assert_allclose(
+                side[rows], task.rows(seen[share], table[rows]), atol=1e-5, err_msg=domain
+            )
+    assert set(task.known("test")["domain"]) == {"shop", "customer"}
+    features = task.zoomed(network, "test", features=True, **asked)
+    assert features.queries.shape[1] > 16 and len(features.known) == len(found.known)
+
+
+def test_photo_of_unknown_domain_is_zoomed_by_its_role(task, network, monkeypatch):
+    view = task.views["validation"]
+    queries, gallery = (rows.assign(domain="") for rows in view)
+    queries.loc[queries.index[0], "domain"] = "shop"
+    gallery.loc[gallery.index[0], "domain"] = "customer"
+    monkeypatch.setitem(task.views, "validation", View(queries, gallery))
+    monkeypatch.setattr(task, "known", lambda view: gallery)
+    found = task.zoomed(network, "validation", zoom=(0.6, 0.8), image_size=32)
+    small, large = (task.embed(network, image_size=32, zoom=share) for share in (0.6, 0.8))
+    near = {"atol": 1e-5}
+    np.testing.assert_allclose(found.queries[0], task.rows(large, queries)[0], **near)
+    np.testing.assert_allclose(found.queries[1:], task.rows(small, queries)[1:], **near)
+    for side in (found.gallery, found.known):
+        np.testing.assert_allclose(side[0], task.rows(small, gallery)[0], **near)
+        np.testing.assert_allclose(side[1:], task.rows(large, gallery)[1:], **near)
+
+
+def test_a_zoom_that_validation_asks_for_is_no_work_on_photos_of_the_test(toy_root, tmp_path):
+    task = Task(str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path / "other"))
+    network, passed = models.create("siamese_small", weights="none"), set()
+    forward = task._embedded
+
+    def counted(model, rows, *given, **settings):
+        passed.update(rows.index)
+        return forward(model, rows, *given, **settings)
+
+    task._embedded = counted
+    task.zoomed(network, "validation", zoom=(0.8, 1.0), image_size=32)
+    view = task.views["validation"]
+    assert passed == {*view.queries.index, *view.gallery.index, *task.known("validation").index}
+    assert not passed & set(task.views["test"].queries.index)
 
 
 def test_query_in_its_own_gallery_is_not_its_own_answer():
