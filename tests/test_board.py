@@ -1,5 +1,7 @@
 """A board's rows, differences and choices, on embeddings whose scores are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +57,43 @@ def test_one_that_is_alike_does_not_take_the_place_of_a_cheaper_one(task, monkey
     board.entries = dict.fromkeys(scores)
     monkeypatch.setattr(board, "score", lambda name, view: scores[name])
     assert board.choose(["a", "b"]) == "a" and board.choose() == "c"
+
+
+@pytest.mark.parametrize(
+    "scores, chosen",
+    [
+        ({"a": 0.500, "b": 0.5045}, "a"),
+        ({"b": 0.5045, "a": 0.500}, "b"),
+        ({"a": 0.500, "b": 0.506}, "b"),
+        ({"a": 0.490, "b": 0.497, "c": 0.5}, "b"),
+        ({"a": float("nan"), "b": 0.1}, "b"),
+    ],
+)
+def test_of_those_within_a_tie_of_the_best_the_first_is_chosen(task, scores, chosen):
+    board, found = Board(task), task.retrieve(told(task, 0.1), "validation")
+    for name, score in scores.items():
+        views = {"validation": replace(found, metrics={"map_at_5": score})}
+        board.enter(name, views, cost={"setting": name})
+    assert board.choose() == chosen and board["a"].record == {}
+    assert board.score("a", "test") == 0
+
+
+def test_where_no_test_query_has_a_label_the_figures_are_of_validation(toy_root, tmp_path):
+    task = Task(str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path))
+    view = task.views["test"]
+    task.views["test"] = view._replace(queries=view.queries.assign(product_id=-1))
+    board = Board(task)
+    board.add("poor", told(task, 2.0), baseline="poor")
+    board.add("good", told(task, 0.1), baseline="poor")
+    assert board.view == "validation" and board.choose() == "good"
+    assert board.score("good") == board.score("good", "validation") > 0.9
+    assert board.table().loc["good", "verdict"] == "helps"
+    board.save(tmp_path, "good")
+    board.save_run(tmp_path, "good", notebook="00", params={})
+    assert not (tmp_path / "average_precision.csv").exists()
+    record = runs.load(tmp_path)
+    assert record["metrics"]["rows"] == [] and "map_at_5" not in record["metrics"]
+    assert record["validation"]["map_at_5"] == board.score("good")
 
 
 def test_without_validation_the_last_is_chosen(toy_root, tmp_path):

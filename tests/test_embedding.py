@@ -43,6 +43,23 @@ def test_order_and_batch_size_change_nothing(toy_data, network):
     np.testing.assert_allclose(one, other[::-1], atol=1e-5)
 
 
+def test_zoomed_embedding_is_that_of_the_photos_middle_cut_out_by_hand(toy_data, network):
+    photos, store = toy_data
+    rows = photos.index[:4]
+    found = embedding.embed(network, store, rows, image_size=32, zoom=0.5, precision="float32")
+    transform, cut = transforms.eval_transform(32), []
+    for row in rows:
+        height, width = store[row].shape[:2]
+        top, left = height // 4, width // 4
+        middle = store[row][top : top + height // 2, left : left + width // 2]
+        cut.append(transform(np.ascontiguousarray(middle)))
+    with torch.inference_mode():
+        expected = network(torch.stack(cut)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    whole = embedding.embed(network, store, rows, image_size=32, precision="float32")
+    assert not np.allclose(found, whole, atol=1e-3)
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """The rows of every pass through a backbone."""
@@ -85,7 +102,7 @@ def test_another_neck_and_the_features_themselves_come_from_the_same_pass(
     )
 
 
-@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "precision"])
+@pytest.mark.parametrize("change", ["weights", "size", "fit", "interpolation", "precision", "zoom"])
 def test_cached_features_are_only_used_for_the_same_question(
     toy_data, network, tmp_path, change, passes
 ):
@@ -97,7 +114,7 @@ def test_cached_features_are_only_used_for_the_same_question(
             next(network.backbone.parameters()).mul_(1.5)
     if change == "interpolation":
         network.record["interpolation"] = "bicubic"
-    other = {"size": ("image_size", 48), "fit": ("fit", "crop")}
+    other = {"size": ("image_size", 48), "fit": ("fit", "crop"), "zoom": ("zoom", 0.8)}
     other["precision"] = "precision", "bfloat16"
     asked.update([other[change]] if change in other else [])
     embedding.embed(network, toy_data[1], rows, **asked)

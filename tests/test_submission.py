@@ -193,6 +193,52 @@ def test_gallery_smaller_than_five_is_ranked_whole(root):
     assert submission.score(path, root)["map_at_5"] == pytest.approx(0.5)
 
 
+def rows_of(root, split, names) -> pd.DataFrame:
+    """Catalog rows of these names, as if the others could not be read."""
+    return catalog.read_rows(root, split).set_index("name").loc[names].reset_index()
+
+
+RANKS = np.array([[7, 3, 2, 1, 0], [7, 3, 4, 5, 6]])
+
+
+def test_query_without_a_readable_photo_is_answered_by_what_others_lists_hold_most_often(root):
+    queries = rows_of(root, "test", ["q2.jpg", "q0.jpg"])  # q1 cannot be read
+    gallery = rows_of(root, "train", [f"g{i}.jpg" for i in range(8)])
+    path = submission.write_answers(root / "s.csv", root, queries, gallery, RANKS)
+    lists = pd.read_csv(path, index_col="id")["images"].str.split(" ")
+    assert list(lists.index) == ["q0.jpg", "q1.jpg", "q2.jpg"], "in the order of the data root"
+    assert lists["q2.jpg"] == [f"g{i}.jpg" for i in RANKS[0]]
+    assert lists["q0.jpg"] == [f"g{i}.jpg" for i in RANKS[1]]
+    assert set(lists["q1.jpg"][:2]) == {"g7.jpg", "g3.jpg"} and len(set(lists["q1.jpg"])) == 5
+    submission.validate(path, root)
+
+
+def test_answers_as_classes_name_the_product_of_the_first_photo_for_every_query(root):
+    queries = rows_of(root, "test", ["q2.jpg", "q0.jpg"])
+    gallery = rows_of(root, "train", [f"g{i}.jpg" for i in range(8)])
+    ranks = np.array([[2, 3, 4, 5, 6], [3, 2, 4, 5, 6]])
+    path = submission.write_answers(
+        root / "s.csv", root, queries, gallery, ranks, form="classification"
+    )
+    found = pd.read_csv(path, index_col="name", dtype=str)["class"]
+    assert found["q2.jpg"] == "2" and found["q0.jpg"] == "0" and list(found.index)[1] == "q1.jpg"
+    submission.validate(path, root)
+
+
+def test_gallery_of_fewer_than_five_photos_answers_with_all_it_has(root):
+    (root / "train.csv").write_text("name,class\na.jpg,0\nb.jpg,1\nc.jpg,1\n")
+    queries = rows_of(root, "test", ["q0.jpg", "q1.jpg"])
+    gallery = rows_of(root, "train", ["a.jpg", "b.jpg", "c.jpg"])
+    ranks = np.array([[1, 0, 2, -1, -1], [2, 1, 0, -1, -1]])
+    path = submission.write_answers(root / "s.csv", root, queries, gallery, ranks)
+    lists = pd.read_csv(path, index_col="id")["images"]
+    assert lists["q0.jpg"] == "b.jpg a.jpg c.jpg" and lists["q1.jpg"] == "c.jpg b.jpg a.jpg"
+    assert sorted(lists["q2.jpg"].split(" ")) == ["a.jpg", "b.jpg", "c.jpg"]
+    submission.validate(path, root)
+    one_list = submission.write_answers(root / "o.csv", root, queries[:1], gallery, ranks[:1, :1])
+    assert pd.read_csv(one_list, index_col="id")["images"]["q1.jpg"] == "b.jpg a.jpg c.jpg"
+
+
 def test_command_line_prints_the_score_or_why_not(root, capsys):
     path = changed(root, "q0", "q0")
     assert submission.main([str(path), str(root)]) == 0
