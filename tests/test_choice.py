@@ -335,6 +335,8 @@ def test_frozen_networks_and_the_best_runs_of_the_same_split_take_part(task, tmp
 def test_a_run_that_is_named_takes_part_alone_whatever_it_held_out(task, tmp_path):
     finished(tmp_path / "one", task, 0.5)
     finished(tmp_path / "named", task, 0.1, data={"fingerprint": "other"})
+    every = Choice.open(task, tmp_path, backbones=["siamese_small"], model_run="best")
+    assert "siamese_small" in every.networks
     choice = Choice.open(task, tmp_path, backbones=["siamese_small"], model_run="named")
     assert list(choice.networks) == ["named"] and choice.refused == {}
     with pytest.raises(models.WeightsError, match="train a model first"):

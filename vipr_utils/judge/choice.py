@@ -100,12 +100,12 @@ class Choice:
         """A Choice among frozen backbones and the finished runs that held out the same photos.
 
         image_size: pixels of the frozen ones, 0 takes their own; a run's model sees what it was
-        tested at. model_run: this run's model alone. most_runs: so many runs, those that validated
-        best. Raises WeightsError where no network can be had.
+        tested at. model_run: this run's model alone, '' or 'best' for all. most_runs: so many
+        runs, those that validated best. Raises WeightsError where no network can be had.
         """
         found = cls(task, {}, {}, max_minutes)
         folders = []
-        if model_run:
+        if model_run not in ("", "best"):
             backbones = []
             folders = [platform.find_run(model_run, output_dir=str(output_dir))]
         elif task.validation:
