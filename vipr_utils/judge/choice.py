@@ -264,10 +264,13 @@ class Choice:
         return {"projection": first, "zoom": single, "views joined": self.best(views)}
 
     def _stepped(self, base: Candidate, stacks: list[str]) -> list[Candidate]:
-        """The candidate with each stack behind its own steps, and in their place."""
-        split = [tuple(pipeline.split(stack)) for stack in stacks]
-        steps = dict.fromkeys([*split, *((*base.steps, *stack) for stack in split)])
-        return [replace(base, steps=stack) for stack in steps]
+        """The candidate with each stack behind its own steps, and behind its projections alone."""
+        projections = base.steps[: pipeline.fitted_first(base.steps)]
+        found = []
+        for own in (projections, base.steps):
+            for stack in stacks:
+                found.append(replace(base, steps=(*own, *pipeline.split(stack))))
+        return found
 
     def _teams(self, alone: list[Candidate]) -> list[Candidate]:
         """The best network, and up to two more joined to it, each under several weights."""
@@ -290,10 +293,9 @@ class Choice:
         top = sum(map(pipeline.verified_pairs, pipeline.split(stack)))
         views = [self.task.views[view] for view in ("validation", "test")]
         needed = sum(verification.seconds(*view, top) for view in views) / 60
-        left = self._minutes_left()
+        left = max(0.0, self._minutes_left())
         if needed < left:
             return True
-
         self.refused[stack] = (
             f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
         )
