@@ -1,0 +1,47 @@
+"""The whole series on every shape of catalogue: each notebook ends, and 06 leaves a submission."""
+
+import json
+
+import pandas as pd
+import pytest
+import series
+from shapes import SHAPES, cut
+
+from vipr_utils.judge import plots, submission
+
+
+@pytest.fixture(autouse=True)
+def figures_unrendered(monkeypatch):
+    """Half of the time would go into pixels that nobody looks at."""
+
+    def picture(figure, title, caption, alt):
+        return plots.Picture(b"", alt)
+
+    monkeypatch.setattr(plots, "_picture", picture)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_notebook_ends_on_every_shape_and_leaves_an_answer_to_every_query(
+    shape, toy_root, tmp_path
+):
+    root = cut(shape, toy_root, tmp_path / "root")
+    for stem in series.STEMS:
+        series.run(
+            stem, data_root=str(root), output_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")
+        )
+        record = json.loads((tmp_path / stem / "run.json").read_text(encoding="utf-8"))
+        assert record["notebook"] == stem
+    assert len(submission.validate(tmp_path / "06_submission" / "submission.csv", root))
+
+
+def test_labels_taken_out_of_the_test_table_leave_the_submission_the_same(toy_root, tmp_path):
+    written = []
+    for name in ("known", "blind"):
+        root = cut("two_photos_a_product", toy_root, tmp_path / name)
+        if name == "blind":
+            pd.read_csv(root / "test.csv")[["name"]].to_csv(root / "test.csv", index=False)
+        runs, cache = tmp_path / f"{name}-runs", tmp_path / f"{name}-cache"
+        for stem in ("04_pretrained_sweep", "06_submission"):
+            series.run(stem, data_root=str(root), output_dir=str(runs), cache_dir=str(cache))
+        written.append((runs / "06_submission" / "submission.csv").read_bytes())
+    assert written[0] == written[1]
