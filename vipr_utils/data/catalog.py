@@ -319,10 +319,9 @@ def subset(
     """
     counts = train.groupby("product_id").size()
     rng = np.random.default_rng(seed)
-    if strategy == "random":
-        products = rng.permutation(counts.index)
-    elif strategy == "capped":
-        products = rng.permutation(counts.index[counts >= 4])
+    if strategy in ("random", "capped"):
+        least = 4 if strategy == "capped" else 1
+        products = rng.permutation(counts.index[counts >= least])
     elif strategy == "largest":
         products = counts.nlargest(n_products).index
     elif strategy == "nearest":

@@ -183,11 +183,11 @@ class ArcFace(nn.Module):
         return loss, (cosines.argmax(1) == labels).float().mean().item()
 
 
-def adaptive_margins(counts, *, low: float = 0.2, high: float = 0.5) -> torch.Tensor:
-    """ArcFace margins (C,) in radians: high for the rarest product, low for the commonest.
+def adaptive_margins(counts) -> torch.Tensor:
+    """ArcFace margins (C,) in radians: 0.5 for the rarest product, 0.2 for the commonest.
 
-    Proportional to counts^(-1/4), scaled to [low, high]. Source: Ha et al. 2020, arXiv:2010.05350.
+    Proportional to counts^(-1/4), scaled to that range. Source: Ha et al. 2020, arXiv:2010.05350.
     """
     rarity = torch.as_tensor(counts, dtype=torch.float32).clamp(min=1).pow(-0.25)
     rarity = rarity - rarity.min()
-    return low + (high - low) * rarity / rarity.max().clamp(min=1e-12)
+    return 0.2 + 0.3 * rarity / rarity.max().clamp(min=1e-12)

@@ -285,17 +285,15 @@ def find_weights(name: str, weights: str = "auto", *, download: bool = True) -> 
 def _weights_here(name: str, weights: str) -> tuple[str, Path] | None:
     """(where they come from, file) of weights on this machine."""
     names = [f"{name}{suffix}" for suffix in WEIGHT_FILES]
-    folder = os.environ.get("VIPR_WEIGHTS") if weights == "auto" else weights
-    files = [Path(folder, own) for own in names] if folder else []
     if weights == "auto":
+        folder = os.environ.get("VIPR_WEIGHTS")
+        files = [Path(folder, own) for own in names] if folder else []
         files += [file for own in names for file in platform.attached(own)]
     else:
-        files.append(Path(weights))
-    for file in files:
-        if file.is_file():
-            return f"file {file.name}", file
-    if weights != "auto":
-        return None
+        files = [*(Path(weights, own) for own in names), Path(weights)]
+    found = next(filter(Path.is_file, files), None)
+    if found or weights != "auto":
+        return found and (f"file {found.name}", found)
     package = name in PACKAGED and importlib.util.find_spec(PACKAGED[name])
     if package:
         (file,) = Path(package.origin).parent.glob("models/*.pth")
