@@ -249,7 +249,9 @@ def results(folder: Path = REFERENCE) -> str:
     table = rows(folder)
     removed = table["run"].str.contains(REMOVED)
     on_subset = table["run"].str.contains("subset queries|all queries")
-    sections = [regret(folder / "series"), drawn(folder / "drawn.json")]
+    sections = [regret(folder / "series")] if (folder / "series").is_dir() else []
+    if (folder / "drawn.json").is_file():
+        sections.append(drawn(folder / "drawn.json"))
     sections += tasks(table[~removed & ~on_subset])
     if on_subset.any():
         text = (

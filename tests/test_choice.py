@@ -357,6 +357,12 @@ def test_a_run_that_is_named_takes_part_alone_whatever_it_held_out(task, tmp_pat
         Choice.open(task, tmp_path, backbones=["siamese_small"], model_run="absent")
 
 
+def test_a_run_that_learned_from_the_photos_to_choose_by_is_refused(task, tmp_path):
+    finished(tmp_path / "all", task, 0.9, validation=None)
+    with pytest.raises(ValueError, match="all: its model held out other photos.*choose to none"):
+        Choice.open(task, tmp_path, backbones=["siamese_small"], model_run="all")
+
+
 def test_without_any_network_it_is_told_why(task, tmp_path, monkeypatch):
     def offline(name, **settings):
         raise models.WeightsError(f"no weights of {name}")

@@ -99,26 +99,23 @@ class Choice:
     ) -> Choice:
         """A Choice among frozen backbones and the finished runs that held out the same photos.
 
-        image_size: pixels of the frozen ones, 0 takes their own; a run's model sees what it was
-        tested at. model_run: this run's model alone, '' or 'best' for all. most_runs: so many
-        runs, those that validated best. Raises WeightsError where no network can be had.
+        image_size: pixels of the frozen ones, 0 takes their own; a run's network sees what it was
+        tested at. model_run: this one alone, '' or
+        'best' for all, the most_runs that validated best. Raises WeightsError where no network can
+        be had, ValueError for a model_run that learned from what would choose.
         """
         found = cls(task, {}, {}, max_minutes)
-        folders = []
-        if model_run not in ("", "best"):
+        folders, found.refused = _folders(task, output_dir, model_run)
+        if model_run in ("", "best"):
+            folders = folders[:most_runs]
+        else:
             backbones = []
-            folders = [platform.find_run(model_run, output_dir=str(output_dir))]
-        elif task.validation:
-            data, split = task.photos.attrs["fingerprint"], task.validation.split
-            finished, found.refused = runs.validated(output_dir, data, split)
-            folders = finished[:most_runs]
+
         for name in backbones:
             try:
-                network = models.create(name, weights=weights)
+                found._enter(name, models.create(name, weights=weights), image_size)
             except models.WeightsError as error:
                 found.refused[name] = str(error)
-                continue
-            found._enter(name, network, image_size)
         for folder in folders:
             found._enter(folder.name, models.load(folder / "model.pt"), 0)
         if not found.networks:
@@ -305,3 +302,22 @@ class Choice:
         """Of max_minutes."""
         limit = self.max_minutes or np.inf
         return limit - (monotonic() - self.began) / 60
+
+
+def _folders(task: Task, output_dir: Path, model_run: str) -> tuple[list[Path], dict[str, str]]:
+    """(folders of the runs that may take part, best on validation first; name -> why not of others).
+
+    model_run: this one alone, '' or 'best' for all. Raises ValueError for one that is named and
+    learned from the photos to choose by.
+    """
+    finished, refused = [], {}
+    if task.validation:
+        data = task.photos.attrs["fingerprint"]
+        finished, refused = runs.validated(output_dir, data, task.validation.split)
+    if model_run in ("", "best"):
+        return finished, refused
+
+    folder = platform.find_run(model_run, output_dir=str(output_dir))
+    if refused.get(folder.name) == runs.OTHER_SPLIT:
+        raise ValueError(f"{model_run}: {runs.OTHER_SPLIT}, or set choose to none")
+    return [folder], {}

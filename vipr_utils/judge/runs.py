@@ -80,6 +80,7 @@ STUDY = {
 
 RESULTS = ["run.json", "submission.csv", "average_precision.csv", "model.pt"]
 UNFINISHED = "unfinished.txt"  # stands in a run folder from the start of a run to its end
+OTHER_SPLIT = "its model held out other photos: use the same holdout"
 
 
 class RunError(ValueError):
@@ -164,7 +165,7 @@ def validated(output_dir: Path, fingerprint: str, split: str) -> tuple[list[Path
         if record["data"].get("fingerprint") != fingerprint:
             refused[folder.name] = "its model learned from other photos"
         elif not found or found["split"] != split:
-            refused[folder.name] = "its model held out other photos: use the same holdout"
+            refused[folder.name] = OTHER_SPLIT
         else:
             scores[folder] = found["map_at_5"] or 0.0
     return sorted(scores, key=scores.get, reverse=True), refused
