@@ -305,7 +305,7 @@ class Choice:
 
 
 def _folders(task: Task, output_dir: Path, model_run: str) -> tuple[list[Path], dict[str, str]]:
-    """(folders of the runs that may take part, best on validation first; name -> why not of others).
+    """(folders of the runs that may take part, best validated first; name -> why not of others).
 
     model_run: this one alone, '' or 'best' for all. Raises ValueError for one that is named and
     learned from the photos to choose by.
