@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from shapes import DRAWN, SHAPES, TEXT, cut
+from shapes import DRAWN, SHAPES, TEXT, cut, with_tables
 
 from vipr_utils.data import catalog
 from vipr_utils.judge import submission
@@ -212,6 +212,20 @@ def test_drawn_validation_can_be_asked_for_and_holdout_0_is_none(toy_root, tmp_p
     assert Task(str(toy_root), validation="drawn", holdout=0, **settings).validation is None
     with pytest.raises(ValueError, match="validation 'best' is unknown: use 'auto' or 'drawn'"):
         Task(str(toy_root), validation="best", **settings)
+
+
+@pytest.mark.parametrize(
+    ("gallery_domain", "how"), [("", "photos"), ("shop", "photos"), ("customer", "drawn")]
+)
+def test_no_photo_is_held_out_that_alone_could_answer(gallery_domain, how, toy_root, tmp_path):
+    train, test = (pd.read_csv(toy_root / f"{split}.csv") for split in ("train", "test"))
+    one_of_each = train.groupby(["class", "domain"]).head(1)
+    root = with_tables(tmp_path / "root", toy_root, one_of_each, test)
+    settings = {"image_size": 32, "device": "cpu", "cache_dir": str(tmp_path / "cache")}
+    task = Task(str(root), gallery_domain=gallery_domain, **settings)
+    queries, gallery = task.views["validation"]
+    assert task.validation.how == how
+    assert queries["product_id"].isin(gallery["product_id"]).all()
 
 
 def test_drawn_queries_are_spread_over_products_and_bounded(shaped, tmp_path):

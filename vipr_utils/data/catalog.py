@@ -271,11 +271,13 @@ class Validation:
         }
 
 
-def spares_photos(train: pd.DataFrame) -> bool:
-    """Whether a quarter of the products or more have a photo that `hold_out` can make a query."""
-    shared = train.duplicated("product_id", keep=False)
-    asked = train["product_id"][shared & (train["domain"] != "shop")]
-    return 4 * asked.nunique() >= train["product_id"].nunique()
+def spares_photos(train: pd.DataFrame, gallery_domain: str = "") -> bool:
+    """Whether a quarter of the products or more have a photo that `hold_out` can make a query and
+    another that answers it, of that domain."""
+    asked = train["product_id"][train["domain"] != "shop"].unique()
+    answers = narrow(train, gallery_domain)["product_id"].value_counts().reindex(asked)
+    itself = gallery_domain != "shop"  # the query is one of those that could answer
+    return 4 * (answers > itself).sum() >= train["product_id"].nunique()
 
 
 def hold_out(

@@ -106,7 +106,8 @@ class Task:
 
     def _set_aside(self, holdout: float, validation: str, store_px: int) -> catalog.Validation:
         """Queries held out of the photos to fit, else drawn from them."""
-        if validation == "drawn" or not catalog.spares_photos(self.fit):
+        spared = catalog.spares_photos(self.fit, self.gallery_domain)
+        if validation == "drawn" or not spared:
             return self._drawn(store_px)
         layouts = audit.colour_layouts(self.fit, cache_dir=self.cache_dir)
         return catalog.hold_out(
