@@ -90,6 +90,14 @@ def test_embeddings_are_remembered_up_to_a_size_and_are_the_same_when_made_again
     np.testing.assert_array_equal(again.queries, first.queries)
 
 
+def test_views_that_do_not_fit_in_memory_together_are_left_out_and_told(choice, monkeypatch):
+    alone, both = Candidate((Part("a"),)), Candidate((Part("a"), Part("b")))
+    size = sum(side.nbytes for side in choice.joined(alone.parts, "validation"))
+    monkeypatch.setattr(choosing, "MOST_BYTES", 1.5 * size)
+    assert choice.best([both, alone]) == alone
+    assert choice.refused == {str(both): "2 views of so many photos do not fit in memory together"}
+
+
 # ------------------------------------------------------------------------------------------ scores
 
 

@@ -90,6 +90,18 @@ def test_learned_whitening_makes_the_scatter_inside_products_round():
         rerank.fit_learned_whitening(x, np.arange(400))
 
 
+def test_covariance_in_blocks_is_that_of_all_rows_at_once(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    labels = np.random.default_rng(1).integers(0, 9, 50)
+    whole = rerank.fit_learned_whitening(x.astype(np.float64), labels, 4)
+    monkeypatch.setattr(rerank, "PAIRS", 7)
+    np.testing.assert_allclose(
+        rerank._covariance(x - x.mean(0)), np.cov(x, rowvar=False, bias=True), atol=1e-6
+    )
+    blocks = rerank.fit_learned_whitening(x, labels, 4)
+    np.testing.assert_allclose(np.abs(blocks.matrix), np.abs(whole.matrix), atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------- expansion
 
 

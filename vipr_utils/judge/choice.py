@@ -6,7 +6,7 @@ verification of their heads. So some dozens are tried where all combinations wou
 
 The test has no part in it: a candidate is scored on the validation queries of its task, and
 projections are fitted without their photos. Every photo passes a network once for each zoom, its
-features are kept on disk, and a projection is fitted once for each view.
+features are kept on disk, and the latest projections in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
 WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
 MOST_NETWORKS = 3
-MOST_BYTES = 6 * 2**30  # of embeddings in memory for the next candidates
+MOST_BYTES = 6 * 2**30  # of embeddings that are joined, and of those remembered for the next
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,15 @@ class Choice:
         return self.task.retrieve(sides, view, steps=list(candidate.steps))
 
     def joined(self, parts: tuple[Part, ...], view: str) -> Sides:
-        """Embeddings whose cosine is the weighted mean of the parts' cosines."""
+        """Embeddings whose cosine is the weighted mean of the parts' cosines.
+
+        Raises ValueError where they would take more than MOST_BYTES.
+        """
         looks = [self._look(replace(part, weight=1.0), view) for part in parts]
         if len(looks) == 1:
             return looks[0]
+        if sum(side.nbytes for look in looks for side in look) > MOST_BYTES:
+            raise ValueError(f"{len(parts)} views of so many photos do not fit in memory together")
         scales = [np.sqrt(part.weight) for part in parts]
         sides = []
         for side in zip(*looks):  # of each part the queries, then the gallery, then the known

@@ -85,9 +85,9 @@ def fit_learned_whitening(
     Source: Radenovic et al. 2018, arXiv:1711.02512, with labels in the place of their matching
     pairs. Raises ValueError where no product has two photos.
     """
-    x = np.asarray(x, np.float64)
+    x = np.asarray(x)
     means = pd.DataFrame(x).groupby(np.asarray(labels)).transform("mean").to_numpy()
-    inside, mean = _covariance(x - means), x.mean(0)
+    inside, mean = _covariance(x - means), x.mean(0, dtype=np.float64).astype(x.dtype)
     if not inside.any():
         products = len(np.unique(labels))
         raise ValueError(f"no product of {products} has two photos that differ: use fit_whitening")
@@ -98,8 +98,12 @@ def fit_learned_whitening(
 
 
 def _covariance(differences: np.ndarray) -> np.ndarray:
-    """(D, D) of differences (N, D) from a mean."""
-    return differences.T @ differences / len(differences)
+    """(D, D) float64 of differences (N, D) from a mean; in blocks, so that they may be float32."""
+    total = 0.0
+    for block in np.array_split(differences, len(differences) // PAIRS + 1):
+        exact = block.astype(np.float64)
+        total = total + exact.T @ exact
+    return total / len(differences)
 
 
 def _main_directions(
@@ -173,7 +177,9 @@ def expanded(search: Search, weights: np.ndarray) -> Search:
     """
     near = search.ranks[:, : weights.shape[1]]
     queries = search.queries + _weighted_sum(weights, near, search.gallery)
-    k = search.ranks.shape[1] // (1 if search.answers is None else 2)  # see `Search.searched`
+    k = search.ranks.shape[1]
+    if search.answers is not None:  # lists are twice as long as they were asked for
+        k //= 2
     return replace(search, queries=unit(queries)).searched(k)
 
 
