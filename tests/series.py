@@ -21,6 +21,7 @@ COMMON = {
     "backbones": ["test_resnet"],
 }
 SMALL = {
+    "01_eda": {"max_images": 60},
     "02_augmentation_preview": {"n_images": 4},
     "03_scratch_siamese": {
         "losses": ["triplet"],
@@ -52,6 +53,7 @@ SMALL = {
         "poolings": ["gem"],
         "resolutions": [24],
         "multi_sizes": [],
+        "clean_similarity": 0.5,
     },
 }
 

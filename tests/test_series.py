@@ -10,6 +10,9 @@ from shapes import SHAPES, cut
 from vipr_utils.judge import plots, submission
 
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a mean of nothing, say
+
+
 @pytest.fixture(autouse=True)
 def figures_unrendered(monkeypatch):
     """Half of the time would go into pixels that nobody looks at."""
