@@ -9,7 +9,6 @@ from shapes import SHAPES, cut
 
 from vipr_utils.judge import plots, submission
 
-
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a mean of nothing, say
 
 
@@ -48,3 +47,23 @@ def test_labels_taken_out_of_the_test_table_leave_the_submission_the_same(toy_ro
             series.run(stem, data_root=str(root), output_dir=str(runs), cache_dir=str(cache))
         written.append((runs / "06_submission" / "submission.csv").read_bytes())
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("shape", ["no_labels", "two_photos_a_product"])
+def test_nothing_held_out_leaves_nothing_to_choose_by_and_every_notebook_ends(
+    shape, toy_root, tmp_path
+):
+    root = cut(shape, toy_root, tmp_path / "root")
+    for stem in series.STEMS[2:]:
+        series.run(
+            stem,
+            data_root=str(root),
+            output_dir=str(tmp_path),
+            cache_dir=str(tmp_path / "cache"),
+            holdout=0.0,
+            choose="none",
+            submission_format="classification",
+        )
+        record = json.loads((tmp_path / stem / "run.json").read_text(encoding="utf-8"))
+        assert not record["validation"]
+    assert len(submission.validate(tmp_path / "06_submission" / "submission.csv", root))

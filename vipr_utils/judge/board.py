@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vipr_utils.host.files import whole_file
-from vipr_utils.judge import metrics
+from vipr_utils.judge import metrics, runs
 from vipr_utils.judge.task import Retrieval, Task
 from vipr_utils.learn import models
 
@@ -141,7 +141,8 @@ class Board:
 
     def table(self) -> pd.DataFrame:
         """One row an entry, as numbers: scores of every view, differences, seconds, memory."""
-        return pd.DataFrame(self.rows()).set_index("name").rename_axis(None)
+        table = pd.DataFrame(self.rows()).set_index("name").rename_axis(None)
+        return table.reindex(columns=table.columns.union(runs.SCORES, sort=False))
 
     def rows(self) -> list[dict]:
         """The same for run.json."""
@@ -153,7 +154,7 @@ class Board:
                 "name": name,
                 **{view: self.score(name, view) for view in entry.views if view != self.view},
                 **self._figures(name, self.view),
-                "mp_at_5": float(np.nanmean(precision)),
+                "mp_at_5": float(pd.Series(precision).mean()),  # NaN where nothing can be right
                 **entry.cost,
                 "million": entry.record.get("parameters", 0) / 1e6,
                 "cut_short": entry.cut_short,
