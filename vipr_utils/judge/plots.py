@@ -370,7 +370,7 @@ def matches(query: np.ndarray, photo: np.ndarray, points: tuple, *, title: str) 
 
     points: (a (M, 2), b (M, 2)) of verification.inliers; at most 60 are drawn.
     """
-    ax = Figure((7.2, 4.4), layout="compressed").subplots()
+    ax = Figure((5.2, 3.2), layout="compressed").subplots()
     height, width = query.shape[:2]
     photo_width = round(photo.shape[1] * height / photo.shape[0])
     ax.imshow(np.hstack([query, cv2.resize(photo, (photo_width, height))]))
