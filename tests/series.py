@@ -37,17 +37,17 @@ SMALL = {
     "05_subset_finetune": {"n_products": 3},
     "06_submission": {
         "zooms": [1.0, 0.8],
+        "most_runs": 1,
         "stacks": ["k_reciprocal(5, 2, 0.3) + product_votes(3)"],
         "verified": ["verify(5) + product_votes(3)"],
     },
     "07_reranking": {
         "candidates": [
             "learned_whitening(8)",
-            "alpha_query_expansion(2, 3)",
             "k_reciprocal(5, 2, 0.3)",
             "verify(5)",
         ],
-        "zooms": [1.0, 0.8],
+        "zooms": [1.0],
         "stacks": ["product_votes(3)"],
         "verified": ["verify(5) + product_votes(3)"],
         "poolings": ["gem"],
