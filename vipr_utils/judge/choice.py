@@ -250,13 +250,12 @@ class Choice:
             parts.append(Part(name, projection=step, features=True))
         first = self.best(Candidate((part,)) for part in parts)
 
-        looks = [first]
+        looks = []  # one for each zoom of customers' photos, or those joined would see the same
         for zoom in zooms:
-            for of_shop in (1.0, zoom):
-                look = Candidate((replace(first.parts[0], zoom=(zoom, of_shop)),))
-                if look not in looks:
-                    looks.append(look)
-        single = self.best(looks)
+            shop = dict.fromkeys([1.0, zoom])
+            pairs = [Candidate((replace(first.parts[0], zoom=(zoom, other)),)) for other in shop]
+            looks.append(self.best(pairs))
+        single = self.best([first, *looks])
 
         looks.sort(key=self.score, reverse=True)
         views = [single]

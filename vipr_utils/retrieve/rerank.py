@@ -90,7 +90,9 @@ def fit_learned_whitening(
     inside, mean = _covariance(x - means), x.mean(0, dtype=np.float64).astype(x.dtype)
     if not inside.any():
         products = len(np.unique(labels))
-        raise ValueError(f"no product of {products} has two photos that differ: leave learned_whitening away")
+        raise ValueError(
+            f"no product of {products} has two photos that differ: leave learned_whitening away"
+        )
     round_one = np.trace(inside) / len(inside) * np.eye(len(inside))
     inside = (1 - shrink) * inside + shrink * round_one
     _, matrix = _main_directions(_covariance(x - mean), dim or len(inside), inside)
