@@ -149,7 +149,9 @@ def test_prepared_notebook_has_the_values_in_a_cell_of_their_own_and_no_outputs(
 
 
 def test_kernel_asks_for_two_t4_no_internet_and_names_every_source(tmp_path):
-    found = metadata(kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one"))
+    upstream = ["04_pretrained_sweep"]  # among which the submission chooses
+    run = run_of("06_submission")
+    found = metadata(kaggle.prepare(run, tmp_path, owner="some-one", upstream=upstream))
     assert found == {
         "id": "some-one/vipr-06-submission",
         "title": "vipr-06-submission",
@@ -179,6 +181,7 @@ def test_scoreboard_of_a_series_takes_the_kernels_of_all_its_runs(tmp_path, caps
     ids = [metadata(folder)["id"] for folder in folders]
     assert ids[-1] == "some-one/vipr-09-scoreboard"
     assert metadata(folders[-1])["kernel_sources"] == ids[:-1]
+    assert metadata(folders[5])["kernel_sources"] == ids[:5] and "06-submission" in ids[5]
     assert not any(metadata(folder)["enable_internet"] for folder in folders)
     assert "seed = 7" in (folders[0] / "01_eda.ipynb").read_text()
 

@@ -32,7 +32,6 @@ from vipr_utils.learn import models
 from vipr_utils.run.params import BadParameters, Run, load_runs, setting
 
 KIT, WEIGHTS = "vipr-kit", "vipr-weights"  # slugs of the two datasets: 6 to 50 characters
-SCOREBOARD = "09_scoreboard"
 COMPETITION = "products-10k"
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
 BUNDLED = (
@@ -145,14 +144,14 @@ def kernel_metadata(run: Run, *, owner: str, upstream: Iterable[str] = ()) -> di
     computes, its sources.
 
     There is no network. Sources: the kit, the weights' dataset where "auto" asks for some, the
-    competition, and the kernels of the runs it builds on: its model_run, and for a scoreboard all
-    `upstream`.
+    competition, and the kernels of the runs it builds on: its model_run, and for one that
+    chooses among runs or compares them all `upstream`.
     """
     slug, computes = kernel_slug(run.name), "device" in run.defaults
     datasets = [f"{_owner(owner)}/{KIT}"]
     if run.values.get("weights") == "auto":
         datasets.append(f"{owner}/{WEIGHTS}")
-    before = upstream if run.notebook.stem == SCOREBOARD else filter(None, [run.starts_from])
+    before = upstream if run.reads_runs else filter(None, [run.starts_from])
     return {
         "id": f"{owner}/{slug}",
         "title": slug,
@@ -264,8 +263,8 @@ def _lines(given: argparse.Namespace) -> Iterator[object]:
         yield weights(given.names, out, owner=given.owner)
     elif given.command == "prepare":
         runs = load_runs(given.names, dict(given.p))
-        upstream = [run.name for run in runs if run.notebook.stem != SCOREBOARD]
         for run in runs:
+            upstream = [other.name for other in runs if other.notebook.stem < run.notebook.stem]
             yield prepare(run, out, owner=given.owner, upstream=upstream)
     for folder in map(Path, given.names):
         if given.command == "push":
