@@ -52,7 +52,7 @@ def test_among_equals_the_first_is_chosen(task):
 
 
 def test_one_that_is_alike_does_not_take_the_place_of_a_cheaper_one(task, monkeypatch):
-    scores = {"a": 0.100, "b": 0.104, "c": 0.108, "d": 0.110}
+    scores = {"a": 0.1000, "b": 0.1015, "c": 0.1030, "d": 0.1040}
     board = Board(task)
     board.entries = dict.fromkeys(scores)
     monkeypatch.setattr(board, "score", lambda name, view: scores[name])
@@ -62,10 +62,10 @@ def test_one_that_is_alike_does_not_take_the_place_of_a_cheaper_one(task, monkey
 @pytest.mark.parametrize(
     "scores, chosen",
     [
-        ({"a": 0.500, "b": 0.5045}, "a"),
-        ({"b": 0.5045, "a": 0.500}, "b"),
+        ({"a": 0.500, "b": 0.5015}, "a"),
+        ({"b": 0.5015, "a": 0.500}, "b"),
         ({"a": 0.500, "b": 0.506}, "b"),
-        ({"a": 0.490, "b": 0.497, "c": 0.5}, "b"),
+        ({"a": 0.490, "b": 0.4985, "c": 0.5}, "b"),
         ({"a": float("nan"), "b": 0.1}, "b"),
     ],
 )

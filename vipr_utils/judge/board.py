@@ -17,7 +17,7 @@ from vipr_utils.judge import metrics, runs
 from vipr_utils.judge.task import Retrieval, Task
 from vipr_utils.learn import models
 
-TIE = 0.005  # of mAP@5 on validation: what lies closer is the same
+TIE = 0.002  # of mAP@5 on validation: what lies closer is the same
 
 
 @dataclass(frozen=True)
