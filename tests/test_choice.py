@@ -156,7 +156,7 @@ def test_of_those_within_a_tie_of_the_best_the_cheapest_is_chosen(task, scores, 
 def test_of_those_that_cost_the_same_the_better_one_is_chosen(task):
     choice = among(task, small=network())
     same = [Candidate((Part("small", projection=step),)) for step in ("", "centring()", "pca(8)")]
-    choice.tried = dict(zip(same, (0.500, 0.5015, 0.502)))
+    choice.tried = dict(zip(same, (0.500, 0.504, 0.502)))
     assert choice.best(same) == same[1]
 
 
