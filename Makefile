@@ -43,7 +43,7 @@ sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/vipr run params/sweeps/laptop --jobs $(JOBS) --output-dir .venv/sweeps \
 		--only '$(SWEEPS)' -p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
-SWEEPS ?= best*-seed0,bai-guided,gordo-rmac,gap_unseen-whitened,study_scratch-triplet-manhattan-seed0,study_pretrained-lite0,study_subset-lite0
+SWEEPS ?= best-seed0,best_submission-seed0,gordo-rmac,gap_unseen-whitened,study_scratch-triplet-manhattan-seed0,study_subset-lite0
 
 # What computes, under several instruction sets, in float32 and bfloat16, by one thread and two.
 processors: .venv/test.stamp
