@@ -272,8 +272,9 @@ def test_labels_of_the_test_have_no_part_in_the_choice(climbed, toy_root, task, 
     )
 
 
+@pytest.mark.parametrize("among_stacks", [True, False])
 def test_verification_that_would_take_longer_than_max_minutes_is_left_out_and_told(
-    task, monkeypatch
+    among_stacks, task, monkeypatch
 ):
     taken = {5: 60.0, 20: 600.0}  # seconds for each of the two views
     monkeypatch.setattr(verification, "seconds", lambda queries, gallery, top: taken[top])
@@ -281,7 +282,7 @@ def test_verification_that_would_take_longer_than_max_minutes_is_left_out_and_to
     choice = among(task, a=network())
     choice.max_minutes = 10.0
     stacks = ["verify(5)", "verify(20)"]
-    choice.climb([1.0], [], stacks)
+    choice.climb([1.0], *((stacks, []) if among_stacks else ([], stacks)))
     verified = {step for candidate in choice.tried for step in candidate.steps}
     assert "verify(5)" in verified and "verify(20)" not in verified
     assert choice.refused == {

@@ -156,9 +156,13 @@ def test_photos_are_compared_with_what_may_be_answered_alone(monkeypatch):
 
 
 def test_pairs_that_a_step_verifies_are_its_top_or_the_whole_list():
-    assert pipeline.verified_pairs("verify(20)") == pipeline.verified_pairs("verify(top=20)") == 20
-    assert pipeline.verified_pairs("verify(0)") == pipeline.DEPTH
-    assert pipeline.verified_pairs("product_votes(3)") == 0
+    assert (
+        pipeline.verified_pairs(["verify(20)"]) == pipeline.verified_pairs(["verify(top=20)"]) == 20
+    )
+    assert pipeline.verified_pairs(["verify(0)"]) == pipeline.DEPTH
+    assert pipeline.verified_pairs(["verified_expansion(3)"]) == pipeline.DEPTH
+    assert pipeline.verified_pairs(["verify(20)", "verified_expansion(3)"]) == 20
+    assert pipeline.verified_pairs(["product_votes(3)"]) == 0
 
 
 def test_what_was_verified_is_forgotten_once_the_lists_change():

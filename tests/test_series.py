@@ -10,6 +10,12 @@ from shapes import SHAPES, cut
 from vipr_utils.judge import plots, submission
 
 ALIKE = {"folders_with_labels", "kaggles_test_table_alone"}  # once loaded, as others are
+STRATEGIES = {  # of notebook 05, that find enough products and photos
+    "one_photo_a_product": ["nearest"],
+    "two_products_and_three_queries": ["random"],
+    "no_labels": ["capped", "nearest"],
+    "one_product_of_300_photos": ["nearest"],
+}
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a mean of nothing, say
 
 
@@ -28,13 +34,30 @@ def test_every_notebook_ends_on_every_shape_and_leaves_an_answer_to_every_query(
     shape, toy_root, tmp_path
 ):
     root = cut(shape, toy_root, tmp_path / "root")
+    folders = {"output_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    names = {stem: series.run(stem, data_root=str(root), **folders) for stem in series.STEMS}
     for stem in series.STEMS:
-        series.run(
-            stem, data_root=str(root), output_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")
-        )
         record = json.loads((tmp_path / stem / "run.json").read_text(encoding="utf-8"))
         assert record["notebook"] == stem
     assert len(submission.validate(tmp_path / "06_submission" / "submission.csv", root))
+
+    seen = names["01_eda"]
+    assert seen["found"]["unreadable files"] == len(seen["lost"])
+    assert (seen["looks"]["width"] >= 96).all(), "sizes are those of the files, not of the store"
+    assert set(names["02_augmentation_preview"]["recipes"]) == {"study", "kit", "strong"}
+    if shape in STRATEGIES:
+        assert list(names["05_subset_finetune"]["subsets"]) == STRATEGIES[shape]
+
+
+def test_subset_strategies_are_validated_on_the_same_queries_and_gallery(toy_root, tmp_path):
+    folders = {"output_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    names = series.run("05_subset_finetune", data_root=str(toy_root), **folders)
+    view = names["task"].views["validation"]
+    sizes = {(m["n_queries"], m["n_gallery"]) for m in names["validated"].values()}
+    assert sizes == {(len(view.queries), len(view.gallery))}
+    for strategy, history in names["histories"].items():
+        kept = names["validated"][strategy]["map_at_5"]
+        assert history["map_at_5"].max() == pytest.approx(kept, abs=1e-6)
 
 
 def test_labels_taken_out_of_the_test_table_leave_the_submission_the_same(toy_root, tmp_path):

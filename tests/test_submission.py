@@ -239,6 +239,20 @@ def test_gallery_of_fewer_than_five_photos_answers_with_all_it_has(root):
     assert pd.read_csv(one_list, index_col="id")["images"]["q1.jpg"] == "b.jpg a.jpg c.jpg"
 
 
+def test_list_that_is_too_short_is_filled_up_with_unreadable_photos_at_last(root):
+    """A photo in the gallery under the query's name leaves a place open, one that cannot be read
+    another."""
+    (root / "train.csv").write_text("name,class\na.jpg,0\nq0.jpg,0\nb.jpg,1\nc.jpg,1\nd.jpg,1\n")
+    queries = rows_of(root, "test", ["q0.jpg", "q1.jpg", "q2.jpg"])
+    gallery = rows_of(root, "train", ["a.jpg", "q0.jpg", "b.jpg", "c.jpg"])
+    ranks = np.array([[3, 2, 0, -1], [3, 2, 1, 0], [3, 2, 1, 0]])
+    path = submission.write_answers(root / "s.csv", root, queries, gallery, ranks)
+    lists = pd.read_csv(path, index_col="id")["images"]
+    assert lists["q0.jpg"] == "c.jpg b.jpg a.jpg q0.jpg d.jpg"
+    assert lists["q1.jpg"] == "c.jpg b.jpg q0.jpg a.jpg d.jpg"
+    submission.validate(path, root)
+
+
 def test_command_line_prints_the_score_or_why_not(root, capsys):
     path = changed(root, "q0", "q0")
     assert submission.main([str(path), str(root)]) == 0

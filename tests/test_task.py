@@ -247,6 +247,8 @@ def test_products_of_one_photo_are_paired_with_their_drawings(task):
     assert photos.clutter == 0.5 and photos.shop.all()
     assert task.training_photos(None, one, clutter=0.8).clutter == 0.8
     assert task.training_photos(None).clutter == 0.0
+    near = task.training_photos(None, zoom=0.8)
+    assert (near.zoom[near.shop] == 1.0).all() and (near.zoom[~near.shop] == 0.8).all()
     two = pd.concat([one, one.iloc[: len(one) // 2]])
     assert task.training_photos(None, two).clutter == 0.0
     known = task.training_photos(None)

@@ -117,7 +117,9 @@ class Choice:
             except models.WeightsError as error:
                 found.refused[name] = str(error)
         for folder in folders:
-            found._enter(folder.name, models.load(folder / "model.pt"), 0)
+            name = folder.name  # of two attached notebooks may be the same
+            name = name if name not in found.networks else f"{folder.parents[1].name}/{name}"
+            found._enter(name, models.load(folder / "model.pt"), 0)
         if not found.networks:
             raise models.WeightsError("; ".join(found.refused.values()))
         return found
@@ -172,7 +174,7 @@ class Choice:
         arithmetic = 0
         for name, _ in {(part.network, part.zoom[0]) for part in candidate.parts}:
             arithmetic += self.networks[name].record["parameters"] * self.sizes[name] ** 2
-        return sum(map(pipeline.verified_pairs, candidate.steps)), arithmetic
+        return pipeline.verified_pairs(candidate.steps), arithmetic
 
     # ---------------------------------------------------------------------------------- scores
 
@@ -235,8 +237,7 @@ class Choice:
             self._rung(rung, [candidate])
         best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
         best = self._rung("steps", [best, *self._stepped(best, stacks)])
-        affordable = [stack for stack in verified if self._affordable(stack)]
-        found = self._stepped(best, affordable)
+        found = self._stepped(best, verified)
         if found and self.score(self.best(found)) >= self.score(best):
             return self._rung("verification", found)
         return best
@@ -270,11 +271,14 @@ class Choice:
         return {"projection": first, "zoom": single, "views joined": self.best(views)}
 
     def _stepped(self, base: Candidate, stacks: list[str]) -> list[Candidate]:
-        """The candidate with each stack behind its own steps, and behind its projections alone."""
+        """The candidate with each stack that its time allows behind its own steps, and behind its
+        projections alone.
+        """
         projections = base.steps[: pipeline.fitted_first(base.steps)]
+        affordable = [stack for stack in stacks if self._affordable(stack)]
         found = []
         for own in (projections, base.steps):
-            for stack in stacks:
+            for stack in affordable:
                 found.append(replace(base, steps=(*own, *pipeline.split(stack))))
         return found
 
@@ -295,8 +299,10 @@ class Choice:
         return teams
 
     def _affordable(self, stack: str) -> bool:
-        """Whether a stack that verifies fits into what is left of max_minutes."""
-        top = sum(map(pipeline.verified_pairs, pipeline.split(stack)))
+        """Whether what a stack verifies fits into what is left of max_minutes."""
+        top = pipeline.verified_pairs(pipeline.split(stack))
+        if top == 0:
+            return True
         views = [self.task.views[view] for view in ("validation", "test")]
         needed = sum(verification.seconds(*view, top) for view in views) / 60
         left = max(0.0, self._minutes_left())

@@ -56,23 +56,28 @@ def write_answers(
     gallery: pd.DataFrame,
     ranks: np.ndarray,
     *,
+    gallery_domain: str = "",
     form: str = "ranking",
 ) -> Path:
     """The submission of ranked lists (Q, k) of gallery rows, for every query of a data root.
 
     form: 'ranking', or 'classification': the product of the first photo. A query without a readable
-    photo is answered too, by the photos that the others' lists hold most often.
+    photo is answered too, by the photos that the others' lists hold most often; with these a list
+    is filled up that has fewer than it could, and with unreadable ones at last.
     """
     names = gallery["name"].to_numpy()
+    asked, listed = _sides(data_root, gallery_domain)
     often = pd.Series(ranks[ranks >= 0]).value_counts(sort=True).index
-    usual = names[np.append(often, np.setdiff1d(np.arange(len(names)), often))[:LENGTH]]
-    answers = dict(zip(queries["name"], (names[row[row >= 0]][:LENGTH] for row in ranks)))
-    asked = catalog.read_rows(data_root, "test")["name"]
-    listed = [answers.get(name, usual) for name in asked]
+    usual = list(dict.fromkeys([*names[often], *names, *listed.index]))[: 2 * LENGTH]
+    answers = {name: names[row[row >= 0]] for name, row in zip(queries["name"], ranks)}
+    lists = []
+    for name in asked.index:
+        images = [*answers.get(name, []), *usual]
+        lists.append(list(dict.fromkeys(images))[:LENGTH])
     if form == "ranking":
-        return write_ranking(path, asked, listed)
-    products = gallery.set_index("name")["product"]
-    return write_classification(path, asked, [products[images[0]] for images in listed])
+        return write_ranking(path, asked.index, lists)
+    products = [listed["product"][images[0]] for images in lists]
+    return write_classification(path, asked.index, products)
 
 
 def _write(path: Path, header: list, names, answers) -> Path:

@@ -157,23 +157,28 @@ class Task:
 
     # ------------------------------------------------------------------------------- training
 
-    def training_photos(self, transform, rows=None, *, clutter: float = 0.0) -> Photos:
+    def training_photos(
+        self, transform, rows=None, *, clutter: float = 0.0, zoom: float = 1.0
+    ) -> Photos:
         """The photos to fit (or some rows of them) with labels 0..C-1, under a training transform.
 
         clutter: share of shop photos cut out and laid on other photos, as customers see them; at
         least half where most products have one photo, which is then a pair with its own drawing.
-        A photo of unknown domain counts as a shop's.
+        zoom: central share of each side of customers' photos, 1 is all. A photo of unknown domain
+        counts as a shop's.
         """
         rows = self.fit if rows is None else rows
         if (rows["product_id"].value_counts() == 1).mean() > 0.5:
             clutter = max(clutter, 0.5)
+        shop = (rows["domain"] != "customer").to_numpy()
         return Photos(
             self.store,
             rows.index,
             transform,
             labels=catalog.with_labels(rows),
-            shop=(rows["domain"] != "customer").to_numpy(),
+            shop=shop,
             clutter=clutter,
+            zoom=np.where(shop, 1.0, zoom),
             seed=self.seed,
         )
 

@@ -132,12 +132,18 @@ def transductive(steps: list[str]) -> bool:
     return any(bind(step).func is rerank.transductive_k_reciprocal for step in steps)
 
 
-def verified_pairs(step: str) -> int:
-    """Photos of each list that a step verifies; 0 for other steps."""
-    bound = bind(step)
-    if bound.func is not verification.verify:
-        return 0
-    return bound.keywords["top"] or DEPTH
+def verified_pairs(steps: list[str]) -> int:
+    """Photos of each list that these steps verify; 0 for other steps.
+
+    A verified expansion verifies the whole list itself where nothing did before.
+    """
+    pairs = 0
+    for step in map(bind, steps):
+        if step.func is verification.verify:
+            pairs += step.keywords["top"] or DEPTH
+        elif step.func is verification.verified_expansion:
+            pairs = pairs or DEPTH
+    return pairs
 
 
 def fitted_first(steps: list[str]) -> int:
