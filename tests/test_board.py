@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from vipr_utils.judge import metrics, runs
 from vipr_utils.judge.board import Board, gain, verdict
@@ -125,8 +126,6 @@ def test_best_model_so_far_is_on_disk_after_each_entry(task, tmp_path):
     board = Board(task, tmp_path)
     networks = {}
     for seed, name in enumerate(("a", "b", "c")):
-        import torch
-
         torch.manual_seed(seed)
         networks[name] = models.create("siamese_small", weights="none", embedding_dim=8)
         board.add(name, networks[name], image_size=32)
@@ -136,6 +135,18 @@ def test_best_model_so_far_is_on_disk_after_each_entry(task, tmp_path):
             for a, b in zip(kept.state_dict().values(), best.state_dict().values())
         )
     assert kept.record["image_size"] == 32 and board.table()["ms_per_image"].gt(0).all()
+
+
+def test_best_model_of_each_backbone_is_kept_with_what_it_validated(task, tmp_path):
+    board = Board(task, tmp_path)
+    for name in ("test_resnet", "siamese_small"):
+        network = models.create(name, weights="none")
+        board.add(name, network, image_size=32)
+        kept = models.load(tmp_path / name / "model.pt").state_dict()
+        assert all(torch.equal(kept[key], value) for key, value in network.state_dict().items())
+    board.save_run(tmp_path, board.choose(), notebook="04", params={})
+    scores = {name: board.score(name, "validation") for name in ("test_resnet", "siamese_small")}
+    assert runs.load(tmp_path)["networks"] == pytest.approx(scores)
 
 
 def test_ap_of_every_query_is_saved(board, task, tmp_path):

@@ -302,9 +302,10 @@ def test_columns_that_never_vary_are_left_out_and_long_tables_folded():
 # ----------------------------------------------------------- validation, trainings cut short
 
 
-def validated(folder, score, split, fingerprint="f"):
+def validated(folder, score, split, fingerprint="f", **changes):
     data = {"root": "toy", "fingerprint": fingerprint}
-    saved(folder, data=data, validation={"how": "visits", "split": split, "map_at_5": score})
+    held_out = {"how": "visits", "split": split, "map_at_5": score}
+    saved(folder, data=data, validation=held_out, **changes)
     (folder / "model.pt").touch()
 
 
@@ -319,11 +320,30 @@ def test_runs_that_held_out_the_same_photos_are_taken_best_first_and_the_others_
     (tmp_path / "no_model" / "model.pt").unlink()
     saved(tmp_path / "never_validated", metrics=SCORES | {"map_at_5": 0.99})
     (tmp_path / "never_validated" / "model.pt").touch()
-    folders, refused = runs.validated(tmp_path, "f", "aa")
-    assert [folder.name for folder in folders] == ["better", "good"]
+    found, refused = runs.validated(tmp_path, "f", "aa")
+    assert list(found.items()) == [(n, tmp_path / n / "model.pt") for n in ("better", "good")]
     assert "other photos" in refused["elsewhere"] and "same holdout" in refused["other_split"]
     assert "never_validated" in refused and "no_model" not in refused
-    assert runs.validated(tmp_path, "third", "aa")[0] == []
+    assert runs.validated(tmp_path, "third", "aa")[0] == {}
+
+
+def test_backbones_that_a_run_kept_beside_its_best_take_part_by_what_they_validated(
+    tmp_path, monkeypatch
+):
+    kept = {"model": {"name": "lite2"}, "networks": {"lite0": 0.4, "lite2": 0.6}}
+    validated(tmp_path / "own" / "sweep", 0.6, "aa", **kept)
+    validated(tmp_path / "own" / "other", 0.5, "aa")
+    attached = tmp_path / "some-notebook" / "submissions"
+    validated(attached / "sweep", 0.7, "aa")
+    monkeypatch.setattr(runs.platform, "attached", lambda name: [attached])
+    found, _ = runs.validated(tmp_path / "own", "f", "aa")
+    assert found == {
+        "some-notebook/sweep": attached / "sweep" / "model.pt",
+        "sweep": tmp_path / "own" / "sweep" / "model.pt",
+        "other": tmp_path / "own" / "other" / "model.pt",
+        "sweep/lite0": tmp_path / "own" / "sweep" / "lite0" / "model.pt",
+    }
+    assert list(found)[0] == "some-notebook/sweep" and list(found)[-1] == "sweep/lite0"
 
 
 def test_training_cut_short_is_marked_in_record_and_table(tmp_path):

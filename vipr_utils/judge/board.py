@@ -34,8 +34,9 @@ class Entry:
 class Board:
     """Candidates on a Task, in the order in which they were tried: the cheaper first.
 
-    folder: where model.pt of the best one so far, by `choose`, is kept. view: what its figures are
-    of, 'validation' where no test query has a label.
+    folder: where model.pt of the best one so far, by `choose`, is kept, and <backbone>/model.pt of
+    the best of each backbone. view: what its figures are of, 'validation' where no test query has a
+    label.
     """
 
     def __init__(self, task: Task, folder: Path | None = None) -> None:
@@ -84,10 +85,8 @@ class Board:
             cut_short=cut_short or self._cut_short(record, baseline),
             record=record,
         )
-        if self.folder and record and self.choose() == name:
-            cut_short = self.entries[name].cut_short
-            changes = {"image_size": image_size, "distance": distance, "cut_short": cut_short}
-            models.save(model_or_embeddings, Path(self.folder) / "model.pt", **changes)
+        if self.folder and record:
+            self._keep(name, model_or_embeddings, image_size=image_size, distance=distance)
 
     def enter(
         self,
@@ -101,6 +100,23 @@ class Board:
     ) -> None:
         """Put what was found for each view on the board; see `Entry`."""
         self.entries[name] = Entry(views, baseline, cost, cut_short, record)
+
+    def _keep(self, name: str, model: models.Embedder, **changes) -> None:
+        """Save the model of an entry where it is the best of all, or of its backbone."""
+        backbone = model.record["name"]
+        places = {"": list(self.entries), backbone: self._of_backbones()[backbone]}
+        for place, rivals in places.items():
+            if self.choose(rivals) == name:
+                path = Path(self.folder) / place / "model.pt"
+                models.save(model, path, cut_short=self.entries[name].cut_short, **changes)
+
+    def _of_backbones(self) -> dict[str, list[str]]:
+        """backbone -> its entries."""
+        found = {}
+        for name, entry in self.entries.items():
+            if entry.record:
+                found.setdefault(entry.record["name"], []).append(name)
+        return found
 
     def _cut_short(self, record: dict, baseline: str) -> str:
         """What a network's record says of its training; of embeddings what their baseline says."""
@@ -201,6 +217,11 @@ class Board:
         rows = {row["name"]: row for row in self.rows()} if self.view == "test" else {}
         listed = {"rows": list(rows.values()), "refused": self.refused}
         validation = entry.views.get("validation")
+        if self.folder and validation:  # what is kept for each backbone, and how good it is
+            networks = {}
+            for backbone, names in self._of_backbones().items():
+                networks[backbone] = self.score(self.choose(names), "validation")
+            record["networks"] = networks
         return self.task.save_run(
             folder,
             metrics=rows.get(chosen, {}) | dict(figures) | listed,

@@ -101,25 +101,21 @@ class Choice:
 
         image_size: pixels of the frozen ones, 0 takes their own; a run's network sees what it was
         tested at. model_run: this one alone, '' or
-        'best' for all, the most_runs that validated best. Raises WeightsError where no network can
-        be had, ValueError for a model_run that learned from what would choose.
+        'best' for all, the most_runs networks that validated best. Raises WeightsError where no
+        network can be had, ValueError for a model_run that learned from what would choose.
         """
         found = cls(task, {}, {}, max_minutes)
-        folders, found.refused = _folders(task, output_dir, model_run)
-        if model_run in ("", "best"):
-            folders = folders[:most_runs]
-        else:
-            backbones = []
+        trained, found.refused = _trained(task, output_dir, model_run)
+        if model_run not in ("", "best"):
+            backbones, most_runs = [], 1
 
         for name in backbones:
             try:
                 found._enter(name, models.create(name, weights=weights), image_size)
             except models.WeightsError as error:
                 found.refused[name] = str(error)
-        for folder in folders:
-            name = folder.name  # of two attached notebooks may be the same
-            name = name if name not in found.networks else f"{folder.parents[1].name}/{name}"
-            found._enter(name, models.load(folder / "model.pt"), 0)
+        for name, path in list(trained.items())[:most_runs]:
+            found._enter(name, models.load(path), 0)
         if not found.networks:
             raise models.WeightsError("; ".join(found.refused.values()))
         return found
@@ -319,13 +315,15 @@ class Choice:
         return limit - (monotonic() - self.began) / 60
 
 
-def _folders(task: Task, output_dir: Path, model_run: str) -> tuple[list[Path], dict[str, str]]:
-    """(folders of the runs that may take part, best validated first; name -> why not of others).
+def _trained(
+    task: Task, output_dir: Path, model_run: str
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """(name -> model.pt of what may take part, best validated first; name -> why not of others).
 
     model_run: this one alone, '' or 'best' for all. Raises ValueError for one that is named and
     learned from the photos to choose by.
     """
-    finished, refused = [], {}
+    finished, refused = {}, {}
     if task.validation:
         data = task.photos.attrs["fingerprint"]
         finished, refused = runs.validated(output_dir, data, task.validation.split)
@@ -335,4 +333,4 @@ def _folders(task: Task, output_dir: Path, model_run: str) -> tuple[list[Path], 
     folder = platform.find_run(model_run, output_dir=str(output_dir))
     if refused.get(folder.name) == runs.OTHER_SPLIT:
         raise ValueError(f"{model_run}: {runs.OTHER_SPLIT}, or set choose to none")
-    return [folder], {}
+    return {folder.name: folder / "model.pt"}, {}

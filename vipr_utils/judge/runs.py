@@ -150,14 +150,16 @@ def load(folder: Path) -> dict:
     return record
 
 
-def validated(output_dir: Path, fingerprint: str, split: str) -> tuple[list[Path], dict[str, str]]:
-    """(folders of finished runs with a model.pt, best mAP@5 on validation first; name -> why not of
-    the others).
+def validated(
+    output_dir: Path, fingerprint: str, split: str
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """(name -> model.pt of finished runs, best mAP@5 on validation first; name -> why not of the
+    others): of a run, and of the backbones that it kept beside its best one, <run>/<backbone>.
 
     They learned from the data of a fingerprint and held out the photos of a split: only then their
     scores compare.
     """
-    scores, refused = {}, {}
+    paths, scores, refused = {}, {}, {}
     for folder, record in finished(output_dir)[0].items():
         found = record.get("validation")
         if not (folder / "model.pt").is_file():
@@ -167,8 +169,15 @@ def validated(output_dir: Path, fingerprint: str, split: str) -> tuple[list[Path
         elif not found or found["split"] != split:
             refused[folder.name] = OTHER_SPLIT
         else:
-            scores[folder] = found["map_at_5"] or 0.0
-    return sorted(scores, key=scores.get, reverse=True), refused
+            networks = record.get("networks") or {}
+            networks.pop((record["model"] or {}).get("name"), None)  # is the run's own
+            for backbone, score in {"": found["map_at_5"], **networks}.items():
+                name = (Path(folder.name) / backbone).as_posix()
+                if name in paths:  # a run of an attached notebook has the same name
+                    name = f"{folder.parents[1].name}/{name}"
+                paths[name], scores[name] = folder / backbone / "model.pt", score or 0.0
+    ranked = sorted(scores, key=scores.get, reverse=True)
+    return {name: paths[name] for name in ranked}, refused
 
 
 def set_aside(folder: Path, why: str) -> None:
