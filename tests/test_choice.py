@@ -3,6 +3,7 @@ set with networks that know nothing."""
 
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -151,6 +152,32 @@ def scored(task, **scores) -> tuple[Choice, dict[str, Candidate]]:
 def test_of_those_within_a_tie_of_the_best_the_cheapest_is_chosen(task, scores, best):
     choice, candidates = scored(task, **scores)
     assert choice.best(candidates.values()) == candidates[best]
+
+
+def test_where_few_queries_tell_the_deepest_verification_within_a_tie_is_chosen(task):
+    choice, candidates = scored(task, one=0.500, verified=0.499)
+    deeper = replace(candidates["verified"], steps=("verify(50)",))
+    choice.tried[deeper] = 0.4985
+    alike = [*candidates.values(), deeper]
+    assert choice.best(alike, deepest=True) == deeper
+    assert choice.best(alike) == candidates["one"]
+    choice.tried[deeper] = choice.tried[candidates["verified"]] = 0.4975
+    assert choice.best(alike, deepest=True) == candidates["one"], "it is worse"
+
+
+@pytest.mark.parametrize("n, deepest", [(299, True), (301, False)])
+def test_verification_is_taken_on_a_tie_where_queries_are_too_few_to_rule_out_that_it_helps(
+    n, deepest, task, monkeypatch
+):
+    choice = among(task, a=network())
+    monkeypatch.setattr(
+        Choice, "score", lambda self, candidate: self.tried.setdefault(candidate, 0.5)
+    )
+    queries = pd.concat([task.validation.queries] * n)[:n]
+    monkeypatch.setattr(Choice, "_affordable", lambda self, stack: True)
+    choice.task = SimpleNamespace(validation=SimpleNamespace(queries=queries))
+    final = choice.climb([1.0], [], ["verify(5)", "verify(20)"])
+    assert final.steps == (("verify(20)",) if deepest else ())
 
 
 def test_of_those_that_cost_the_same_the_better_one_is_chosen(task):

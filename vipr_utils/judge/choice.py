@@ -30,6 +30,7 @@ PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
 WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
 MOST_NETWORKS = 3
+UNTOLD = 0.01  # share of queries that may gain, though none of those to choose by does
 MOST_BYTES = 6 * 2**30  # of embeddings that are joined, and of those remembered for the next
 
 
@@ -181,8 +182,9 @@ class Choice:
             self.tried[candidate] = float(np.nan_to_num(metrics["map_at_5"]))
         return self.tried[candidate]
 
-    def best(self, candidates: Iterable[Candidate]) -> Candidate:
-        """The one with the best mAP@5 on validation; of those within TIE of it the cheapest.
+    def best(self, candidates: Iterable[Candidate], *, deepest: bool = False) -> Candidate:
+        """The one with the best mAP@5 on validation; of those within TIE of it the cheapest, or the
+        cheapest of those that verify most.
 
         Where one of them comes within TIE of the best that was ever tried, the choice is among
         such: so ties of one stage behind the other do not add up. What cannot be done on this
@@ -201,8 +203,9 @@ class Choice:
         least = (ever if most >= ever - TIE else most) - TIE
 
         def rank(candidate: Candidate) -> tuple:
-            alike = scores[candidate] >= least
-            return not alike, self.cost(candidate), -scores[candidate]
+            pairs, arithmetic = self.cost(candidate)
+            pairs = -pairs if deepest else pairs
+            return scores[candidate] < least, pairs, arithmetic, -scores[candidate]
 
         return min(scores, key=rank)
 
@@ -212,9 +215,9 @@ class Choice:
         """The best of what grows from plain search, a rung at a time; `rungs` names them.
 
         First each network by itself: its projection, then its zoom, then several zooms joined.
-        Then networks are joined, steps follow, and verification where its time fits: it is taken
-        unless it is worse, for what it stands behind was chosen by these very queries, in many more
-        candidates, and scores too high on them.
+        Then networks are joined, steps follow, and verification where its time fits. What it stands
+        behind was chosen by these very queries and scores too high on them: so where they are too
+        few to rule out that it helps (`UNTOLD`) it is taken unless it is worse, the deepest first.
         Raises ValueError where no photo was held out.
         """
         if not self.task.validation:
@@ -233,13 +236,12 @@ class Choice:
             self._rung(rung, [candidate])
         best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
         best = self._rung("steps", [best, *self._stepped(best, stacks)])
+        untold = 3 / len(self.task.validation.queries) > UNTOLD  # the rule of three
         found = self._stepped(best, verified)
-        if found and self.score(self.best(found)) >= self.score(best):
-            return self._rung("verification", found)
-        return best
+        return self._rung("verification", [best, *found], deepest=untold)
 
-    def _rung(self, name: str, candidates) -> Candidate:
-        best = self.best(candidates)
+    def _rung(self, name: str, candidates, *, deepest: bool = False) -> Candidate:
+        best = self.best(candidates, deepest=deepest)
         if best not in self.rungs.values():
             self.rungs[name] = best
         return best
