@@ -330,8 +330,10 @@ def test_runs_that_held_out_the_same_photos_are_taken_best_first_and_the_others_
 def test_backbones_that_a_run_kept_beside_its_best_take_part_by_what_they_validated(
     tmp_path, monkeypatch
 ):
-    kept = {"model": {"name": "lite2"}, "networks": {"lite0": 0.4, "lite2": 0.6}}
-    validated(tmp_path / "own" / "sweep", 0.6, "aa", **kept)
+    kept = {"lite0": 0.4, "lite2": 0.6, "lost": 0.7}
+    validated(tmp_path / "own" / "sweep", 0.6, "aa", model={"name": "lite2"}, networks=kept)
+    (tmp_path / "own" / "sweep" / "lite0").mkdir()
+    (tmp_path / "own" / "sweep" / "lite0" / "model.pt").touch()
     validated(tmp_path / "own" / "other", 0.5, "aa")
     attached = tmp_path / "some-notebook" / "submissions"
     validated(attached / "sweep", 0.7, "aa")

@@ -172,6 +172,8 @@ def validated(
             networks = record.get("networks") or {}
             networks.pop((record["model"] or {}).get("name"), None)  # is the run's own
             for backbone, score in {"": found["map_at_5"], **networks}.items():
+                if not (folder / backbone / "model.pt").is_file():
+                    continue
                 name = (Path(folder.name) / backbone).as_posix()
                 if name in paths:  # a run of an attached notebook has the same name
                     name = f"{folder.parents[1].name}/{name}"
