@@ -207,8 +207,9 @@ def regret(folder: Path) -> str:
                 "submitted": interval(*(score[name] for name in runs.SCORES[:3])),
                 "best row of all boards": f"{best['map_at_5']:.3f}",
                 "regret": f"{best['map_at_5'] - score['map_at_5']:.3f}",
+                "against shop photos": number(score["rows"][-1].get("shop", float("nan"))),
                 "minutes of 06": f"{final['seconds'] / 60:.1f}",
-                "what": final["chosen"]["what"],
+                "what": final["chosen"]["what"].replace("|", "\\|"),
             }
         )
     text = (

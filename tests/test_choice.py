@@ -382,6 +382,19 @@ def test_frozen_networks_and_the_best_runs_of_the_same_split_take_part(task, tmp
     assert "other photos" in choice.refused["other_data"]
 
 
+def test_runs_that_learned_from_the_photos_of_drawn_queries_take_no_part_beside_a_frozen_network(
+    toy_root, cache, tmp_path
+):
+    task = opened(toy_root, cache, validation="drawn")
+    finished(tmp_path / "one", task, 0.9)
+    finished(tmp_path / "two", task, 0.8)
+    choice = Choice.open(task, tmp_path, backbones=["siamese_small"], weights="none")
+    assert list(choice.networks) == ["siamese_small"]
+    assert "learned from the photos that queries are drawn from" in choice.refused["one"]
+    alone = Choice.open(task, tmp_path, backbones=[])
+    assert list(alone.networks) == ["one"] and "two" in alone.refused
+
+
 def test_a_run_that_is_named_takes_part_alone_whatever_it_held_out(task, tmp_path):
     finished(tmp_path / "one", task, 0.5)
     finished(tmp_path / "named", task, 0.1, data={"fingerprint": "other"})

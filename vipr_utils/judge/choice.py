@@ -100,6 +100,8 @@ class Choice:
     ) -> Choice:
         """A Choice among frozen backbones and the finished runs that held out the same photos.
 
+        Where queries are drawn from photos that runs learned from, these runs know them and
+        validate far too well: there one takes part only where no frozen backbone can be had.
         image_size: pixels of the frozen ones, 0 takes their own; a run's network sees what it was
         tested at. model_run: this one alone, '' or
         'best' for all, the most_runs networks that validated best. Raises WeightsError where no
@@ -115,8 +117,12 @@ class Choice:
                 found._enter(name, models.create(name, weights=weights), image_size)
             except models.WeightsError as error:
                 found.refused[name] = str(error)
+        seen = task.validation and task.validation.how == "drawn"
         for name, path in list(trained.items())[:most_runs]:
-            found._enter(name, models.load(path), 0)
+            if seen and found.networks:
+                found.refused[name] = "it learned from the photos that queries are drawn from"
+            else:
+                found._enter(name, models.load(path), 0)
         if not found.networks:
             raise models.WeightsError("; ".join(found.refused.values()))
         return found
