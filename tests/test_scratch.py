@@ -97,7 +97,7 @@ def test_best_pair_on_validation_is_the_runs_model_and_every_pair_has_a_row(smal
 
 
 def test_model_of_the_run_is_the_chosen_pairs_whichever_was_kept_on_the_way(small, monkeypatch):
-    monkeypatch.setattr(Board, "choose", lambda board: list(board.entries)[-2:][0])
+    monkeypatch.setattr(Board, "choose", lambda board, names=(): list(board.entries)[-2:][0])
     run(small | {"losses": ["triplet", "contrastive"], "distances": ["cosine", "manhattan"]})
     folder = Path(small["output_dir"], "03_scratch_siamese")
     name = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]["name"]
