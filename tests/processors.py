@@ -76,7 +76,7 @@ def plan() -> list[tuple[str, str, int, str]]:
     others = [kind for kind in reversed(KINDS) if kind != "native"]
     lines = [(kind, "float32", 1, "notebooks 03, 06") for kind in others[:1]]
     lines += [(kind, "float32", 1, "tests that compute") for kind in others]
-    lines += [(kind, "bfloat16", 1, "tests of networks") for kind in others[-1:]]  # SSE4: emulated
+    lines += [(kind, "bfloat16", 1, "tests of networks") for kind in others[-1:]]
     lines += [
         ("native", precision, 2, "tests of networks") for precision in ("float32", "bfloat16")
     ]

@@ -299,9 +299,9 @@ def test_labels_of_the_test_have_no_part_in_the_choice(climbed, toy_root, task, 
     )
 
 
-@pytest.mark.parametrize("among_stacks", [True, False])
+@pytest.mark.parametrize("place", ["stacks", "verified"])
 def test_verification_that_would_take_longer_than_max_minutes_is_left_out_and_told(
-    among_stacks, task, monkeypatch
+    place, task, monkeypatch
 ):
     taken = {5: 60.0, 20: 600.0}  # seconds for each of the two views
     monkeypatch.setattr(verification, "seconds", lambda queries, gallery, top: taken[top])
@@ -309,7 +309,7 @@ def test_verification_that_would_take_longer_than_max_minutes_is_left_out_and_to
     choice = among(task, a=network())
     choice.max_minutes = 10.0
     stacks = ["verify(5)", "verify(20)"]
-    choice.climb([1.0], *((stacks, []) if among_stacks else ([], stacks)))
+    choice.climb([1.0], **{"stacks": [], "verified": [], place: stacks})
     verified = {step for candidate in choice.tried for step in candidate.steps}
     assert "verify(5)" in verified and "verify(20)" not in verified
     assert choice.refused == {

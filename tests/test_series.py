@@ -10,12 +10,6 @@ from shapes import SHAPES, cut
 from vipr_utils.judge import plots, submission
 
 ALIKE = {"folders_with_labels", "kaggles_test_table_alone"}  # once loaded, as others are
-CAPPED = {  # whether notebook 05 finds two products of four photos
-    "one_photo_a_product": False,
-    "two_products_and_three_queries": False,
-    "no_labels": True,
-    "one_product_of_300_photos": False,
-}
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a mean of nothing, say
 
 
@@ -45,8 +39,23 @@ def test_every_notebook_ends_on_every_shape_and_leaves_an_answer_to_every_query(
     assert seen["found"]["unreadable files"] == len(seen["lost"])
     assert (seen["looks"]["width"] >= 96).all(), "sizes are those of the files, not of the store"
     assert set(names["02_augmentation_preview"]["recipes"]) == {"study", "kit", "strong"}
-    subsets = names["05_subset_finetune"]["subsets"]
-    assert subsets and ("capped" in subsets) == CAPPED.get(shape, "capped" in subsets)
+
+
+@pytest.mark.parametrize(
+    "shape, used",
+    [
+        ("one_photo_a_product", ["nearest"]),
+        ("two_products_and_three_queries", ["random"]),
+        ("no_labels", ["capped", "nearest"]),
+        ("one_product_of_300_photos", ["nearest"]),
+    ],
+)
+def test_subset_uses_the_strategies_that_find_products(shape, used, toy_root, tmp_path):
+    root = cut(shape, toy_root, tmp_path / "root")
+    folders = {"output_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    asked = {"backbone": "siamese_small", "n_products": 2}
+    names = series.run("05_subset_finetune", data_root=str(root), **folders, **asked)
+    assert list(names["subsets"]) == used
 
 
 def test_subset_strategies_are_validated_on_the_same_queries_and_gallery(toy_root, tmp_path):

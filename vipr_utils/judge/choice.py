@@ -103,9 +103,9 @@ class Choice:
         Where queries are drawn from photos that runs learned from, these runs know them and
         validate far too well: there one takes part only where no frozen backbone can be had.
         image_size: pixels of the frozen ones, 0 takes their own; a run's network sees what it was
-        tested at. model_run: this one alone, '' or
-        'best' for all, the most_runs networks that validated best. Raises WeightsError where no
-        network can be had, ValueError for a model_run that learned from what would choose.
+        tested at. model_run: this one alone, '' or 'best' for all, the most_runs networks that
+        validated best. Raises WeightsError where no network can be had, ValueError for a model_run
+        that learned from what would choose.
         """
         found = cls(task, {}, {}, max_minutes)
         trained, found.refused = _trained(task, output_dir, model_run)
@@ -223,7 +223,7 @@ class Choice:
         First each network by itself: its projection, then its zoom, then several zooms joined.
         Then networks are joined, steps follow, and verification where its time fits. What it stands
         behind was chosen by these very queries and scores too high on them: so where they are too
-        few to rule out that it helps (`UNTOLD`) it is taken unless it is worse, the deepest first.
+        few to rule out that it helps (`UNTOLD`) the deepest is taken that is not worse by over TIE.
         Raises ValueError where no photo was held out.
         """
         if not self.task.validation:
