@@ -2,18 +2,23 @@
 
 import errno
 import os
+import pickle
 import platform as python_platform
 import random
 import re
 import subprocess
 import sys
 
+import filelock
 import numpy as np
 import pytest
 import torch
 
-from vipr_utils.host import platform
+from vipr_utils.data import transforms
+from vipr_utils.data.store import Photos
+from vipr_utils.host import platform, progress
 from vipr_utils.host.device import (
+    autocast,
     compute_dtype,
     cores,
     hardware,
@@ -23,7 +28,7 @@ from vipr_utils.host.device import (
     versions,
     working_device,
 )
-from vipr_utils.host.files import fcntl, locked, whole_file
+from vipr_utils.host.files import locked, whole_file
 
 
 @pytest.fixture(autouse=True)
@@ -354,13 +359,106 @@ def test_file_that_would_pass_what_kaggle_keeps_is_refused_and_the_old_one_stays
         part.write_bytes(b"z" * 9000)
 
 
-@pytest.mark.skipif(fcntl is None, reason="no lock on Windows")
-def test_lock_lets_one_in_at_a_time(tmp_path):
-    with locked(tmp_path / "run"):
-        with open(tmp_path / "run" / ".lock") as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+HOLD = "import sys; from pathlib import Path; from vipr_utils.host.files import locked\n"
+HOLD += "with locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+
+
+def test_lock_lets_one_process_in_at_a_time_and_ends_with_it(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline().strip() == b"in"
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / "run" / ".lock").acquire(timeout=0.05)
+        other.kill()
     with locked(tmp_path / "run"):
         pass
+
+
+def test_file_that_windows_holds_open_is_named_with_the_remedy(tmp_path, monkeypatch):
+    def held(part, path):
+        raise PermissionError(13, "The process cannot access the file")
+
+    (tmp_path / "images.bin").write_text("old")
+    monkeypatch.setattr(os, "replace", held)
+    with pytest.raises(PermissionError, match="images.bin cannot be replaced .*close what has it"):
+        with whole_file(tmp_path / "images.bin") as part:
+            part.write_text("new")
+    assert [file.name for file in tmp_path.iterdir()] == ["images.bin"]
+
+
+# --------------------------------------------------------------------- Windows and macOS, faked
+
+
+@pytest.mark.parametrize("name", ["C:", "C:\\runs", "nul", "COM1.txt", "ends. ", "dot.", "bell\a"])
+def test_run_name_that_windows_refuses_is_refused_everywhere(tmp_path, name):
+    with pytest.raises(ValueError, match="no plain folder name"):
+        platform.run_folder(str(tmp_path), name)
+
+
+def test_process_is_tuned_without_glibc_and_without_its_library(monkeypatch):
+    def library(name):
+        raise OSError(f"there is no {name} here")
+
+    monkeypatch.setattr("ctypes.CDLL", library)
+    for libc in (("", ""), ("musl", "1.2")):  # Windows and macOS, Alpine
+        monkeypatch.setattr(python_platform, "libc_ver", lambda libc=libc: libc)
+        tune(torch.get_num_threads())
+
+
+def test_apple_gpu_computes_in_float32_without_a_word(monkeypatch, recwarn):
+    monkeypatch.delenv("VIPR_PRECISION", raising=False)
+    mps = torch.device("mps")
+    for training in (False, True):
+        assert compute_dtype("auto", mps, training=training) is torch.float32
+    assert not autocast(mps, torch.float32)._enabled and not list(recwarn)
+
+
+@pytest.mark.parametrize("name", ["kit", "strong", "study", "none"])
+def test_photos_can_be_sent_to_worker_processes_that_are_spawned(toy_data, name):
+    photos, store = toy_data
+    for transform in (transforms.augmentation(name, 32), transforms.eval_transform(32)):
+        given = Photos(store, photos.index, transform, clutter=0.5, shop=True)
+        sent = pickle.loads(pickle.dumps(given))
+        assert torch.equal(sent[3][0], given[3][0])
+
+
+# -------------------------------------------------------------------------------------- progress
+
+
+@pytest.fixture
+def log():
+    """The logger as it is before any notebook began."""
+    before = progress.LOG.handlers[:]
+    progress.LOG.handlers.clear()
+    yield progress.LOG
+    for handler in progress.LOG.handlers:
+        handler.close()
+    progress.LOG.handlers[:] = before
+
+
+def test_preflight_lets_progress_go_to_the_file_that_is_named_once(tmp_path, monkeypatch, log):
+    platform.preflight({})
+    assert not log.handlers  # on a laptop without a file: the notebook's own lines are enough
+    monkeypatch.setenv("VIPR_LOG", str(tmp_path / "log.txt"))
+    for _ in range(2):
+        platform.preflight({})
+    log.info("epoch 1/2, 3 minutes left")
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d vipr epoch 1/2, 3 minutes left", line)
+
+
+def test_progress_is_shown_on_kaggle_where_no_file_is_named(monkeypatch, capsys, log):
+    monkeypatch.delenv("VIPR_LOG", raising=False)
+    on_kaggle(monkeypatch)
+    platform.preflight({})
+    log.info("epoch 1/2")
+    assert capsys.readouterr().err.endswith(" vipr epoch 1/2\n")
+
+
+@pytest.mark.parametrize("seconds, words", [(5.4, "0:05"), (125, "2:05"), (3725, "1:02:05")])
+def test_clock_shows_minutes_and_hours_where_there_are_any(seconds, words):
+    assert progress.clock(seconds) == words
 
 
 # --------------------------------------------------------------------------------------- preflight

@@ -10,12 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vipr_utils.host import platform
+from filelock import FileLock
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from vipr_utils.host import platform
 
 FULL_DISK = re.compile(  # the last three are torch's words
     "No space left|Disk quota exceeded|over Kaggle's limit|"
@@ -25,13 +22,9 @@ FULL_DISK = re.compile(  # the last three are torch's words
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time in here, by a lock file in `folder` that ends with its process; on
-    Windows no lock.
-    """
+    """One process at a time in here, by a lock on `folder`/.lock that ends with its process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         yield
 
 
@@ -41,7 +34,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     file stays.
 
     Raises OSError (no space) with the file, the room left and the remedy; in
-    /kaggle/working also when the file would pass the 20 GB that Kaggle keeps.
+    /kaggle/working also when the file would pass the 20 GB that Kaggle keeps. PermissionError where
+    Windows holds the old file, because some program has it open.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +48,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         if platform.is_kept(path.parent) and platform.room_gb(path.parent) < 0:
             raise OSError(f"over Kaggle's limit of {platform.KEPT_GB} GB in {path.parent}")
         os.replace(part, path)
+    except PermissionError as error:
+        message = f"{path} cannot be replaced ({error}): close what has it open, then run again"
+        raise PermissionError(error.errno, message) from error
     except Exception as error:
         if not _is_full_disk(error):
             raise

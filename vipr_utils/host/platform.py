@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vipr_utils.host import progress
 from vipr_utils.host.device import GPU_MENUS, hardware, memory_gb, tune, working_device
 
 MARKER = "train.csv"  # a data root is a folder that holds one whose header starts with name,class
@@ -41,6 +42,8 @@ COLAB_DATA = (  # where data lies on Colab beside these
     "content/drive/MyDrive/vipr/*",
     "root/.cache/kagglehub/datasets/*/*/versions/*",
 )
+# What Windows refuses too, so that a run can go from one machine to another
+NO_FOLDER_NAME = r'[/\\:*?"<>|\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)'
 DEFAULTS = {
     "device": "auto",
     "data_root": "",
@@ -164,7 +167,7 @@ def output_folder(given: str = "submissions") -> Path:
 
 def run_folder(output_dir: str, run_name: str) -> Path:
     """<output_dir>/<run_name>/, created. Raises ValueError for no plain folder name."""
-    if not run_name.strip(".") or re.search(r'[/\\:*?"<>|\0\n]', run_name):
+    if not run_name or re.search(NO_FOLDER_NAME, run_name, re.IGNORECASE):
         raise ValueError(
             f"run_name {run_name!r} is no plain folder name: use letters, digits, '-', '_' and '.'"
         )
@@ -207,13 +210,14 @@ def git_revision() -> str:
 
 
 def preflight(params: dict) -> pd.DataFrame:
-    """Set up threads and memory, and say what this notebook will meet here: (6 rows) item -> found.
+    """Set up threads, memory and the log; what this notebook meets here: (6 rows) item -> found.
 
     `params` are the notebook's. The data, the device by a real operation, memory, room for outputs
     and caches, where weights come from. Warns of what would cost hours. Raises FileNotFoundError
     for a data root and RuntimeError for a device that was named and is none.
     """
     tune()
+    progress.attach(on_platform=where() != "local")
     given = DEFAULTS | params
     data, how = find_data_root(given["data_root"])
     device = working_device(given["device"])
