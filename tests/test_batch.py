@@ -6,18 +6,21 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 
 from vipr_utils.host import platform
 from vipr_utils.judge import runs
-from vipr_utils.run import batch, params, report
+from vipr_utils.run import batch, kernel, params, report
 
 PARAMETERS = """\
 data_root: str = ""  # a folder
@@ -69,7 +72,7 @@ def no_kernel(monkeypatch):
     def started(*_):
         raise AssertionError("a kernel was started")
 
-    monkeypatch.setattr(batch, "_papermill", started)
+    monkeypatch.setattr(kernel, "papermill", started)
 
 
 def notebook(root, stem, parameters=PARAMETERS, work=WORK):
@@ -339,7 +342,7 @@ def fake_kernel(monkeypatch):
     """papermill without a process: writes run.json as a notebook does, and counts."""
     calls = []
 
-    def papermill(path, out, values, slot):
+    def papermill(path, out, values, slot, stop):
         calls.append(values)
         out.write_text(path.read_text())
         if values.get("fail"):
@@ -347,7 +350,7 @@ def fake_kernel(monkeypatch):
         finish(out.parent, path.stem)
         return batch.subprocess.CompletedProcess([], 0, "", "")
 
-    monkeypatch.setattr(batch, "_papermill", papermill)
+    monkeypatch.setattr(kernel, "papermill", papermill)
     return calls
 
 
@@ -439,11 +442,11 @@ def test_what_an_earlier_run_left_is_not_taken_for_that_of_a_failed_one(repo, fa
 
 
 def test_run_that_fails_after_its_record_was_written_has_not_finished(repo, monkeypatch):
-    def papermill(path, out, values, slot):
+    def papermill(path, out, values, slot, stop):
         finish(out.parent, path.stem)
         return batch.subprocess.CompletedProcess([], 1, "", "ValueError: in the last cell")
 
-    monkeypatch.setattr(batch, "_papermill", papermill)
+    monkeypatch.setattr(kernel, "papermill", papermill)
     assert batch.main([str(params_file(repo, "")), "--output-dir", "out"]) == 1
     assert runs.scoreboard(repo / "out").empty
 
@@ -617,7 +620,7 @@ def test_a_process_gets_a_gpu_of_its_own_or_its_share_of_the_cores(
 def test_every_row_runs_once_on_a_free_slot_and_results_keep_their_order(repo, monkeypatch):
     busy, seen, together = set(), [], threading.Barrier(2, timeout=20)
 
-    def papermill(path, out, values, slot):
+    def papermill(path, out, values, slot, stop):
         gpu = slot["CUDA_VISIBLE_DEVICES"]
         assert gpu not in busy
         busy.add(gpu)
@@ -627,7 +630,7 @@ def test_every_row_runs_once_on_a_free_slot_and_results_keep_their_order(repo, m
         (out.parent / "run.json").write_text("{}")
         return subprocess.CompletedProcess([], 0, "", "")
 
-    monkeypatch.setattr(batch, "_papermill", papermill)
+    monkeypatch.setattr(kernel, "papermill", papermill)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     rows = sweep(repo, [{"run_name": n} for n in "abcdef"])
     results = list(batch.run_all(params.load_runs([rows], {"output_dir": "out"})))
@@ -636,6 +639,143 @@ def test_every_row_runs_once_on_a_free_slot_and_results_keep_their_order(repo, m
         "0",
         "1",
     }
+
+
+@pytest.mark.parametrize(
+    "rows, jobs, narrowed", [("a", 0, False), ("ab", 0, True), ("ab", 1, False)]
+)
+def test_run_that_is_alone_sees_every_gpu(repo, monkeypatch, rows, jobs, narrowed):
+    seen = []
+
+    def papermill(path, out, values, slot, stop):
+        seen.append("CUDA_VISIBLE_DEVICES" in slot)
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(kernel, "papermill", papermill)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    todo = params.load_runs([sweep(repo, [{"run_name": n} for n in rows])], {"output_dir": "out"})
+    assert all(result.status == "ok" for result in batch.run_all(todo, jobs=jobs))
+    assert seen == [narrowed] * len(rows)
+
+
+# -------------------------------------------------------------------------------- watched, ended
+
+SLOW = """\
+import logging, os, pathlib, time
+LOG = logging.getLogger("vipr")
+handler = logging.FileHandler(os.environ["VIPR_LOG"])
+handler.setFormatter(logging.Formatter("%(asctime)s vipr %(message)s", "%H:%M:%S"))
+LOG.addHandler(handler)
+LOG.setLevel("INFO")
+print("from a cell")
+LOG.info("epoch 1/2")
+folder = pathlib.Path(output_dir) / run_name
+(folder / "begun").touch()
+try:
+    time.sleep(60 if fail else 0)
+finally:
+    (folder / "checkpoint").touch()
+"""
+
+
+def with_headings(root):
+    path = notebook(root, "tiny", work=SLOW)
+    content = json.loads(path.read_text())
+    for number, title in enumerate(["# 07 Tiny", "## Data\n\nProse."]):
+        cell = {"cell_type": "markdown", "metadata": {}, "source": title, "id": f"said-{number}"}
+        content["cells"].insert(2 * number, cell)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_terminal_has_a_line_a_section_and_logged_event_and_the_log_has_all(repo, capsys):
+    with_headings(repo)
+    file, log = params_file(repo, ""), repo / "out" / "tiny" / "log.txt"
+    asked = [str(file), "--output-dir", "out", "--force"]
+    at = r"tiny +\d:\d\d  "
+    for last_time, left in (
+        ("", "cell 5 of 5"),
+        ("; it took 0:0. the last time", "about 0:0. left"),
+    ):
+        assert batch.main(asked) == 0
+        lines = capsys.readouterr().out.splitlines()
+        begins = f"begins: tiny.ipynb, log in {log}{last_time}"
+        for line, words in zip(lines, (begins, f"Data, {left}", "epoch 1/2")):
+            assert re.fullmatch(at + words, line), lines
+        assert lines[3].startswith("ok")
+        assert "from a cell\n" in log.read_text() and " vipr epoch 1/2\n" in log.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a signal to one process is POSIX's")
+def test_ctrl_c_ends_every_kernel_saves_what_there_is_and_leaves_no_traceback(repo):
+    rows = "ab"  # side by side
+    notebook(repo, "tiny", work=SLOW)
+    file = sweep(repo, [{"run_name": name, "fail": "slow"} for name in rows])
+    command = [sys.executable, "-m", "vipr_utils", "run", str(file), "--output-dir", "out"]
+    places = os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[2])}
+    command += ["--jobs", str(len(rows))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=repo, env=places, **pipes) as running:
+        folders = [repo / "out" / name for name in rows]
+        while not all((folder / "begun").exists() for folder in folders):
+            assert running.poll() is None
+            time.sleep(0.1)
+        started = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(signal.SIGINT)
+        printed = running.communicate(timeout=60)[0]
+    assert running.returncode == 130 and "Traceback" not in printed
+    assert not psutil.wait_procs(started, timeout=5)[1]
+    for folder in folders:
+        assert re.search(rf"^{folder.name} +\d:\d\d  interrupted$", printed, re.MULTILINE)
+        assert (folder / "unfinished.txt").read_text().startswith("interrupted")
+        assert (folder / "checkpoint").exists()  # the cell had time to save
+        assert "KeyboardInterrupt" in (folder / "notebook.ipynb").read_text()
+
+
+class Deaf:
+    """A process that hears of nothing."""
+
+    pid = 4
+
+    def __init__(self):
+        self.signals = []
+
+    def wait(self, timeout):
+        raise subprocess.TimeoutExpired("papermill", timeout)
+
+    def send_signal(self, number):
+        self.signals.append(number)
+
+    def kill(self):
+        self.signals.append("kill")
+
+    def children(self, recursive):
+        return [self.child]
+
+
+@pytest.mark.parametrize(
+    "system, of_papermill, of_kernel",
+    [("posix", ["kill"], [2, "kill"]), ("nt", [1, "kill"], ["kill"])],
+)
+def test_what_does_not_end_in_time_is_killed(monkeypatch, system, of_papermill, of_kernel):
+    papermill = Deaf()
+    papermill.child = Deaf()
+    monkeypatch.setattr(kernel.os, "name", system)
+    monkeypatch.setattr(kernel.signal, "CTRL_BREAK_EVENT", 1, raising=False)
+    monkeypatch.setattr(kernel.psutil, "Process", lambda pid: papermill)
+    kernel.end(papermill)
+    monkeypatch.undo()
+    assert (papermill.signals, papermill.child.signals) == (of_papermill, of_kernel)
+
+
+def test_process_starts_apart_by_the_means_that_the_system_has(monkeypatch):
+    monkeypatch.setattr(kernel, "LIBC", None)  # macOS
+    assert kernel._apart() == {"start_new_session": True, "preexec_fn": None}
+    monkeypatch.setattr(kernel.os, "name", "nt")
+    monkeypatch.setattr(kernel.subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
+    found = kernel._apart()
+    monkeypatch.undo()
+    assert found == {"creationflags": 512}
 
 
 # A sweep of six: in `lethal` the process that waits for papermill is killed, once.

@@ -1,5 +1,6 @@
 """The one command: what it offers, what it hands on, and `submit`."""
 
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,24 @@ def test_every_command_answers_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main([name, "--help"])
     assert ended.value.code == 0 and f"vipr {name}" in capsys.readouterr().out
+
+
+def test_letter_that_the_terminal_lacks_ends_no_command():
+    code = "from vipr_utils.__main__ import main; main(['-h']); print('caf\\u00e9 \\u5496')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+    )
+    assert done.returncode == 0 and done.stdout.decode("cp1252").rstrip().endswith("caf\u00e9 ?")
+
+
+def test_ctrl_c_ends_any_command_with_130(monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "main", interrupted)
+    assert command.main(["run", "params/smoke"]) == 130
 
 
 def test_package_is_a_command_too():

@@ -22,10 +22,15 @@ COMMANDS = {  # name -> module with a main
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Hand the arguments to the command named first; 2 for one that is unknown."""
+    """Hand the arguments to the command named first; 2 for one that is unknown, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows terminal may lack a letter of a name
+        stream.reconfigure(errors="replace")
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in COMMANDS:
-        return importlib.import_module(f"vipr_utils.{COMMANDS[name]}").main(rest)
+        try:
+            return importlib.import_module(f"vipr_utils.{COMMANDS[name]}").main(rest)
+        except KeyboardInterrupt:
+            return 130
     print(__doc__)
     return 0 if name in ("-h", "--help") else 2
 

@@ -4,18 +4,20 @@
              [--jobs N] [--engine ray]
 
 The rows of one sweep run side by side, one a GPU or `--jobs`; files run one after the other, in the
-order of their names, and so does a row that names another (`model_run`) after it. With Ray the rows
-go to its workers, here or on the cluster that $RAY_ADDRESS names. Every run is checked before the
-first kernel starts. What was done before with the same inputs is not done again; what starts from a
-failed run fails with it. While a run goes on, and after it failed, its folder holds unfinished.txt,
-and what an earlier run left there has names ending in .old: nothing takes it for new.
-Exit code 0: all runs are done; 1: one failed; 2: wrong parameters.
+order of their names, and so does a row that names another (`model_run`) after it. What runs alone
+has all GPUs and cores. With Ray the rows go to its workers, here or on the cluster that
+$RAY_ADDRESS names. Every run is checked before the first kernel starts. What was done before with
+the same inputs is not done again; what starts from a failed run fails with it. While a run goes on,
+and after it failed, its folder holds unfinished.txt, and what an earlier run left there has names
+ending in .old: nothing takes it for new. The terminal has a line for each section and epoch,
+<run>/log.txt all that notebooks say.
+Ctrl-C ends the kernels, saves their notebooks as they are, and leaves the runs unfinished.
+Exit code 0: all runs are done; 1: one failed; 2: wrong parameters; 130: interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -26,26 +28,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
 import joblib
 import torch
-import yaml
 
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores, memory_gb
 from vipr_utils.host.files import locked, whole_file
 from vipr_utils.judge import runs
-from vipr_utils.run import report
+from vipr_utils.run import kernel, report
 from vipr_utils.run.params import BadParameters, Run, find_notebook, load_runs, naming, setting
 
 NO_MEMORY = "out of memory: lower batch_size or image_size"
+INTERRUPTED = "interrupted: what was saved stays, and trainings go on from their checkpoints"
 MEMORY_SIGNS = re.compile(
     r"MemoryError|out of memory|can(no|')t allocate memory|killed by signal: Killed", re.IGNORECASE
 )
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 NOT_CARRIED = [".git", ".venv", ".lanes", "submissions", "tests", "kaggle"]  # to another machine
 
 
@@ -69,18 +69,26 @@ def run_all(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterator[
 
     A failed run stops only what names it as its model_run. Results do not depend on `jobs` where
     threads per run are the same: on a CPU a run's share of the cores is its number of threads,
-    unless $OMP_NUM_THREADS says it.
+    unless $OMP_NUM_THREADS says it. A generator that is closed interrupts the runs under way.
     """
-    free, own = slots(jobs), threading.local()
+    free, own, stop = slots(jobs), threading.local(), threading.Event()
+    processes = len(free)
 
     def take_slot() -> None:
         own.slot = free.pop(0)
 
-    def one(run: Run) -> Result:
-        return run_one(run, force=force, slot=own.slot)
+    def several(wave: list[Run]) -> Iterator[Result]:
+        alone = min(len(wave), processes) == 1  # it has the whole machine
+        return pool.map(lambda run: one(run, {} if alone else own.slot), wave)
 
-    with ThreadPoolExecutor(len(free), initializer=take_slot) as pool:  # each run is a process
-        yield from _in_waves(todo, lambda wave: pool.map(one, wave))
+    def one(run: Run, slot: dict) -> Result:
+        return run_one(run, force=force, slot=slot, stop=stop)
+
+    with ThreadPoolExecutor(processes, initializer=take_slot) as pool:  # each run is a process
+        try:
+            yield from _in_waves(todo, several)
+        finally:  # interrupted, where a run is not over
+            stop.set()
 
 
 def run_on_ray(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterator[Result]:
@@ -120,7 +128,8 @@ def run_on_ray(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterat
 
 def _on_a_worker(run: Run, force: bool) -> Result:
     run = replace(run, notebook=find_notebook(run.notebook.stem))  # in the worker's copy
-    return run_one(run, force=force, slot={})  # Ray has set the GPU and threads
+    never = threading.Event()
+    return run_one(run, force=force, slot={}, stop=never)  # Ray has set the GPU and threads
 
 
 def _in_waves(todo: list[Run], run_wave: Callable) -> Iterator[Result]:
@@ -169,8 +178,10 @@ def slots(jobs: int = 0) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------ one run
 
 
-def run_one(run: Run, *, force: bool, slot: dict) -> Result:
+def run_one(run: Run, *, force: bool, slot: dict, stop: threading.Event) -> Result:
     """Execute one notebook, or skip it where it was done before with the same inputs."""
+    if stop.is_set():
+        return Result(run, "FAIL", error=INTERRUPTED)
     folder = run.folder()
     mark, record, executed = (folder / n for n in ("batch.json", "run.json", "notebook.ipynb"))
     with locked(folder):  # another batch may be at it
@@ -185,35 +196,18 @@ def run_one(run: Run, *, force: bool, slot: dict) -> Result:
             "data_root": str(run.data() or ""),
         }
         started = time.time()
-        done = _papermill(run.notebook, executed, values, slot)
+        done = kernel.papermill(run.notebook, executed, values, slot, stop)
         seconds = time.time() - started
         if done.returncode:
-            runs.set_aside(folder, _reason(done))
-            return Result(run, "FAIL", seconds, _reason(done))
+            reason = INTERRUPTED if stop.is_set() else _reason(done)
+            runs.set_aside(folder, reason)
+            return Result(run, "FAIL", seconds, reason)
         runs.settle(folder)
         if record.is_file():
             with whole_file(mark) as part:
                 part.write_text(_mark(inputs, record))
         absent = ", ".join(runs.unfinished(folder.parent)) if run.reads_runs else ""
         return Result(run, "ok", seconds, absent and f"without {absent}: not finished")
-
-
-def _papermill(notebook: Path, out: Path, values: dict, slot: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar"]
-    return subprocess.run(
-        [*command, "-k", "python3", "-y", yaml.safe_dump(values)],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        cwd=platform.home(),
-        env=os.environ | slot,
-        preexec_fn=_end_with_parent if LIBC else None,
-    )
-
-
-def _end_with_parent() -> None:
-    """No kernel goes on when the process that waits for it was killed."""
-    LIBC.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
 
 def _mark(inputs: str, record: Path) -> str:
@@ -302,27 +296,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 def execute(paths: list[str], given: argparse.Namespace) -> int:
     """Run, then say in five lines what came of it, the scoreboard in a file; the exit code."""
-    say = partial(print, flush=True)
     values = dict(given.p)
     if given.output_dir:
         values["output_dir"] = str(Path(given.output_dir).resolve())
     engine = run_on_ray if given.engine == "ray" else run_all
-    results = []
+    results, going = [], None
     try:
         todo = load_runs(paths, values, given.only)
         for run in todo:
             with naming(run.file):  # no kernel starts before all places are known to be right
                 run.folder()
                 run.data()
-        for result in engine(todo, force=given.force, jobs=given.jobs):
-            say(_line(result))
+        going = engine(todo, force=given.force, jobs=given.jobs)
+        for result in going:
+            kernel.say(_line(result))
             results.append(result)
     except BadParameters as error:
-        say(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 2
+    except KeyboardInterrupt:
+        if going:
+            going.close()
+        return 130
     folders = [result.run.folder() for result in results if result.status != "FAIL"]
     for output_dir in sorted({folder.parent for folder in folders}):
         runs.scoreboard(output_dir).to_csv(output_dir / "scoreboard.csv", index=False)
         for line in report.closing([f for f in folders if f.parent == output_dir]):
-            say(line)
+            kernel.say(line)
     return int(len(folders) < len(results))
