@@ -456,11 +456,6 @@ def test_progress_is_shown_on_kaggle_where_no_file_is_named(monkeypatch, capsys,
     assert capsys.readouterr().err.endswith(" vipr epoch 1/2\n")
 
 
-@pytest.mark.parametrize("seconds, words", [(5.4, "0:05"), (125, "2:05"), (3725, "1:02:05")])
-def test_clock_shows_minutes_and_hours_where_there_are_any(seconds, words):
-    assert progress.clock(seconds) == words
-
-
 # --------------------------------------------------------------------------------------- preflight
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import timedelta
 
-FORMAT, DATES = "%(asctime)s vipr %(message)s", "%H:%M:%S"
 LOG = logging.getLogger("vipr")
 
 
@@ -14,17 +14,14 @@ def attach(*, on_platform: bool = False) -> None:
     stderr; elsewhere it stays silent. May be called again.
     """
     file = os.environ.get("VIPR_LOG")
-    if any(handler.name == "vipr" for handler in LOG.handlers) or not (file or on_platform):
+    if LOG.handlers or not (file or on_platform):
         return
     handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler()
-    handler.set_name("vipr")
-    handler.setFormatter(logging.Formatter(FORMAT, DATES))
+    handler.setFormatter(logging.Formatter("%(asctime)s vipr %(message)s", "%H:%M:%S"))
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
 
 
 def clock(seconds: float) -> str:
-    """'2:05' or '1:02:05': minutes and seconds, or hours too."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """'0:02:05': hours, minutes, seconds."""
+    return str(timedelta(seconds=round(seconds)))

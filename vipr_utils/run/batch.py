@@ -258,9 +258,9 @@ def _state(place: Path) -> bytes | list:
 
 def _reason(done: subprocess.CompletedProcess) -> str:
     """Why a run failed: the last lines of its error, or that memory was too small."""
-    if done.returncode == -9 or re.search("Kernel died|DeadKernelError", done.stderr):
+    if done.returncode == -9 or re.search("Kernel died|DeadKernelError", done.stdout):
         return f"the kernel was killed, most likely {NO_MEMORY}"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
     tail = "\n".join(lines[-8:]) or f"papermill ended with code {done.returncode}"
     return f"{NO_MEMORY}\n{tail}" if MEMORY_SIGNS.search(tail) else tail
 

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -23,8 +23,8 @@ from vipr_utils.host import platform
 from vipr_utils.host.progress import clock
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-CELL = re.compile(r"Executing Cell (\d+)-")  # papermill's words
-LOGGED = re.compile(r"\d\d:\d\d:\d\d vipr (.+)")  # by host.progress
+# What is told in the terminal: papermill's words for a cell, or an event by host.progress
+EVENT = re.compile(rb"^(?:Executing Cell (\d+)-|\d\d:\d\d:\d\d vipr (.*\S))", re.MULTILINE)
 POLL_S = 0.3
 GRACE_S = 20.0  # for a kernel to save what it has
 
@@ -32,18 +32,22 @@ GRACE_S = 20.0  # for a kernel to save what it has
 def papermill(
     notebook: Path, out: Path, values: dict, slot: dict, stop: threading.Event
 ) -> subprocess.CompletedProcess:
-    """Execute a notebook with these values; stderr of what comes back is all that was logged.
+    """Execute a notebook with these values; stdout of what comes back is all that was logged.
 
     slot: environment variables. What papermill says, cells print and the kit logs goes to log.txt
     beside `out`, and a line a section or logged event to the terminal. Once `stop` is set the
     kernel is interrupted.
     """
-    log = out.with_name("log.txt")
-    story = Story(values["run_name"], sections(notebook), durations(out))
+    log, took = out.with_name("log.txt"), durations(out)
     log.write_bytes(b"")
     command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar"]
     command += ["--log-output", "-k", "python3", "-y", yaml.safe_dump(values)]
-    say(story.line(f"begins: {notebook.name}, log in {log}{story.last_time()}"))
+    began, last_time = time.monotonic(), f"; it took {clock(sum(took))} the last time"
+
+    def tell(text: str) -> None:
+        say(f"{values['run_name']}  {clock(time.monotonic() - began)}  {text}")
+
+    tell(f"begins: {notebook.name}, log in {log}" + (last_time if took else ""))
     with subprocess.Popen(
         command,
         bufsize=0,  # a line is in the log when it was said
@@ -54,9 +58,9 @@ def papermill(
         env=os.environ | slot | {"VIPR_LOG": str(log), "PYTHONIOENCODING": "utf-8:replace"},
         **_apart(),
     ) as process:
-        _follow(process, log, story, stop)
+        _follow(process, log, sections(notebook, took), tell, stop)
     said = log.read_text(encoding="utf-8", errors="replace")
-    return subprocess.CompletedProcess(command, process.returncode, "", said)
+    return subprocess.CompletedProcess(command, process.returncode, said)
 
 
 def _apart() -> dict:
@@ -72,23 +76,32 @@ def _end_with_parent() -> None:
     LIBC.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
 
-def _follow(process: subprocess.Popen, log: Path, story: Story, stop: threading.Event) -> None:
-    """Write what the process says to its log, and what the log tells to the terminal."""
+def _follow(
+    process: subprocess.Popen,
+    log: Path,
+    told: dict[int, str],
+    tell: Callable,
+    stop: threading.Event,
+) -> None:
+    """Write what the process says to its log, and tell of its events until it ends.
+
+    told: what to say when a cell begins.
+    """
     with open(log, "ab", buffering=0) as file, open(log, "rb") as lines:
         pump = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, file), daemon=True)
         pump.start()
-        rest, ended = b"", False
-        while not ended:
+        rest, going = b"", True
+        while going:
             if stop.wait(POLL_S):
                 end(process)
-                say(story.line("interrupted"))
-            ended = process.poll() is not None
-            if ended:
-                pump.join(timeout=5)
-            *whole, rest = (rest + lines.read()).split(b"\n")
-            for line in whole:
-                if told := story.told(line.decode(errors="replace").strip()):
-                    say(told)
+                tell("interrupted")
+            going = process.poll() is None
+            if not going:
+                pump.join(5)
+            whole, _, rest = (rest + lines.read()).rpartition(b"\n")
+            for cell, logged in EVENT.findall(whole):
+                if text := logged.decode(errors="replace") or told.get(int(cell)):
+                    tell(text)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -98,21 +111,15 @@ def end(process: subprocess.Popen) -> None:
     Windows no other process can interrupt a kernel: papermill is ended, and its kernel with it.
     """
     with suppress(psutil.NoSuchProcess):
-        papermill = psutil.Process(process.pid)
-        started = papermill.children(recursive=True)
+        started = psutil.Process(process.pid).children(recursive=True)
         if os.name == "nt":
             process.send_signal(signal.CTRL_BREAK_EVENT)
-        for child in [] if os.name == "nt" else started or [papermill]:
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-        for left in [*started, papermill]:
-            with suppress(psutil.NoSuchProcess):
-                left.kill()
-
-
-# ------------------------------------------------------------------------------- in the terminal
+        for child in [] if os.name == "nt" else started:
+            child.send_signal(signal.SIGINT)
+        for left in psutil.wait_procs(started, timeout=GRACE_S)[1]:
+            left.kill()
+        if not started:
+            process.kill()
 
 
 def say(line: str) -> None:
@@ -121,58 +128,29 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-@dataclass
-class Story:
-    """What of a run's log is told in the terminal, each line with its name and the time."""
+def sections(notebook: Path, took: list[float]) -> dict[int, str]:
+    """{first cell with code of a section: 'Counts, about 0:02:05 left'}, as papermill counts cells.
 
-    name: str
-    sections: list[str]  # of each cell
-    earlier: list[float]  # seconds that each cell took the last time
-    began: float = field(default_factory=time.monotonic)
-    section: str = ""
-
-    def line(self, text: str) -> str:
-        return f"{self.name}  {clock(time.monotonic() - self.began):>5}  {text}"
-
-    def told(self, line: str) -> str:
-        """The terminal's line for one of the log, '' for none."""
-        if logged := LOGGED.fullmatch(line):
-            return self.line(logged[1])
-        cell = CELL.match(line)
-        at = int(cell[1]) - 1 if cell else -1
-        section = self.sections[at] if 0 <= at < len(self.sections) else ""
-        if section in ("", self.section):
-            return ""
-        self.section = section
-        return self.line(f"{section}, {self.left(at)}")
-
-    def left(self, at: int) -> str:
-        """'about 2:05 left', by what these cells took the last time, or 'cell 7 of 30'"""
-        if len(self.earlier) == len(self.sections):
-            return f"about {clock(sum(self.earlier[at:]))} left"
-        return f"cell {at + 1} of {len(self.sections)}"
-
-    def last_time(self) -> str:
-        return f"; it took {clock(sum(self.earlier))} the last time" if self.earlier else ""
-
-
-def sections(notebook: Path) -> list[str]:
-    """The section heading that each cell stands under, '' for prose, as papermill counts cells."""
-    found, heading = [], ""
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+    took: seconds of each cell the last time; without it the place is told, 'cell 7 of 30'.
+    """
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    found, at, heading = {}, 0, ""
+    for cell in cells:
+        at += 1
         if cell["cell_type"] == "markdown":
             headings = re.findall(r"^## (.+)", "".join(cell["source"]), re.MULTILINE)
             heading = next(iter(headings), heading)
-        found.append(heading if cell["cell_type"] == "code" else "")
-        if "parameters" in cell["metadata"].get("tags", []):
-            found.append("")  # papermill's own cell with the values
+        elif heading:
+            left = f"about {clock(sum(took[at - 1 :]))} left"
+            found[at] = f"{heading}, {left if took else f'cell {at} of {len(cells) + 1}'}"
+            heading = ""
+        at += "parameters" in cell["metadata"].get("tags", [])  # papermill's own follows
     return found
 
 
 def durations(executed: Path) -> list[float]:
     """Seconds of each cell of an executed notebook; [] where there is none, or it did not end."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
         return [float(cell["metadata"]["papermill"]["duration"]) for cell in cells]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    return []
