@@ -751,12 +751,9 @@ class Process:
 
 
 @pytest.mark.parametrize(
-    "system, heard_by_papermill, heard_by_kernel",
-    [("posix", [], [2, "kill"]), ("nt", [1], ["kill"])],
+    "system, by_papermill, by_kernel", [("posix", [], [2, "kill"]), ("nt", [1], ["kill"])]
 )
-def test_kernel_that_does_not_end_in_time_is_killed(
-    monkeypatch, system, heard_by_papermill, heard_by_kernel
-):
+def test_kernel_that_does_not_end_in_time_is_killed(monkeypatch, system, by_papermill, by_kernel):
     deaf = Process()
     papermill = Process(deaf)
     monkeypatch.setattr(kernel.os, "name", system)
