@@ -27,59 +27,20 @@ VERSION = 3
 SIDE = 400  # pixels of the square a product is drawn in
 VARIANTS = 4  # products of a brand's line
 FONT = cv2.FONT_HERSHEY_DUPLEX
-Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
-WHITE = (252, 250, 244)
-SYLLABLES = [
-    "KA",
-    "LU",
-    "MO",
-    "RI",
-    "TA",
-    "VE",
-    "ZO",
-    "NI",
-    "BE",
-    "SA",
-    "DO",
-    "FI",
-    "PE",
-    "GU",
-    "HA",
-    "MI",
-]
-WORDS = [
-    "Classic",
-    "Mint",
-    "Cherry",
-    "Lemon",
-    "Cocoa",
-    "Vanilla",
-    "Honey",
-    "Ginger",
-    "Berry",
-    "Mango",
-    "Roast",
-    "Mild",
-    "Strong",
-    "Lime",
-    "Peach",
-    "Almond",
-    "Coffee",
-    "Apple",
-    "Herbal",
-    "Salted",
-    "Spicy",
-    "Orange",
-    "Coconut",
-    "Plum",
-]
+WHITE = (252, 250, 244)  # red, green, blue, 0 to 255, as all colours here
+SYLLABLES = "KA LU MO RI TA VE ZO NI BE SA DO FI PE GU HA MI"
+WORDS = (
+    "Classic Mint Cherry Lemon Cocoa Vanilla Honey Ginger Berry Mango Roast Mild Strong Lime "
+    "Peach Almond Coffee Apple Herbal Salted Spicy Orange Coconut Plum"
+)
 
 
 @dataclass(frozen=True)
 class Solid:
     """A solid of revolution: its outline is the radius (1: half the width) at some heights.
 
-    Heights and places go from 0, the top, to 1; width and height are in pixels of SIDE.
+    Heights and places go from 0, the top, to 1; width and height are in pixels of SIDE. The lid
+    ends at lid_end, the label begins at label_start.
     """
 
     width: int
@@ -151,21 +112,21 @@ class Design:
     brand: str
     places: np.ndarray  # of brand, icon and word, down the label from 0 to 1
     pattern: Callable
-    ground: Colour
-    second: Colour
-    cap: Colour
-    body: Colour
-    accent: Colour
+    ground: tuple
+    second: tuple
+    cap: tuple
+    body: tuple
+    accent: tuple
     icon: np.ndarray
     word: str
 
 
-def _rgb(hue: float, saturation: float, value: float) -> Colour:
+def _rgb(hue: float, saturation: float, value: float) -> tuple:
     channels = colorsys.hsv_to_rgb(hue % 1, saturation, value)
     return tuple(round(255 * channel) for channel in channels)
 
 
-@lru_cache(maxsize=64)
+@lru_cache
 def design(product: int, seed: int) -> Design:
     """The look of a product; all but its last three settings are those of its line."""
     line, variant = divmod(product, VARIANTS)
@@ -173,7 +134,7 @@ def design(product: int, seed: int) -> Design:
     hue, accent_hue = rng.random(2)
     return Design(
         shape=["box", *SOLIDS][line % 5],
-        brand="".join(rng.choice(SYLLABLES, rng.integers(2, 4))),
+        brand="".join(rng.choice(SYLLABLES.split(), rng.integers(2, 4))),
         places=rng.permutation([0.18, 0.5, 0.8]),
         pattern=rng.choice(PATTERNS),
         ground=_rgb(hue, rng.uniform(0.1, 0.6), rng.choice([0.4, 0.95])),
@@ -182,14 +143,14 @@ def design(product: int, seed: int) -> Design:
         body=_rgb(hue, 0.7, 0.35),
         accent=_rgb(accent_hue + variant / VARIANTS, 0.85, 0.8),
         icon=rng.permutation(ICONS)[variant],
-        word=rng.permutation(WORDS)[variant],
+        word=rng.permutation(WORDS.split())[variant],
     )
 
 
 # -------------------------------------------------------------------------------- the label
 
 
-def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _grid(height: int, width: int) -> tuple:
     """(x, y) of the pixels, each (height, width), from the middle and in widths.
 
     In float64: a float32 sine differs between processors.
@@ -253,16 +214,14 @@ def label(look: Design, width: int, height: int) -> np.ndarray:
 # ------------------------------------------------------------------------------ the product
 
 
-@lru_cache(maxsize=256)
+@lru_cache
 def sprite(product: int, seed: int) -> np.ndarray:
     """The product alone, (SIDE, SIDE, 4) uint8 with alpha, lit from the left."""
     look = design(product, seed)
-    if look.shape == "box":
-        return _box(look)
-    return _round(look, SOLIDS[look.shape])
+    return _box(look) if look.shape == "box" else _round(look, SOLIDS[look.shape])
 
 
-def _warp(image: np.ndarray, corners, size: tuple[int, int]) -> np.ndarray:
+def _warp(image: np.ndarray, corners, size: tuple) -> np.ndarray:
     """The image with its corners, clockwise from the lower left, at these (4, 2) of a canvas."""
     height, width = image.shape[:2]
     own = np.float32([(0, height), (0, 0), (width, 0), (width, height)])
@@ -335,7 +294,7 @@ def _put(
     image: np.ndarray,
     product: int,
     seed: int,
-    rng: np.random.Generator,
+    rng,
     *,
     at: tuple,
     size: float,
@@ -414,7 +373,7 @@ def _clutter(rng, height: int, width: int, seed: int) -> np.ndarray:
     for place in range(3):
         image = _put(
             image,
-            int(rng.integers(64)),
+            rng.integers(64),
             seed + 7919,  # nobody's products
             rng,
             at=((place + rng.random()) / 3, rng.uniform(0.25, 0.5)),
@@ -449,30 +408,31 @@ def counts(product: int, seed: int) -> tuple:
     1 to 2, 2 to 24 and 2 to 6.
     """
     rng = np.random.default_rng((seed, 5, product))
-    return int(rng.integers(1, 3)), 2 + min(22, int(rng.pareto(0.9) * 2.2)), int(rng.integers(2, 7))
+    shop = rng.integers(1, 3)
+    customer = 2 + min(22, int(rng.pareto(0.9) * 2.2))
+    return shop, customer, rng.integers(2, 7)
 
 
 def _photos(products: int, seed: int) -> pd.DataFrame:
     """A row a photo, shuffled: class, group, photo (its number), split, domain, name."""
+    kinds = [("train", "shop"), ("train", "customer"), ("test", "customer")]
     rows = []
     for product in range(products):
-        shop, customer, test = counts(product, seed)
-        kinds = [("train", "shop")] * shop + [("train", "customer")] * customer
-        kinds += [("test", "customer")] * test
-        for photo, kind in enumerate(kinds):
-            rows.append((product, product // VARIANTS, photo, *kind))
-    photos = pd.DataFrame(rows, columns=["class", "group", "photo", "split", "domain"])
+        for kind, n in zip(kinds, counts(product, seed)):
+            rows += [(product, product // VARIANTS, *kind)] * n
+    photos = pd.DataFrame(rows, columns=["class", "group", "split", "domain"])
+    photos["photo"] = photos.groupby("class").cumcount()
     photos = photos.sample(frac=1, random_state=seed)
     photos["name"] = (photos.groupby("split").cumcount() + 1).astype(str) + ".jpg"
     return photos
 
 
 def _draw(photos: pd.DataFrame, folder: Path, seed: int, image_size: int) -> None:
-    """Draw these photos of one product."""
+    """Draw these photos of one product, rows of `_photos`, as JPEG files below the folder."""
     optimized = cv2.useOptimized()
     cv2.setUseOptimized(False)  # its vector code rounds differently on each kind of processor
     try:
-        for product, _, photo, split, domain, name in photos.to_numpy():
+        for product, _, split, domain, photo, name in photos.to_numpy():
             draw = shop_photo if domain == "shop" else customer_photo
             image = draw(product, photo, seed, image_size)
             image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
@@ -493,32 +453,33 @@ def generate(
     """A data root in the Products-10K layout with domains; returns its folder.
 
     Drawn into a temporary folder beside it that takes its name when complete; a complete one of the
-    same settings is used again. workers: processes that draw; the result does not depend on it.
-    Images are never held in memory. Raises FileExistsError for a folder that holds something else.
+    same settings is used again. Images are never held in memory.
+
+    products: of which VARIANTS share a line. image_size: pixels of the shorter side of a photo.
+    workers: processes that draw; the result does not depend on it.
+    Raises FileExistsError for a folder that holds something else.
     """
     folder = Path(folder)
-    settings = {"version": VERSION, "products": products, "seed": seed, "image_size": image_size}
+    stamp = folder / "toy.json"
+    settings = json.dumps(
+        {"version": VERSION, "products": products, "seed": seed, "image_size": image_size}
+    )
+    if stamp.is_file() and stamp.read_text() == settings:
+        return folder
     if folder.exists():
-        stamp = folder / "toy.json"
-        if stamp.is_file() and json.loads(stamp.read_text()) == settings:
-            return folder
         raise FileExistsError(
             f"{folder.name} exists and is no toy set of {settings}: name another folder or "
             "remove it"
-        )
-    if products < 2 or image_size < 32:
-        raise ValueError(
-            f"products={products}, image_size={image_size}: a toy set needs 2 products and 32 px"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as part:
         root = Path(part) / folder.name
         _write(root, products, seed, image_size, workers)
-        (root / "toy.json").write_text(json.dumps(settings))
+        (root / stamp.name).write_text(settings)
         try:
             os.replace(root, folder)
         except OSError:  # another process was faster; its bytes are the same
-            if not (folder / "toy.json").is_file():
+            if not stamp.is_file():
                 raise
     return folder
 
@@ -544,5 +505,5 @@ def data_root_or_toy(given: str = "", cache_dir: str = "") -> tuple[Path, str]:
     root, how = platform.find_data_root(given)
     if root:
         return root, f"data: {root.name} ({how})"
-    folder = platform.cache_folder(cache_dir) / f"toy-v{VERSION}" / "toy-24"
+    folder = platform.cache_folder(cache_dir) / f"toy-v{VERSION}/toy-24"
     return generate(folder), "data: toy set, 24 products of 6 brand lines (generated)"
