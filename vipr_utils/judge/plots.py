@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from vipr_utils.host.files import whole_file
+from vipr_utils.judge.board import gain
 
 # Okabe and Ito's colours, told apart by colour-blind readers: https://jfly.uni-koeln.de/color/
 BLUE = "#0072B2"
@@ -85,9 +86,7 @@ def _picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
 
 def _axes(width: float, height: float, **settings):
     """Axes of a figure of this size in inches."""
-    ax = Figure((width, height)).subplots()
-    ax.set(**settings)
-    return ax
+    return Figure((width, height)).subplots(subplot_kw=settings)
 
 
 @styled
@@ -119,11 +118,10 @@ def histogram(
     xlabel: str,
     caption: str,
     ylabel: str = "% of images",
-    colours=None,
 ) -> Picture:
     """Overlaid histograms in percent of each series.
 
-    series: values by name; an empty one is drawn as nothing. colours: one for each series.
+    series: values by name; an empty one is drawn as nothing.
     """
     ax = _axes(7.2, 3.9, xlabel=xlabel, ylabel=ylabel)
     ax.hist(
@@ -131,7 +129,6 @@ def histogram(
         bins=30,
         weights=[np.full(len(values), 100 / max(1, len(values))) for values in series.values()],
         label=[f"{name} ({len(values):,})" for name, values in series.items()],
-        color=colours,
         histtype="stepfilled",
         alpha=0.6,
     )
@@ -153,16 +150,15 @@ def scatter(
     groups: a name for each point; of equally large ones the smaller name goes first.
     """
     groups = np.asarray(groups)
-    names, counts = np.unique(groups, return_counts=True)
-    largest = names[np.argsort(-counts, kind="stable")[:7]]
+    sizes = pd.Series(groups).value_counts().sort_index()
     ax = _axes(6.4, 5, xlabel=xlabel, ylabel=ylabel)
     ax.plot(*xy.T, ".", color="#CCCCCC")
-    for group in largest:
+    for group in sizes.nlargest(7).index:
         ax.plot(*xy[groups == group].T, ".", alpha=0.6, label=group)
     ax.figure.legend(loc="outside right center")
     (left, low), (right, high) = xy.min(axis=0), xy.max(axis=0)
     alt = (
-        f"Scatter of {len(xy):,} points in {len(names)} groups: "
+        f"Scatter of {len(xy):,} points in {len(sizes)} groups: "
         f"{xlabel} {left:.4g} to {right:.4g}, {ylabel} {low:.4g} to {high:.4g}"
     )
     return _picture(ax.figure, title, caption, alt)
@@ -176,18 +172,17 @@ def training_curves(history: pd.DataFrame, *, title: str) -> Picture:
         "active": "active share / accuracy",
         "map_at_5": "validation mAP@5",
     }
-    history = history.reindex(columns=["epoch", *panels])
+    history = history.set_index("epoch").reindex(columns=list(panels))
     figure = Figure((9, 3.8))
     for ax, column in zip(figure.subplots(1, 3, sharex=True), panels):
-        known = history.dropna(subset=column)
-        ax.plot(known["epoch"], known[column], ".-")
+        known = history[column].dropna()
+        ax.plot(known, ".-")
         ax.set(xlabel="epoch", ylabel=panels[column])
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss = history["loss"].iloc
     alt = f"Training curves over {len(history)} epochs: loss {loss[0]:.2f} to {loss[-1]:.2f}"
     if len(known):
-        best = known.loc[known["map_at_5"].idxmax()]
-        alt += f", best validation mAP@5 {best['map_at_5']:.2f} in epoch {best['epoch']:.0f}"
+        alt += f", best validation mAP@5 {known.max():.2f} in epoch {known.idxmax()}"
     caption = (
         "Left: mean training loss. "
         "Middle: share of pairs or triplets that still give a gradient (ArcFace: accuracy). "
@@ -237,10 +232,8 @@ def ladder(table: pd.DataFrame) -> Picture:
         sentence = "No score on this data yet: notebooks 03 to 07 put one rung each on the ladder."
         return _picture(Figure((7.2, 0.4)), title, sentence, sentence)
     marks = [f" (cut short {cut})" if cut else "" for cut in table["cut_short"]]
-    steps = [
-        f"{rung.Index} {rung.gain:+.3f} [{rung.gain_low:+.3f}, {rung.gain_high:+.3f}]"
-        for rung in table.dropna(subset="gain").itertuples()
-    ]
+    gained = table.dropna(subset="gain")[["gain", "gain_low", "gain_high"]]
+    steps = [f"{rung} {gain(*gains)}" for rung, *gains in gained.itertuples()]
     listed = ", ".join(steps).replace(" [+nan, +nan]", "")
     over = f" Over the rung before: {listed}." if steps else ""
     picture = intervals(
