@@ -118,10 +118,11 @@ def histogram(
     xlabel: str,
     caption: str,
     ylabel: str = "% of images",
+    colours=None,
 ) -> Picture:
     """Overlaid histograms in percent of each series.
 
-    series: values by name; an empty one is drawn as nothing.
+    series: values by name; an empty one is drawn as nothing. colours: one for each series.
     """
     ax = _axes(7.2, 3.9, xlabel=xlabel, ylabel=ylabel)
     ax.hist(
@@ -129,6 +130,7 @@ def histogram(
         bins=30,
         weights=[np.full(len(values), 100 / max(1, len(values))) for values in series.values()],
         label=[f"{name} ({len(values):,})" for name, values in series.items()],
+        color=colours,
         histtype="stepfilled",
         alpha=0.6,
     )
