@@ -1,9 +1,12 @@
 """Figures: the same bytes every time, numbers in the alt text, the right frame on each image."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import picture
+from PIL import Image
 
 from vipr_utils.judge import plots, runs, task
 
@@ -125,3 +128,10 @@ def test_denormalised_picture_is_the_one_that_was_normalised():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     x = ((image / 255 - mean) / std).transpose(2, 0, 1)
     np.testing.assert_array_equal(plots.denormalised(x, mean=mean, std=std), image)
+
+
+def test_histogram_draws_a_series_in_the_colour_it_is_given():
+    red = plots.histogram({"x": np.ones(9)}, xlabel="red", colours=[plots.RED], **WORDS)
+    pixels = np.asarray(Image.open(io.BytesIO(red.png)).convert("RGB")).astype(int)
+    coloured = pixels[np.ptp(pixels, axis=2) > 60]
+    assert len(coloured) > 500 and (coloured[:, 0] > coloured[:, 2]).all()
