@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -54,12 +55,14 @@ def embed(
     def pooled(rows: np.ndarray) -> np.ndarray:
         photos = Photos(store, rows, transform, zoom=zoom)
         return _forwarded(
-            model, model.features, photos, batch_size=batch_size, device=device, dtype=dtype
+            model, _features, photos, batch_size=batch_size, device=device, dtype=dtype
         )
 
     folder = cache_dir and Path(cache_dir) / "pooled" / _key(model, store, size, fit, zoom, dtype)
-    found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
+    found = kept(folder, rows[readable], pooled, block=BLOCK)
     found = found if features else _through_neck(model, found)
+    if readable.all():
+        return found
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
     embeddings[readable] = found
     return embeddings
@@ -116,7 +119,7 @@ def fit_region_whitening(
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
     photos = Photos(store, rows[store.readable[rows]], _transform(model, size, fit))
 
-    def regions(pixels: torch.Tensor) -> torch.Tensor:
+    def regions(model, pixels: torch.Tensor) -> torch.Tensor:
         return model.pooling.regions(model.maps(pixels)).flatten(0, -2)
 
     dtype = compute_dtype(precision, device)
@@ -152,16 +155,35 @@ def _transform(model, size: int, fit: str):
     )
 
 
+def _features(model, pixels: torch.Tensor) -> torch.Tensor:
+    return model.features(pixels)
+
+
 def _forwarded(model, forward, photos: Photos, *, batch_size: int, device, dtype) -> np.ndarray:
-    """forward(pixels) of all photos, float32; the model in eval mode meanwhile."""
+    """forward(model, pixels) of all photos, float32, in their order; the model in eval mode
+    meanwhile. Where there are several GPUs each takes its part of every batch."""
     was_training, found = model.training, []
     model.eval().to(device, memory_format=torch.channels_last)
+    places = _places(device)
+    replicas = [model, *(copy.deepcopy(model).to(place) for place in places[1:])]
     with torch.inference_mode(), autocast(device, dtype):
         for pixels, _, _ in loader(photos, batch_size=batch_size, device=device):
-            pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
-            found.append(forward(pixels).float().cpu().numpy())
+            parts = []  # a GPU is asked for its part, not waited for, before the next is
+            for replica, place, part in zip(replicas, places, pixels.chunk(len(places))):
+                part = part.to(place, memory_format=torch.channels_last, non_blocking=True)
+                parts.append(forward(replica, part).float())
+            found += [part.cpu().numpy() for part in parts]
     model.train(was_training)
     return np.concatenate(found)
+
+
+def _places(device: torch.device) -> list[torch.device]:
+    """Where to embed: the device; where it is 'cuda' without a number all GPUs, its own first."""
+    if device.type != "cuda" or device.index is not None:
+        return [device]
+    own = torch.cuda.current_device()
+    others = [i for i in range(torch.cuda.device_count()) if i != own]
+    return [device, *(torch.device("cuda", i) for i in others)]
 
 
 def _key(model, store, size: int, fit: str, zoom: float, dtype) -> str:

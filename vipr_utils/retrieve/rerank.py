@@ -19,12 +19,14 @@ from vipr_utils.retrieve.search import Search, top_k
 
 CHUNK = 256  # queries worked on at once
 PAIRS = 32768  # pairs of rows whose cosines are taken at once
+NUMBERS = 2**24  # of embeddings that are copied at once: 128 MiB in float64
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Rows (N, D) float32 of length 1; a zero row stays zero."""
+    """Rows (N, D) float32 of length 1; a zero row stays zero. x itself where all have it."""
     x = np.asarray(x, np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+    lengths = np.sqrt(np.einsum("nd,nd->n", x, x))[:, None]  # norm() would copy all of x
+    return x if (abs(lengths - 1) < 1e-5).all() else x / lengths.clip(1e-12)
 
 
 # ------------------------------------------------------------------------------------- projections
@@ -41,7 +43,10 @@ class Projection:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, d) float32."""
-        return unit((x - self.mean) @ self.matrix)
+        out = np.empty((len(x), self.matrix.shape[1]), np.float32)
+        for part in _blocks(x):
+            out[part] = (x[part] - self.mean) @ self.matrix
+        return unit(out)
 
     def applied(self, search: Search) -> Search:
         """Both sides through it."""
@@ -64,7 +69,7 @@ def fit_whitening(x: np.ndarray, dim: int = 0, *, power: float = 1.0) -> Project
             f"{len(x)} embeddings of {x.shape[1]} dimensions span {most} directions, got "
             f"dim={dim}: use at most {most}"
         )
-    variances, directions = _main_directions(_covariance(x - mean), dim or most)
+    variances, directions = _main_directions(_covariance(x, mean[None]), dim or most)
     seen = variances > 1e-9 * variances[0]
     scale = np.where(seen, variances.clip(1e-30) ** (-power / 2), 0.0)
     return Projection(mean.astype(np.float32), (directions * scale).astype(np.float32))
@@ -85,27 +90,37 @@ def fit_learned_whitening(
     Source: Radenovic et al. 2018, arXiv:1711.02512, with labels in the place of their matching
     pairs. Raises ValueError where no product has two photos.
     """
-    x = np.asarray(x)
-    means = pd.DataFrame(x).groupby(np.asarray(labels)).transform("mean").to_numpy()
-    inside, mean = _covariance(x - means), x.mean(0, dtype=np.float64).astype(x.dtype)
-    if not inside.any():
-        products = len(np.unique(labels))
+    x, mean = np.asarray(x), np.mean(x, 0, dtype=np.float64).astype(x.dtype)
+    numbers, products = pd.factorize(np.asarray(labels))
+    members = normalize(_sparse(numbers[:, None], len(products)).T.tocsr(), norm="l1")
+    inside, whole = _covariance(x, members @ x, numbers), _covariance(x, mean[None])
+    if np.trace(inside) <= 1e-12 * np.trace(whole):  # float32 rounds the mean of copies
         raise ValueError(
-            f"no product of {products} has two photos that differ: leave learned_whitening away"
+            f"no product of {len(products)} has two photos that differ: leave learned_whitening "
+            "away"
         )
     round_one = np.trace(inside) / len(inside) * np.eye(len(inside))
     inside = (1 - shrink) * inside + shrink * round_one
-    _, matrix = _main_directions(_covariance(x - mean), dim or len(inside), inside)
+    _, matrix = _main_directions(whole, dim or len(inside), inside)
     return Projection(mean.astype(np.float32), matrix.astype(np.float32))
 
 
-def _covariance(differences: np.ndarray) -> np.ndarray:
-    """(D, D) float64 of differences (N, D) from a mean; in blocks, so that they may be float32."""
+def _covariance(x: np.ndarray, means: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+    """(D, D) float64 of x (N, D) around the mean (P, D) of each one's label (N,), or around the
+    only mean; in blocks, so that x may be float32 and is never copied whole.
+    """
     total = 0.0
-    for block in np.array_split(differences, len(differences) // PAIRS + 1):
-        exact = block.astype(np.float64)
+    for part in _blocks(x):
+        around = means if labels is None else means[labels[part]]
+        exact = (x[part] - around).astype(np.float64)
         total = total + exact.T @ exact
-    return total / len(differences)
+    return total / len(x)
+
+
+def _blocks(x: np.ndarray) -> list[slice]:
+    """The rows of x (N, D) in parts of up to NUMBERS numbers."""
+    n = max(1, NUMBERS // x.shape[1])
+    return [slice(start, start + n) for start in range(0, len(x), n)]
 
 
 def _main_directions(

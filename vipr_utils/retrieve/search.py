@@ -30,26 +30,33 @@ def top_k(
     queries (Q, D), gallery (G, D). Scores are similarities: the cosine, or minus the distance. A
     query never meets itself: gallery rows whose id equals the query's id are left out wherever they
     rank. Where fewer than k rows remain, ranks are -1 and scores -inf. Equal scores stand in
-    gallery order. Raises ValueError for NaN or infinite embeddings, unequal widths, an empty
+    gallery order. The gallery is sent to the device once. Raises ValueError for NaN or infinite embeddings, unequal widths, an empty
     gallery.
     """
-    q, g = checked(queries, "query").to(device), checked(gallery, "gallery").to(device)
+    q, g = checked(queries, "query"), checked(gallery, "gallery")
     _check_sizes(q, g, k, distance)
-    query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
-    if distance == "cosine":
-        q, g = F.normalize(q, dim=1), F.normalize(g, dim=1)
+    query_ids, gallery_ids = (ids.to(device) for ids in _numbered(query_ids, gallery_ids, q, g))
+    of_gallery = [_placed(part, device, distance) for part in g.split(GALLERY_CHUNK)]
     scores, ranks = [], []
     for block, ids in zip(q.split(QUERY_CHUNK), query_ids.split(QUERY_CHUNK)):
+        block = _placed(block, device, distance)
         best = torch.full((len(block), k), -torch.inf, device=device)
         rows = torch.full((len(block), k), -1, device=device)
-        for left in range(0, len(g), GALLERY_CHUNK):
-            section = slice(left, left + GALLERY_CHUNK)
-            part = _similarity(block, g[section], distance)  # (q, g)
-            part[ids[:, None] == gallery_ids[section]] = -torch.inf
+        left = 0
+        for section, numbers in zip(of_gallery, gallery_ids.split(GALLERY_CHUNK)):
+            part = _similarity(block, section, distance)  # (q, g)
+            part.masked_fill_(ids[:, None] == numbers, -torch.inf)
             best, rows = _merged(best, rows, part, left)
+            left += len(section)
         scores.append(best.cpu())
         ranks.append(rows.cpu())
     return torch.cat(scores).numpy(), torch.cat(ranks).numpy()
+
+
+def _placed(x: torch.Tensor, device, distance: str) -> torch.Tensor:
+    """x (N, D) on the device as it is compared: of length 1 for the cosine."""
+    x = x.to(device)
+    return F.normalize(x, dim=1) if distance == "cosine" else x
 
 
 def checked(embeddings, what: str) -> torch.Tensor:
@@ -57,7 +64,8 @@ def checked(embeddings, what: str) -> torch.Tensor:
     x = torch.as_tensor(np.asarray(embeddings, dtype=np.float32))
     if x.ndim != 2:
         raise ValueError(f"{what} embeddings must be (N, D), got shape {tuple(x.shape)}")
-    bad = (~torch.isfinite(x).all(1)).nonzero().flatten()
+    low, high = x.aminmax(dim=1)  # NaN where a row holds one; without a copy of all
+    bad = (~(torch.isfinite(low) & torch.isfinite(high))).nonzero().flatten()
     if len(bad):
         raise ValueError(
             f"{len(bad)} of {len(x)} {what} embeddings hold NaN or infinity (first: row "
@@ -100,7 +108,7 @@ def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> tuple
             f"{len(g)} rows"
         )
     numbers, _ = pd.factorize(np.concatenate([query_ids, gallery_ids]))
-    return torch.from_numpy(numbers).to(q.device).split([len(q), len(g)])
+    return torch.from_numpy(numbers).split([len(q), len(g)])
 
 
 def _merged(
@@ -168,9 +176,10 @@ class Search:
 
     def _nearest(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores, ranks) (Q, k) among these gallery rows (R,)."""
+        everything = len(rows) == len(self.gallery)  # no copy of it
         scores, ranks = top_k(
             self.queries,
-            self.gallery[rows],
+            self.gallery if everything else self.gallery[rows],
             k,
             query_ids=self.query_rows["image_id"],
             gallery_ids=self.gallery_rows["image_id"].iloc[rows],
