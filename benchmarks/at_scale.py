@@ -18,6 +18,7 @@ import resource
 import tempfile
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ from vipr_utils.retrieve import cache, rerank, search
 
 LIMIT_GB = 30  # of address space
 GALLERY, QUERIES, PRODUCTS = 141_931, 55_000, 9_691
-NOISE = 2.4  # of a photo, in lengths of its product's direction
+RANK = 100  # directions in which products differ
+NOISE = 3.0  # of a photo, in lengths of its product's direction
 STACKS = [
     ["learned_whitening(128)"],
     ["pca(256)"],
@@ -68,7 +70,8 @@ class Planted(Task):
     def _embedded(self, model, rows, image_size, *, zoom=1.0, **settings) -> np.ndarray:
         """(N, dim) float32: the same for the same rows, network and zoom."""
         centres = np.random.default_rng(zlib.crc32(model.encode()))
-        centres = centres.standard_normal((PRODUCTS, self.dim), np.float32)
+        turns = centres.standard_normal((RANK, self.dim), np.float32) / np.float32(RANK**0.5)
+        centres = centres.standard_normal((PRODUCTS, RANK), np.float32) @ turns
         asked = [model.encode(), repr(zoom).encode(), rows.index.to_numpy().tobytes()]
         rng, found = np.random.default_rng(zlib.crc32(b"".join(asked))), []
         for labels in np.array_split(rows["product_id"].to_numpy(), 1 + len(rows) // 8192):
@@ -109,11 +112,11 @@ def retrievals(task: Planted, rows: list[dict]) -> None:
     for steps in [[], *STACKS]:
         for view in task.views:
             name = " + ".join(steps) or "plain search"
-            measured(f"{view}: {name}", lambda: task.retrieve(embeddings, view, steps=steps), rows)
+            measured(f"{view}: {name}", partial(task.retrieve, embeddings, view, steps=steps), rows)
     few = {"queries": embeddings[:1024], "gallery": embeddings}
     for distance in search.DISTANCES:
         name = f"1,024 queries by {distance}"
-        measured(name, lambda: search.top_k(*few.values(), distance=distance), rows)
+        measured(name, partial(search.top_k, **few, distance=distance), rows)
 
 
 def choices(task: Planted, rows: list[dict]) -> None:
@@ -127,7 +130,7 @@ def choices(task: Planted, rows: list[dict]) -> None:
             candidate = Candidate(tuple(parts), steps)
             for view in ("validation", "test"):
                 name = f"{view}: 6 views of {projection or 'all numbers'} + {' + '.join(steps)}"
-                measured(name, lambda: choice.found(candidate, view), rows)
+                measured(name, partial(choice.found, candidate, view), rows)
 
 
 def files(task: Planted, rows: list[dict]) -> None:

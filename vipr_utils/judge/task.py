@@ -19,6 +19,8 @@ from vipr_utils.judge import metrics, runs
 from vipr_utils.retrieve import pipeline, rerank, search
 from vipr_utils.retrieve.embedding import embed, embed_at_sizes, with_learned_whitening
 
+MOST_VALIDATED = 10_000  # photos that each epoch of a training is validated on
+
 
 class View(NamedTuple):
     """Queries and the gallery they search: rows of the catalog."""
@@ -29,11 +31,15 @@ class View(NamedTuple):
 
 class Sides(NamedTuple):
     """Embeddings of a view's queries (Q, D) and gallery (G, D), and of the photos that projections
-    are fitted on (M, D), see `Task.known`."""
+    are fitted on (M, D), see `Task.known`: the same array where it is the gallery."""
 
     queries: np.ndarray
     gallery: np.ndarray
     known: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return sum({id(side): side.nbytes for side in self}.values())
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ class Task:
         if not self.validation:
             return found
         queries = f"{len(self.validation.queries)} queries, {self.validation.origin}"
-        return f"{found}\nvalidation: {queries}, split {self.validation.split}"
+        found = f"{found}\nvalidation: {queries}, split {self.validation.split}"
+        return f"{found}\nepochs validate on {some}" if (some := self._epoch_sample()) else found
 
     def _repr_html_(self) -> str:
         return "<br>".join(str(self).splitlines()) + self.summary().to_html()
@@ -143,9 +150,7 @@ class Task:
 
     def describe(self) -> str:
         """'protocol test, 97 queries, 205 gallery photos': for captions."""
-        view = self.views["test"]
-        sizes = f"{len(view.queries):,} queries, {len(view.gallery):,} gallery photos"
-        return f"protocol {self.protocol}, {sizes}"
+        return f"protocol {self.protocol}, {_sizes(self.views['test'])}"
 
     def summary(self) -> pd.DataFrame:
         """Images and products of each part: what is learned from, each view's sides."""
@@ -183,10 +188,24 @@ class Task:
         )
 
     def validate(self, model, *, distance: str = "cosine", image_size: int = 0) -> dict:
-        """Metrics of a model in training on validation; not cached."""
-        view = self.views["validation"]
+        """Metrics of a model in training on `epoch_view`; not cached."""
+        view = self.epoch_view
         sides = [self._embedded(model, rows, image_size) for rows in view]
         return self._ranked(view, *sides, distance=distance).metrics
+
+    @property
+    def epoch_view(self) -> View:
+        """The validation of an epoch: whole products, the same on every machine, with about
+        MOST_VALIDATED photos where there are more."""
+        view = self.views["validation"]
+        products = pd.concat(view)["product_id"]
+        some = products[whole_products(products, MOST_VALIDATED)]
+        return View(*(rows[rows["product_id"].isin(some)] for rows in view))
+
+    def _epoch_sample(self) -> str:
+        """'1,012 queries, 8,995 gallery photos': what epochs are validated on, '' for all."""
+        some, whole = self.epoch_view, self.views["validation"]
+        return "" if len(some.gallery) == len(whole.gallery) else _sizes(some)
 
     def validator(self, **settings):
         """`validate` with these settings, for `training.fit`; None where nothing is held out."""
@@ -243,8 +262,11 @@ class Task:
         return embed(model, self.store, rows.index, image_size=image_size, **settings)
 
     def rows(self, embeddings: np.ndarray, table: pd.DataFrame) -> np.ndarray:
-        """The embeddings of these rows of the catalog."""
-        return embeddings[self.photos.index.get_indexer(table.index)]
+        """The embeddings of these rows of the catalog; not a copy where they follow each other."""
+        at = self.photos.index.get_indexer(table.index)
+        if len(at) and (np.diff(at) == 1).all():
+            return embeddings[at[0] : at[-1] + 1]
+        return embeddings[at]
 
     def ms_per_image(self, model, *, image_size: int | tuple[int, ...] = 0) -> float:
         """Milliseconds to embed an image, over 128 of them, decoding and transform included."""
@@ -266,8 +288,17 @@ class Task:
 
     def sides(self, embeddings: np.ndarray, view: str | View) -> Sides:
         """The embeddings (N, D) of a view's rows."""
-        asked = self.views[view] if isinstance(view, str) else view
-        return Sides(*(self.rows(embeddings, table) for table in (*asked, self.known(view))))
+        tables = self._view(view).queries, self.known(view)
+        return self.as_sides(*(self.rows(embeddings, table) for table in tables), view)
+
+    def as_sides(self, queries: np.ndarray, known: np.ndarray, view: str | View) -> Sides:
+        """The sides of a view: its gallery is a part of the known photos, or all of them."""
+        at = self.known(view).index.get_indexer(self._view(view).gallery.index)
+        everything = np.array_equal(at, np.arange(len(known)))
+        return Sides(queries, known if everything else known[at], known)
+
+    def _view(self, view: str | View) -> View:
+        return self.views[view] if isinstance(view, str) else view
 
     def zoomed(
         self, model, view: str, *, zoom: tuple[float, float], image_size: int = 0, features=False
@@ -278,16 +309,18 @@ class Task:
         unknown a query counts as a customer's photo, a gallery photo as the shop's.
         """
         settings = {"features": features, "cache_dir": self.cache_dir}
-        tables = [*self.views[view], self.known(view)]
+        tables = [self.views[view].queries, self.known(view)]
         sides = []
-        for rows, unknown in zip(tables, ("customer", "shop", "shop")):
+        for rows, unknown in zip(tables, ("customer", "shop")):
             shares = np.where(rows["domain"].replace("", unknown) == "customer", *zoom)
-            seen = []
+            seen = None
             for share, part in rows.groupby(shares):
                 found = self._embedded(model, part, image_size, zoom=share, **settings)
-                seen.append(pd.DataFrame(found, part.index))
-            sides.append(pd.concat(seen).loc[rows.index].to_numpy())
-        return Sides(*sides)
+                at = rows.index.get_indexer(part.index)
+                seen = np.empty((len(rows), found.shape[1]), found.dtype) if seen is None else seen
+                seen[at] = found
+            sides.append(seen)
+        return self.as_sides(*sides, view)
 
     def retrieve(
         self,
@@ -296,14 +329,19 @@ class Task:
         *,
         steps=(),
         distance="cosine",
+        asked: np.ndarray | None = None,
     ) -> Retrieval:
         """The ranked lists of a view after these steps of post-processing (see `pipeline`).
 
-        Projections are fitted on the photos that are `known`. Raises ValueError for steps with the
+        asked (Q,) bool: the queries that are answered, None for all. Projections are fitted on the
+        photos that are `known`. Raises ValueError for steps with the
         manhattan distance: they work by cosine.
         """
-        asked = self.views[view] if isinstance(view, str) else view
+        answered = self._view(view)
         sides = embeddings if isinstance(embeddings, Sides) else self.sides(embeddings, view)
+        if asked is not None:
+            answered = answered._replace(queries=answered.queries[asked])
+            sides = sides._replace(queries=sides.queries[asked])
         if steps and distance == "manhattan":
             raise ValueError(
                 f"steps {list(steps)} work by cosine, got distance 'manhattan': "
@@ -315,7 +353,7 @@ class Task:
         if steps[fitted:]:  # what may not be answered still helps to find what may
             gallery, references = sides.known, self.known(view)
         found = self._ranked(
-            asked,
+            answered,
             queries,
             gallery,
             references=references,
@@ -328,15 +366,13 @@ class Task:
         """(the sides behind projections fitted on the known photos, [{step, seconds}])."""
         if not steps:
             return sides, []
-        rows = self.known(view)
-        both = np.concatenate([sides.queries, sides.gallery])
-        found, seconds = search.Search(rerank.unit(both), rerank.unit(sides.known), rows, rows), []
+        rows, seconds = self.known(view), []
+        found = search.Search(rerank.unit(sides.queries), rerank.unit(sides.known), rows, rows)
         for step, project in zip(steps, pipeline.check(steps)):
             began = perf_counter()
             found = project(found)
             seconds.append({"step": step, "seconds": perf_counter() - began})
-        queries, gallery = np.split(found.queries, [len(sides.queries)])
-        return Sides(queries, gallery, found.gallery), seconds
+        return self.as_sides(found.queries, found.gallery, view), seconds
 
     def evaluate(
         self, model_or_embeddings, *, steps=(), distance="cosine", image_size=0
@@ -366,8 +402,11 @@ class Task:
         if self.validation:
             self.validation.save(folder)
         precision = precision_used(self.precision, self.device)
+        validation = self.validation and validated and self.validation.record(validated)
         if not trained:
             precision.pop("training")
+        elif validation and (some := self._epoch_sample()):
+            validation["epochs_on"] = some
         return runs.save(
             folder,
             data=catalog.describe_data(self.photos),
@@ -375,9 +414,20 @@ class Task:
             seconds=monotonic() - self.started,
             device=str(self.device),
             precision=precision,
-            validation=self.validation.record(validated) if self.validation and validated else None,
+            validation=validation or None,
             **record,
         )
+
+
+def whole_products(products: pd.Series, most: int) -> np.ndarray:
+    """(N,) bool: photos of some products, drawn alike on every machine until they are `most` photos
+    or just more; all where they are no more. products (N,): the product id of each photo."""
+    counts = products.value_counts().sort_index().sample(frac=1, random_state=0)
+    return products.isin(counts.index[counts.cumsum() - counts < most]).to_numpy()
+
+
+def _sizes(view: View) -> str:
+    return f"{len(view.queries):,} queries, {len(view.gallery):,} gallery photos"
 
 
 def _views(test: View, validation: catalog.Validation | None) -> dict[str, View]:

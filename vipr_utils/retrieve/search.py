@@ -30,8 +30,8 @@ def top_k(
     queries (Q, D), gallery (G, D). Scores are similarities: the cosine, or minus the distance. A
     query never meets itself: gallery rows whose id equals the query's id are left out wherever they
     rank. Where fewer than k rows remain, ranks are -1 and scores -inf. Equal scores stand in
-    gallery order. The gallery is sent to the device once. Raises ValueError for NaN or infinite embeddings, unequal widths, an empty
-    gallery.
+    gallery order. The gallery is sent to the device once. Raises ValueError for NaN or infinite
+    embeddings, unequal widths, an empty gallery.
     """
     q, g = checked(queries, "query"), checked(gallery, "gallery")
     _check_sizes(q, g, k, distance)
