@@ -81,7 +81,7 @@ def test_embeddings_are_remembered_up_to_a_size_and_are_the_same_when_made_again
     parts = [Part("a"), Part("b")]
     first = choice.joined((parts[0],), "validation")
     assert choice.joined((parts[0],), "validation").queries is first.queries
-    size = sum(side.nbytes for side in first)
+    size = first.nbytes
     monkeypatch.setattr(choosing, "MOST_BYTES", 1.5 * size)
     choice.joined((parts[1],), "validation")
     assert list(choice._looks) == [(parts[1], "validation")]
@@ -93,13 +93,50 @@ def test_embeddings_are_remembered_up_to_a_size_and_are_the_same_when_made_again
 
 def test_views_that_do_not_fit_in_memory_together_are_left_out_and_told(choice, monkeypatch):
     alone, both = Candidate((Part("a"),)), Candidate((Part("a"), Part("b")))
-    size = sum(side.nbytes for side in choice.joined(alone.parts, "validation"))
+    size = choice.joined(alone.parts, "test").nbytes
     monkeypatch.setattr(choosing, "MOST_BYTES", 1.5 * size)
     assert choice.best([both, alone]) == alone
     assert choice.refused == {str(both): "2 views of so many photos do not fit in memory together"}
 
 
+def test_views_that_would_fit_for_validation_but_not_for_the_test_are_refused_at_once(
+    choice, monkeypatch
+):
+    parts = Part("a"), Part("b")
+    sizes = [choice.joined(parts, view).nbytes for view in ("validation", "test")]
+    assert sizes[0] < sizes[1]
+    monkeypatch.setattr(choosing, "MOST_BYTES", np.mean(sizes))
+    with pytest.raises(ValueError, match="2 views of so many photos do not fit in memory"):
+        choice.joined(parts, "validation")
+
+
+def test_gallery_that_is_all_that_is_known_is_one_array_however_views_are_joined(choice):
+    for parts in ((Part("a"),), (Part("a", projection="pca(8)"), Part("b", features=True))):
+        found = choice.joined(parts, "test")
+        assert found.gallery is found.known
+        assert found.nbytes == found.queries.nbytes + found.known.nbytes
+
+
 # ------------------------------------------------------------------------------------------ scores
+
+
+def test_candidates_are_tried_on_whole_products_where_validation_queries_are_many(
+    task, monkeypatch
+):
+    candidate, asked = Candidate((Part("a"),), ("product_votes(3)",)), {}
+    for most in (10**6, 5):
+        monkeypatch.setattr(choosing, "MOST_QUERIES", most)
+        choice = among(task, a=network())
+        choice.score(candidate)
+        asked[most] = choice.asked
+        every = choice.found(candidate, "validation")
+        assert len(every.ranks) == len(task.validation.queries)
+    assert asked[10**6] is None and 5 <= choice.n_asked() < len(every.ranks)
+    products = task.validation.queries["product_id"]
+    assert not set(products[choice.asked]) & set(products[~choice.asked]), "whole products"
+    some = choice.found(candidate, "validation", asked=choice.asked)
+    np.testing.assert_array_equal(some.ranks, every.ranks[choice.asked])
+    assert choice.tried[candidate] == some.metrics["map_at_5"]
 
 
 def test_candidates_that_differ_have_names_that_differ():

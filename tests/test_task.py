@@ -1,5 +1,6 @@
 """A task's views, its embeddings and its scores, against what is computed by hand."""
 
+import json
 import pickle
 
 import numpy as np
@@ -11,7 +12,8 @@ from vipr_utils.data.store import open_data
 from vipr_utils.host import platform
 from vipr_utils.host.device import tune
 from vipr_utils.judge import metrics
-from vipr_utils.judge.task import Task, View, ranked, scored
+from vipr_utils.judge import task as judge_task
+from vipr_utils.judge.task import Task, View, ranked, scored, whole_products
 from vipr_utils.learn import models
 from vipr_utils.retrieve import embedding, rerank
 
@@ -234,6 +236,45 @@ def test_validator_scores_a_model_in_training_and_travels_to_other_processes(tas
     assert scores["map_at_5"] == pytest.approx(same["map_at_5"])
 
 
+def test_epochs_are_validated_on_whole_products_where_the_gallery_is_large(
+    task, network, tmp_path, monkeypatch
+):
+    whole = task.views["validation"]
+    for rows, every in zip(task.epoch_view, whole):
+        pd.testing.assert_frame_equal(rows, every)
+    every = task.validate(network, image_size=32)
+    monkeypatch.setattr(judge_task, "MOST_VALIDATED", 20)
+    some = task.epoch_view
+    assert 20 <= len(some.queries) + len(some.gallery) < 60
+    for rows, every_row in zip(some, whole):
+        asked = every_row["product_id"].isin(some.gallery["product_id"])
+        assert list(rows.index) == list(every_row.index[asked]), "all photos of its products"
+    found = task.validate(network, image_size=32)
+    assert (found["n_gallery"], every["n_gallery"]) == (len(some.gallery), len(whole.gallery))
+    sizes = f"{len(some.queries)} queries, {len(some.gallery)} gallery photos"
+    assert f"epochs validate on {sizes}" in str(task)
+    record = {"notebook": "00", "params": {}, "metrics": {}, "model": {}, "validated": every}
+    for trained in (True, False):
+        path = task.save_run(tmp_path, trained=trained, **record)
+        saved = json.loads(path.read_text())["validation"]
+        assert saved.get("epochs_on") == (sizes if trained else None)
+
+
+def test_products_of_a_sample_are_the_same_everywhere():
+    products = pd.Series(np.repeat(np.arange(50), 4))
+    some = whole_products(products, 20)
+    assert sorted(set(products[some])) == [2, 10, 11, 28, 41] and some.sum() == 20
+    assert whole_products(products, 200).all() and whole_products(products, 10**9).all()
+
+
+def test_embeddings_of_rows_that_follow_each_other_are_not_copied(task):
+    embeddings = np.zeros((len(task.photos), 4), np.float32)
+    sides = task.sides(embeddings, "test")
+    assert sides.gallery is sides.known and np.shares_memory(sides.gallery, embeddings)
+    narrow = task.sides(embeddings, "shop")
+    assert len(narrow.gallery) < len(narrow.known)
+
+
 def test_training_photos_carry_labels_from_zero(task):
     photos = task.training_photos(lambda image: np.zeros((3, 2, 2), np.float32))
     assert np.array_equal(photos.labels, catalog.with_labels(task.fit))
@@ -256,8 +297,6 @@ def test_products_of_one_photo_are_paired_with_their_drawings(task):
 
 
 def test_run_is_recorded_with_data_split_and_precision(task, network, tmp_path):
-    import json
-
     found = task.evaluate(network, image_size=32)
     task.save_run(
         tmp_path,

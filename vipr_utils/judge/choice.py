@@ -4,15 +4,17 @@ Candidates are tried in stages, and each stage starts from the best of the one b
 for each network, its zoom, several zooms joined, several networks joined, steps on the lists, and
 verification of their heads. So some dozens are tried where all combinations would be thousands.
 
-The test has no part in it: a candidate is scored on the validation queries of its task, and
-projections are fitted without their photos. Every photo passes a network once for each zoom, its
-features are kept on disk, and the latest projections in memory.
+The test has no part in it: a candidate is scored on the validation queries of its task, or where
+there are thousands on those of some products, and projections are fitted without their photos.
+Every photo passes a network once for each zoom, its features are kept on disk, and the latest
+projections in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
 
@@ -21,7 +23,7 @@ import numpy as np
 from vipr_utils.host import platform
 from vipr_utils.judge import runs
 from vipr_utils.judge.board import TIE
-from vipr_utils.judge.task import Retrieval, Sides, Task
+from vipr_utils.judge.task import Retrieval, Sides, Task, whole_products
 from vipr_utils.learn import models
 from vipr_utils.retrieve import pipeline, rerank, verification
 
@@ -31,6 +33,7 @@ WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
 MOST_NETWORKS = 3
 UNTOLD = 0.01  # share of queries that may gain, though none of those to choose by does
+MOST_QUERIES = 4000  # of validation that candidates are tried on
 MOST_BYTES = 6 * 2**30  # of embeddings that are joined, and of those remembered for the next
 
 
@@ -132,27 +135,52 @@ class Choice:
 
     # ------------------------------------------------------------------------------ candidates
 
-    def found(self, candidate: Candidate, view: str) -> Retrieval:
-        """Its ranked lists for a view."""
+    def found(self, candidate: Candidate, view: str, *, asked=None) -> Retrieval:
+        """Its ranked lists for a view; asked as in `Task.retrieve`."""
         sides = self.joined(candidate.parts, view)
-        return self.task.retrieve(sides, view, steps=list(candidate.steps))
+        return self.task.retrieve(sides, view, steps=list(candidate.steps), asked=asked)
+
+    @cached_property
+    def asked(self) -> np.ndarray | None:
+        """(Q,) bool: the validation queries that candidates are tried on, those of whole products;
+        None for all, where they are no more than MOST_QUERIES."""
+        products = self.task.validation.queries["product_id"]
+        return whole_products(products, MOST_QUERIES) if len(products) > MOST_QUERIES else None
+
+    def n_asked(self) -> int:
+        """How many they are."""
+        return len(self.task.validation.queries) if self.asked is None else self.asked.sum()
 
     def joined(self, parts: tuple[Part, ...], view: str) -> Sides:
         """Embeddings whose cosine is the weighted mean of the parts' cosines.
 
-        Raises ValueError where they would take more than MOST_BYTES.
+        Raises ValueError where those of the largest view would take more than MOST_BYTES.
         """
-        looks = [self._look(replace(part, weight=1.0), view) for part in parts]
+        looks, numbers = [], 0
+        most_photos = self._most_photos() if len(parts) > 1 else 0
+        for part in parts:
+            looks.append(self._look(replace(part, weight=1.0), view))
+            numbers += looks[-1].queries.shape[1]
+            if 4 * numbers * most_photos > MOST_BYTES:
+                raise ValueError(
+                    f"{len(parts)} views of so many photos do not fit in memory together"
+                )
         if len(looks) == 1:
             return looks[0]
-        if sum(side.nbytes for look in looks for side in look) > MOST_BYTES:
-            raise ValueError(f"{len(parts)} views of so many photos do not fit in memory together")
-        scales = [np.sqrt(part.weight) for part in parts]
-        sides = []
-        for side in zip(*looks):  # of each part the queries, then the gallery, then the known
-            scaled = [embeddings * scale for embeddings, scale in zip(side, scales)]
-            sides.append(rerank.unit(np.hstack(scaled)))
-        return Sides(*sides)
+        weights = np.array([part.weight for part in parts], np.float32)
+        scales = np.repeat(np.sqrt(weights / weights.sum()), [x.queries.shape[1] for x in looks])
+        queries = np.hstack([look.queries for look in looks])
+        known = np.hstack([look.known for look in looks])
+        queries *= scales  # in place: each side is copied once
+        known *= scales
+        return self.task.as_sides(queries, known, view)
+
+    def _most_photos(self) -> int:
+        """Queries and known photos of the largest view."""
+        sizes = []
+        for name, view in self.task.views.items():
+            sizes.append(len(view.queries) + len(self.task.known(name)))
+        return max(sizes)
 
     def _look(self, part: Part, view: str) -> Sides:
         """A part's embeddings, L2-normalised; the last ones, up to MOST_BYTES, are remembered."""
@@ -167,8 +195,9 @@ class Choice:
             )
             steps = [part.projection] if part.projection else []
             sides, _ = self.task.projected(sides, view, steps)
-            found = self._looks[part, view] = Sides(*map(rerank.unit, sides))
-            while sum(side.nbytes for looks in self._looks.values() for side in looks) > MOST_BYTES:
+            sides = rerank.unit(sides.queries), rerank.unit(sides.known)
+            found = self._looks[part, view] = self.task.as_sides(*sides, view)
+            while sum(look.nbytes for look in self._looks.values()) > MOST_BYTES:
                 del self._looks[next(iter(self._looks))]
         return found
 
@@ -182,9 +211,9 @@ class Choice:
     # ---------------------------------------------------------------------------------- scores
 
     def score(self, candidate: Candidate) -> float:
-        """mAP@5 on validation; tried now if it was not."""
+        """mAP@5 on the validation queries that are `asked`; tried now if it was not."""
         if candidate not in self.tried:
-            metrics = self.found(candidate, "validation").metrics
+            metrics = self.found(candidate, "validation", asked=self.asked).metrics
             self.tried[candidate] = float(np.nan_to_num(metrics["map_at_5"]))
         return self.tried[candidate]
 
@@ -242,7 +271,7 @@ class Choice:
             self._rung(rung, [candidate])
         best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
         best = self._rung("steps", [best, *self._stepped(best, stacks)])
-        untold = 3 / len(self.task.validation.queries) > UNTOLD  # the rule of three
+        untold = 3 / self.n_asked() > UNTOLD  # the rule of three
         found = self._stepped(best, verified)
         return self._rung("verification", [best, *found], deepest=untold)
 
