@@ -10,6 +10,7 @@ import pytest
 from conftest import picture
 
 from vipr_utils.data import audit, catalog, toy
+from vipr_utils.host import platform
 from vipr_utils.retrieve import verification
 from vipr_utils.retrieve.rerank import unit
 from vipr_utils.retrieve.search import Search
@@ -289,10 +290,43 @@ def test_unreadable_photo_has_no_features_and_its_neighbours_keep_theirs(photos)
     assert len(broken[1]) == 0 and same(broken[2:], fresh[2:])
 
 
-def test_features_that_would_fill_the_memory_are_refused(photos, monkeypatch):
-    monkeypatch.setattr(verification, "MOST_BYTES", 100_000)
-    with pytest.raises(ValueError, match="features of 4 photos may take .* smaller top"):
-        verification.features(photos)
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_of_few_photos_are_in_memory_at_once_and_counts_are_the_same(
+    photos, tmp_path, monkeypatch, kept
+):
+    pairs = np.array([[q, g] for g in range(4) for q in (3, 0, 1)])
+    want = verification._inlier_counts(photos, photos, pairs, None)
+    together, features = [], verification.features
+
+    def counted(rows, **settings):
+        together.append(len(rows))
+        return features(rows, **settings)
+
+    monkeypatch.setattr(verification, "features", counted)
+    for most, largest in ((2, 1), (4, 2), (100, 4)):
+        together.clear()
+        monkeypatch.setattr(verification, "MOST_BYTES", most * verification.PHOTO_BYTES)
+        folder = tmp_path / str(most) if kept else None
+        found = verification._inlier_counts(photos, photos, pairs, folder)
+        np.testing.assert_array_equal(found, want)
+        assert max(together) == largest
+    assert want.max() > verification.LEAST
+
+
+def test_local_features_that_the_disk_has_no_room_for_are_refused_before_any_photo_is_read(
+    photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(verification, "sift", lambda image: pytest.fail("a photo was read"))
+    monkeypatch.setattr(platform, "room_gb", lambda folder: 0.0003)
+    before = listed(photos[:1], photos, [[0, 1, 2, 3]], tmp_path)
+    with pytest.raises(
+        ValueError, match="of 4 photos take 0.00054 GB .* name a cache_dir on anoth"
+    ):
+        verification.verify(before, top=4)
+    monkeypatch.undo()
+    verification.verify(before, top=4)
+    monkeypatch.setattr(platform, "room_gb", lambda folder: 0.0)
+    verification.verify(before, top=4)  # all of it is there
 
 
 def test_keypoints_are_bounded_and_lie_in_the_picture(monkeypatch):

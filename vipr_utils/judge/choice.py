@@ -21,9 +21,10 @@ from time import monotonic
 import numpy as np
 
 from vipr_utils.host import platform
+from vipr_utils.host.progress import LOG
 from vipr_utils.judge import runs
 from vipr_utils.judge.board import TIE
-from vipr_utils.judge.task import Retrieval, Sides, Task, whole_products
+from vipr_utils.judge.task import Retrieval, Sides, Task, some_products
 from vipr_utils.learn import models
 from vipr_utils.retrieve import pipeline, rerank, verification
 
@@ -141,27 +142,22 @@ class Choice:
         return self.task.retrieve(sides, view, steps=list(candidate.steps), asked=asked)
 
     @cached_property
-    def asked(self) -> np.ndarray | None:
-        """(Q,) bool: the validation queries that candidates are tried on, those of whole products;
-        None for all, where they are no more than MOST_QUERIES."""
-        products = self.task.validation.queries["product_id"]
-        return whole_products(products, MOST_QUERIES) if len(products) > MOST_QUERIES else None
-
-    def n_asked(self) -> int:
-        """How many they are."""
-        return len(self.task.validation.queries) if self.asked is None else self.asked.sum()
+    def asked(self) -> np.ndarray:
+        """(Q,) bool: the validation queries that candidates are tried on, all or those of whole
+        products that have MOST_QUERIES."""
+        queries = self.task.validation.queries
+        return queries["product_id"].isin(some_products(queries, MOST_QUERIES)).to_numpy()
 
     def joined(self, parts: tuple[Part, ...], view: str) -> Sides:
         """Embeddings whose cosine is the weighted mean of the parts' cosines.
 
-        Raises ValueError where those of the largest view would take more than MOST_BYTES.
+        Raises ValueError where those of all photos would take more than MOST_BYTES.
         """
         looks, numbers = [], 0
-        most_photos = self._most_photos() if len(parts) > 1 else 0
         for part in parts:
             looks.append(self._look(replace(part, weight=1.0), view))
             numbers += looks[-1].queries.shape[1]
-            if 4 * numbers * most_photos > MOST_BYTES:
+            if len(parts) > 1 and 4 * numbers * len(self.task.photos) > MOST_BYTES:
                 raise ValueError(
                     f"{len(parts)} views of so many photos do not fit in memory together"
                 )
@@ -169,18 +165,11 @@ class Choice:
             return looks[0]
         weights = np.array([part.weight for part in parts], np.float32)
         scales = np.repeat(np.sqrt(weights / weights.sum()), [x.queries.shape[1] for x in looks])
-        queries = np.hstack([look.queries for look in looks])
-        known = np.hstack([look.known for look in looks])
-        queries *= scales  # in place: each side is copied once
-        known *= scales
-        return self.task.as_sides(queries, known, view)
-
-    def _most_photos(self) -> int:
-        """Queries and known photos of the largest view."""
-        sizes = []
-        for name, view in self.task.views.items():
-            sizes.append(len(view.queries) + len(self.task.known(name)))
-        return max(sizes)
+        sides = []
+        for side in zip(*looks):  # of each part the queries, then the known
+            sides.append(np.hstack(side))
+            sides[-1] *= scales  # in place: each side is copied once
+        return Sides(*sides)
 
     def _look(self, part: Part, view: str) -> Sides:
         """A part's embeddings, L2-normalised; the last ones, up to MOST_BYTES, are remembered."""
@@ -195,9 +184,8 @@ class Choice:
             )
             steps = [part.projection] if part.projection else []
             sides, _ = self.task.projected(sides, view, steps)
-            sides = rerank.unit(sides.queries), rerank.unit(sides.known)
-            found = self._looks[part, view] = self.task.as_sides(*sides, view)
-            while sum(look.nbytes for look in self._looks.values()) > MOST_BYTES:
+            found = self._looks[part, view] = Sides(*map(rerank.unit, sides))
+            while sum(side.nbytes for looks in self._looks.values() for side in looks) > MOST_BYTES:
                 del self._looks[next(iter(self._looks))]
         return found
 
@@ -271,7 +259,7 @@ class Choice:
             self._rung(rung, [candidate])
         best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
         best = self._rung("steps", [best, *self._stepped(best, stacks)])
-        untold = 3 / self.n_asked() > UNTOLD  # the rule of three
+        untold = 3 / self.asked.sum() > UNTOLD  # the rule of three
         found = self._stepped(best, verified)
         return self._rung("verification", [best, *found], deepest=untold)
 
@@ -332,19 +320,26 @@ class Choice:
         return teams
 
     def _affordable(self, stack: str) -> bool:
-        """Whether what a stack verifies fits into what is left of max_minutes."""
+        """Whether what a stack verifies fits into what is left of max_minutes and of the disk."""
         top = pipeline.verified_pairs(pipeline.split(stack))
         if top == 0:
             return True
         views = [self.task.views[view] for view in ("validation", "test")]
         needed = sum(verification.seconds(*view, top) for view in views) / 60
         left = max(0.0, self._minutes_left())
-        if needed < left:
-            return True
-        self.refused[stack] = (
-            f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
-        )
-        return False
+        pairs = top * sum(len(view.queries) for view in views)
+        LOG.info(f"{stack}: {pairs:,} pairs of photos, about {needed:.0f} minutes of {left:.0f}")
+        if needed >= left:
+            self.refused[stack] = (
+                f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
+            )
+            return False
+        try:
+            verification.check_room(self.task.photos, len(self.task.photos), self.task.cache_dir)
+        except ValueError as error:
+            self.refused[stack] = str(error)
+            return False
+        return True
 
     def _minutes_left(self) -> float:
         """Of max_minutes."""

@@ -30,16 +30,11 @@ class View(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Embeddings of a view's queries (Q, D) and gallery (G, D), and of the photos that projections
-    are fitted on (M, D), see `Task.known`: the same array where it is the gallery."""
+    """Embeddings of a view's queries (Q, D) and of the photos that are `Task.known` (M, D), in
+    whose number is its gallery."""
 
     queries: np.ndarray
-    gallery: np.ndarray
     known: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return sum({id(side): side.nbytes for side in self}.values())
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,10 @@ class Task:
             return found
         queries = f"{len(self.validation.queries)} queries, {self.validation.origin}"
         found = f"{found}\nvalidation: {queries}, split {self.validation.split}"
-        return f"{found}\nepochs validate on {some}" if (some := self._epoch_sample()) else found
+        some, whole = self.epoch_view, self.views["validation"]
+        if len(some.gallery) < len(whole.gallery):
+            found += f"\nepochs validate on {_sizes(some)}"
+        return found
 
     def _repr_html_(self) -> str:
         return "<br>".join(str(self).splitlines()) + self.summary().to_html()
@@ -198,14 +196,8 @@ class Task:
         """The validation of an epoch: whole products, the same on every machine, with about
         MOST_VALIDATED photos where there are more."""
         view = self.views["validation"]
-        products = pd.concat(view)["product_id"]
-        some = products[whole_products(products, MOST_VALIDATED)]
+        some = some_products(pd.concat(view), MOST_VALIDATED)
         return View(*(rows[rows["product_id"].isin(some)] for rows in view))
-
-    def _epoch_sample(self) -> str:
-        """'1,012 queries, 8,995 gallery photos': what epochs are validated on, '' for all."""
-        some, whole = self.epoch_view, self.views["validation"]
-        return "" if len(some.gallery) == len(whole.gallery) else _sizes(some)
 
     def validator(self, **settings):
         """`validate` with these settings, for `training.fit`; None where nothing is held out."""
@@ -262,11 +254,8 @@ class Task:
         return embed(model, self.store, rows.index, image_size=image_size, **settings)
 
     def rows(self, embeddings: np.ndarray, table: pd.DataFrame) -> np.ndarray:
-        """The embeddings of these rows of the catalog; not a copy where they follow each other."""
-        at = self.photos.index.get_indexer(table.index)
-        if len(at) and (np.diff(at) == 1).all():
-            return embeddings[at[0] : at[-1] + 1]
-        return embeddings[at]
+        """The embeddings of these rows of the catalog."""
+        return embeddings[self.photos.index.get_indexer(table.index)]
 
     def ms_per_image(self, model, *, image_size: int | tuple[int, ...] = 0) -> float:
         """Milliseconds to embed an image, over 128 of them, decoding and transform included."""
@@ -289,13 +278,7 @@ class Task:
     def sides(self, embeddings: np.ndarray, view: str | View) -> Sides:
         """The embeddings (N, D) of a view's rows."""
         tables = self._view(view).queries, self.known(view)
-        return self.as_sides(*(self.rows(embeddings, table) for table in tables), view)
-
-    def as_sides(self, queries: np.ndarray, known: np.ndarray, view: str | View) -> Sides:
-        """The sides of a view: its gallery is a part of the known photos, or all of them."""
-        at = self.known(view).index.get_indexer(self._view(view).gallery.index)
-        everything = np.array_equal(at, np.arange(len(known)))
-        return Sides(queries, known if everything else known[at], known)
+        return Sides(*(self.rows(embeddings, table) for table in tables))
 
     def _view(self, view: str | View) -> View:
         return self.views[view] if isinstance(view, str) else view
@@ -313,14 +296,12 @@ class Task:
         sides = []
         for rows, unknown in zip(tables, ("customer", "shop")):
             shares = np.where(rows["domain"].replace("", unknown) == "customer", *zoom)
-            seen = None
+            seen = []
             for share, part in rows.groupby(shares):
-                found = self._embedded(model, part, image_size, zoom=share, **settings)
-                at = rows.index.get_indexer(part.index)
-                seen = np.empty((len(rows), found.shape[1]), found.dtype) if seen is None else seen
-                seen[at] = found
-            sides.append(seen)
-        return self.as_sides(*sides, view)
+                seen.append(self._embedded(model, part, image_size, zoom=share, **settings))
+            places = np.argsort(np.argsort(shares, kind="stable"))
+            sides.append(np.concatenate(seen)[places])
+        return Sides(*sides)
 
     def retrieve(
         self,
@@ -349,16 +330,8 @@ class Task:
             )
         fitted = pipeline.fitted_first(steps)
         sides, seconds = self.projected(sides, view, steps[:fitted])
-        queries, gallery, references = sides.queries, sides.gallery, None
-        if steps[fitted:]:  # what may not be answered still helps to find what may
-            gallery, references = sides.known, self.known(view)
         found = self._ranked(
-            answered,
-            queries,
-            gallery,
-            references=references,
-            steps=steps[fitted:],
-            distance=distance,
+            answered, *sides, references=self.known(view), steps=steps[fitted:], distance=distance
         )
         return replace(found, seconds=[*seconds, *found.seconds])
 
@@ -372,7 +345,7 @@ class Task:
             began = perf_counter()
             found = project(found)
             seconds.append({"step": step, "seconds": perf_counter() - began})
-        return self.as_sides(found.queries, found.gallery, view), seconds
+        return Sides(found.queries, found.gallery), seconds
 
     def evaluate(
         self, model_or_embeddings, *, steps=(), distance="cosine", image_size=0
@@ -402,11 +375,8 @@ class Task:
         if self.validation:
             self.validation.save(folder)
         precision = precision_used(self.precision, self.device)
-        validation = self.validation and validated and self.validation.record(validated)
         if not trained:
             precision.pop("training")
-        elif validation and (some := self._epoch_sample()):
-            validation["epochs_on"] = some
         return runs.save(
             folder,
             data=catalog.describe_data(self.photos),
@@ -414,16 +384,16 @@ class Task:
             seconds=monotonic() - self.started,
             device=str(self.device),
             precision=precision,
-            validation=validation or None,
+            validation=self.validation.record(validated) if self.validation and validated else None,
             **record,
         )
 
 
-def whole_products(products: pd.Series, most: int) -> np.ndarray:
-    """(N,) bool: photos of some products, drawn alike on every machine until they are `most` photos
-    or just more; all where they are no more. products (N,): the product id of each photo."""
-    counts = products.value_counts().sort_index().sample(frac=1, random_state=0)
-    return products.isin(counts.index[counts.cumsum() - counts < most]).to_numpy()
+def some_products(rows: pd.DataFrame, most: int) -> pd.Index:
+    """Products of these rows of a catalog, drawn alike on every machine until they have `most` of
+    the rows or just more; all where the rows are no more."""
+    counts = rows["product_id"].value_counts().sort_index().sample(frac=1, random_state=0)
+    return counts.index[counts.cumsum() - counts < most]
 
 
 def _sizes(view: View) -> str:
@@ -458,7 +428,10 @@ def ranked(
     references: the rows that (G, D) belong to, where they are more than the view's gallery: those
     steps may look at, though only the view's gallery is answered.
     """
+    references = view.gallery if references is None else references
     if not steps:
+        if not references.index.equals(view.gallery.index):
+            gallery = gallery[references.index.get_indexer(view.gallery.index)]
         scores, ranks = search.top_k(
             queries,
             gallery,
@@ -471,7 +444,6 @@ def ranked(
         return scored(view, scores, ranks, seed=seed)
     # steps do not see which products the queries show
     unlabelled = view.queries.drop(columns=["product_id", "product", "group"], errors="ignore")
-    references = view.gallery if references is None else references
     machine = {"device": device, "cache_dir": cache_dir}
     unsearched = search.Search(queries, gallery, unlabelled, references, **machine)
     answers = references.index.isin(view.gallery.index)

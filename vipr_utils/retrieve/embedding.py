@@ -54,15 +54,12 @@ def embed(
 
     def pooled(rows: np.ndarray) -> np.ndarray:
         photos = Photos(store, rows, transform, zoom=zoom)
-        return _forwarded(
-            model, _features, photos, batch_size=batch_size, device=device, dtype=dtype
-        )
+        settings = {"batch_size": batch_size, "device": device, "dtype": dtype}
+        return _forwarded(model, type(model).features, photos, **settings)
 
     folder = cache_dir and Path(cache_dir) / "pooled" / _key(model, store, size, fit, zoom, dtype)
-    found = kept(folder, rows[readable], pooled, block=BLOCK)
+    found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
-    if readable.all():
-        return found
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
     embeddings[readable] = found
     return embeddings
@@ -155,10 +152,6 @@ def _transform(model, size: int, fit: str):
     )
 
 
-def _features(model, pixels: torch.Tensor) -> torch.Tensor:
-    return model.features(pixels)
-
-
 def _forwarded(model, forward, photos: Photos, *, batch_size: int, device, dtype) -> np.ndarray:
     """forward(model, pixels) of all photos, float32, in their order; the model in eval mode
     meanwhile. Where there are several GPUs each takes its part of every batch."""
@@ -178,12 +171,10 @@ def _forwarded(model, forward, photos: Photos, *, batch_size: int, device, dtype
 
 
 def _places(device: torch.device) -> list[torch.device]:
-    """Where to embed: the device; where it is 'cuda' without a number all GPUs, its own first."""
-    if device.type != "cuda" or device.index is not None:
+    """Where to embed: the device; all GPUs where it is 'cuda' without a number."""
+    if device != torch.device("cuda"):
         return [device]
-    own = torch.cuda.current_device()
-    others = [i for i in range(torch.cuda.device_count()) if i != own]
-    return [device, *(torch.device("cuda", i) for i in others)]
+    return [device, *(torch.device("cuda", i) for i in range(1, torch.cuda.device_count()))]
 
 
 def _key(model, store, size: int, fit: str, zoom: float, dtype) -> str:

@@ -43,10 +43,8 @@ class Projection:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, d) float32."""
-        out = np.empty((len(x), self.matrix.shape[1]), np.float32)
-        for part in _blocks(x):
-            out[part] = (x[part] - self.mean) @ self.matrix
-        return unit(out)
+        blocks = [(block - self.mean) @ self.matrix for block in _blocks(x)]
+        return unit(np.concatenate(blocks))
 
     def applied(self, search: Search) -> Search:
         """Both sides through it."""
@@ -69,7 +67,7 @@ def fit_whitening(x: np.ndarray, dim: int = 0, *, power: float = 1.0) -> Project
             f"{len(x)} embeddings of {x.shape[1]} dimensions span {most} directions, got "
             f"dim={dim}: use at most {most}"
         )
-    variances, directions = _main_directions(_covariance(x, mean[None]), dim or most)
+    variances, directions = _main_directions(_covariance(x, mean), dim or most)
     seen = variances > 1e-9 * variances[0]
     scale = np.where(seen, variances.clip(1e-30) ** (-power / 2), 0.0)
     return Projection(mean.astype(np.float32), (directions * scale).astype(np.float32))
@@ -93,8 +91,10 @@ def fit_learned_whitening(
     x, mean = np.asarray(x), np.mean(x, 0, dtype=np.float64).astype(x.dtype)
     numbers, products = pd.factorize(np.asarray(labels))
     members = normalize(_sparse(numbers[:, None], len(products)).T.tocsr(), norm="l1")
-    inside, whole = _covariance(x, members @ x, numbers), _covariance(x, mean[None])
-    if np.trace(inside) <= 1e-12 * np.trace(whole):  # float32 rounds the mean of copies
+    differences = (members @ x)[numbers]
+    differences -= x  # in place: the only copy of all embeddings
+    inside, whole = _covariance(differences, np.zeros_like(mean)), _covariance(x, mean)
+    if np.trace(inside) <= 1e-12 * np.trace(whole):  # copies differ by what float32 rounds
         raise ValueError(
             f"no product of {len(products)} has two photos that differ: leave learned_whitening "
             "away"
@@ -105,22 +105,18 @@ def fit_learned_whitening(
     return Projection(mean.astype(np.float32), matrix.astype(np.float32))
 
 
-def _covariance(x: np.ndarray, means: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
-    """(D, D) float64 of x (N, D) around the mean (P, D) of each one's label (N,), or around the
-    only mean; in blocks, so that x may be float32 and is never copied whole.
-    """
+def _covariance(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """(D, D) float64 of x (N, D) around a mean (D,); in blocks, so that x may be float32."""
     total = 0.0
-    for part in _blocks(x):
-        around = means if labels is None else means[labels[part]]
-        exact = (x[part] - around).astype(np.float64)
+    for block in _blocks(x):
+        exact = (block - mean).astype(np.float64)
         total = total + exact.T @ exact
     return total / len(x)
 
 
-def _blocks(x: np.ndarray) -> list[slice]:
-    """The rows of x (N, D) in parts of up to NUMBERS numbers."""
-    n = max(1, NUMBERS // x.shape[1])
-    return [slice(start, start + n) for start in range(0, len(x), n)]
+def _blocks(x: np.ndarray) -> list[np.ndarray]:
+    """x (N, D) in parts of about NUMBERS numbers, which may be copied where x may not."""
+    return np.array_split(x, x.size // NUMBERS + 1)
 
 
 def _main_directions(

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from vipr_utils.data.store import BrokenImage, read_image
+from vipr_utils.host import platform
 from vipr_utils.host.device import cores
 from vipr_utils.retrieve.cache import kept
 from vipr_utils.retrieve.rerank import expanded
@@ -37,8 +38,9 @@ TOLERANCE_PX = 4.0  # of a match that a homography explains
 LEAST = 15  # inliers of a verified photo; unrelated pictures full of shapes have up to 11
 SHARE = 0.7  # of its list's most inliers, for a photo to expand its query
 SAMPLE = 16  # photos by which time is estimated
-MOST_BYTES = 8 * 2**30  # of features at once: 60,000 photos
+MOST_BYTES = 4 * 2**30  # of local features in memory
 KEYPOINT = np.dtype([("xy", np.float32, 2), ("descriptor", np.uint8, 128)])
+PHOTO_BYTES = KEYPOINTS * KEYPOINT.itemsize  # 136 kB, in memory and on disk
 
 # ---------------------------------------------------------------------------------------- features
 
@@ -48,16 +50,8 @@ def features(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[np.
 
     Taken from the original files: the packed store holds photos at the size of networks. A photo
     that cannot be read or has no texture has M = 0. With cache_dir a photo is looked at once;
-    136 kB each are kept, empty places included.
-
-    Raises ValueError where they would not fit in 8 GiB.
+    PHOTO_BYTES each are kept, empty places included.
     """
-    size = len(photos) * KEYPOINTS * KEYPOINT.itemsize
-    if size > MOST_BYTES:
-        raise ValueError(
-            f"local features of {len(photos):,} photos may take {size / 2**30:.0f} GiB, over "
-            f"{MOST_BYTES / 2**30:.0f}: verify fewer photos (a smaller top)"
-        )
     paths = (Path(photos.attrs["root"]) / photos["path"]).to_dict()
 
     def computed(rows: np.ndarray) -> np.ndarray:
@@ -68,7 +62,7 @@ def features(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[np.
 
     folder = _folder("local", photos, cache_dir)
     padded = kept(folder, photos.index.to_numpy(), computed, block=256)
-    return [photo[photo["descriptor"].any(1)] for photo in padded]
+    return [photo[: photo["descriptor"].any(1).sum()] for photo in padded]  # no copies
 
 
 def _folder(kind: str, photos: pd.DataFrame, cache_dir: Path | None) -> Path | None:
@@ -167,7 +161,12 @@ def inliers(query: np.ndarray, photo: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _inlier_counts(
     queries: pd.DataFrame, gallery: pd.DataFrame, pairs: np.ndarray, cache_dir: Path | None
 ) -> np.ndarray:
-    """(P,) inliers of each pair (P, 2) of catalog rows; with cache_dir each is counted once."""
+    """(P,) inliers of each pair (P, 2) of catalog rows; with cache_dir each is counted once.
+
+    Pairs are taken in groups whose photos' local features fit into MOST_BYTES, half for each side.
+    Raises ValueError as `check_room`.
+    """
+    check_room(queries, len(np.unique(pairs)), cache_dir)
     side = 2**31  # a pair is kept as one number
 
     def counted(numbers: np.ndarray) -> np.ndarray:
@@ -179,7 +178,28 @@ def _inlier_counts(
 
     folder = _folder("pairs", queries, cache_dir)
     numbers = pairs[:, 0] * side + pairs[:, 1]
-    return np.array(kept(folder, numbers, counted, block=16384), np.int64)
+    most = max(1, MOST_BYTES // (2 * PHOTO_BYTES))  # photos of a side
+    groups = [pd.factorize(rows, sort=True)[0] // most for rows in pairs.T]
+    counts = np.zeros(len(pairs), np.int64)
+    for at in pd.Series(numbers).groupby(groups).indices.values():
+        counts[at] = kept(folder, numbers[at], counted, block=16384)
+    return counts
+
+
+def check_room(photos: pd.DataFrame, n: int, cache_dir: Path | None) -> None:
+    """Raises ValueError where the local features of n photos of this catalog, those that are there
+    already apart, would not fit on the disk of cache_dir."""
+    folder = _folder("local", photos, cache_dir)
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(file.stat().st_size for file in folder.glob("*.npz"))
+    needed, room = (n * PHOTO_BYTES - there) / 1e9, platform.room_gb(folder)
+    if needed > room:
+        raise ValueError(
+            f"local features of {n:,} photos take {needed:.2g} GB more in {cache_dir}, "
+            f"{room:.2g} are free: free some, name a cache_dir on another disk or leave verify away"
+        )
 
 
 def _by_row(photos: pd.DataFrame, rows: np.ndarray, cache_dir: Path | None) -> dict:
