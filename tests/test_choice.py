@@ -351,6 +351,21 @@ def test_verification_that_would_take_longer_than_max_minutes_is_left_out_and_to
     assert all(map(unlimited._affordable, stacks))
 
 
+def test_verification_whose_features_the_disk_has_no_room_for_is_left_out_and_told(
+    task, monkeypatch, caplog
+):
+    monkeypatch.setattr(verification, "seconds", lambda queries, gallery, top: 60.0)
+    monkeypatch.setattr(choosing.platform, "room_gb", lambda folder: 1e-6)
+    choice = among(task, a=network())
+    with caplog.at_level("INFO", "vipr"):
+        choice.climb([1.0], [], ["verify(7)"])
+    assert not any(candidate.steps for candidate in choice.tried)
+    assert "has 1e-06 GB free" in choice.refused["verify(7)"]
+    assert str(task.cache_dir) in choice.refused["verify(7)"]
+    pairs = 7 * sum(len(task.views[view].queries) for view in ("validation", "test"))
+    assert f"verify(7): {pairs:,} pairs, about 2 minutes" in caplog.text
+
+
 def test_networks_whose_turn_comes_too_late_are_left_out_but_the_first_never_is(task):
     choice = among(task, a=network(0), b=network(1))
     choice.max_minutes = 1e-6

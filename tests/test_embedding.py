@@ -8,7 +8,7 @@ import torch
 
 from vipr_utils.data import transforms
 from vipr_utils.learn import models
-from vipr_utils.retrieve import embedding, rerank
+from vipr_utils.retrieve import cache, embedding, rerank
 
 
 @pytest.fixture
@@ -164,6 +164,54 @@ def test_what_was_computed_before_a_kill_is_not_computed_again(
     passes.clear()
     embedding.embed(network, store, rows, image_size=32, cache_dir=tmp_path)
     assert passes == [rows[6:].tolist()]
+
+
+def test_several_gpus_share_each_batch_and_the_order_stays(toy_data, network, monkeypatch):
+    rows, shared = toy_data[0].index[:7], []
+    settings = {"image_size": 32, "batch_size": 3, "precision": "float32"}
+    alone = embedding.embed(network, toy_data[1], rows, **settings)
+    monkeypatch.setattr(embedding, "_places", lambda device: [device, device])
+    features = type(network).features
+
+    def counted(model, pixels):
+        shared.append((model is network, len(pixels)))
+        return features(model, pixels)
+
+    monkeypatch.setattr(type(network), "features", counted)
+    both = embedding.embed(network, toy_data[1], rows, **settings)
+    np.testing.assert_allclose(both, alone, atol=1e-6)
+    assert shared == [(True, 2), (False, 1)] * 2 + [(True, 1)]
+
+
+def test_all_gpus_embed_where_the_device_names_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    named = {"cpu": ["cpu"], "cuda:0": ["cuda:0"], "cuda": ["cuda", "cuda:1"]}
+    for device, places in named.items():
+        assert embedding._places(torch.device(device)) == [torch.device(p) for p in places]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_find_what_one_does(toy_data, network):
+    rows = toy_data[0].index[:9]
+    settings = {"image_size": 32, "batch_size": 4, "precision": "float32"}
+    one, two = (
+        embedding.embed(network, toy_data[1], rows, device=torch.device(device), **settings)
+        for device in ("cuda:0", "cuda")
+    )
+    np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_long_computation_tells_how_far_it_is(toy_data, network, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(embedding, "BLOCK", 3)
+    monkeypatch.setattr(cache, "QUIET_S", 0.0)
+    with caplog.at_level("INFO", "vipr"):
+        embedding.embed(
+            network, toy_data[1], toy_data[0].index[:7], image_size=32, cache_dir=tmp_path
+        )
+    told = [line.partition(",")[0] for line in caplog.messages]
+    assert told == ["pooled: 3 of 7", "pooled: 6 of 7", "pooled: 7 of 7"]
+    assert all(line.endswith("left") for line in caplog.messages)
 
 
 def test_learned_whitening_becomes_part_of_the_model_and_of_its_checkpoint(

@@ -95,17 +95,22 @@ def test_covariance_in_blocks_is_that_of_all_rows_at_once(monkeypatch):
     x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     labels = np.random.default_rng(1).integers(0, 9, 50)
     whole = rerank.fit_learned_whitening(x.astype(np.float64), labels, 4)
-    monkeypatch.setattr(rerank, "NUMBERS", 7 * 6)
+    monkeypatch.setattr(rerank, "PAIRS", 7)
     np.testing.assert_allclose(
-        rerank._covariance(x, x.mean(0)), np.cov(x, rowvar=False, bias=True), atol=1e-6
+        rerank._covariance(x - x.mean(0)), np.cov(x, rowvar=False, bias=True), atol=1e-6
     )
     blocks = rerank.fit_learned_whitening(x, labels, 4)
     np.testing.assert_allclose(np.abs(blocks.matrix), np.abs(whole.matrix), atol=1e-4)
-    np.testing.assert_allclose(blocks(x), rerank.unit((x - blocks.mean) @ blocks.matrix), atol=1e-6)
+
+
+def test_copies_of_one_photo_say_nothing_of_what_differs_inside_a_product():
+    x = rerank.unit(np.random.default_rng(0).normal(size=(40, 12))).repeat(3, 0)
+    with pytest.raises(ValueError, match="no product of 40 has two photos that differ"):
+        rerank.fit_learned_whitening(x, np.arange(120) // 3)
 
 
 def test_embeddings_are_copied_once_by_a_whitening_and_not_where_they_have_length_one(monkeypatch):
-    monkeypatch.setattr(rerank, "NUMBERS", 2**16)
+    monkeypatch.setattr(rerank, "PAIRS", 1000)
     x = rerank.unit(np.random.default_rng(0).normal(size=(20_000, 128)))
     assert rerank.unit(x) is x
     labels = np.arange(len(x)) // 4

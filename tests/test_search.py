@@ -76,6 +76,27 @@ def test_nan_embeddings_are_refused_with_row_and_remedy():
         search.top_k(vectors(5), bad)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_infinite_embeddings_are_refused_however_they_add_up(value):
+    bad = vectors(3)
+    bad[1, 2], bad[1, 3] = value, -value
+    with pytest.raises(ValueError, match="1 of 3 query embeddings hold NaN or infinity .*row 1"):
+        search.top_k(bad, vectors(5))
+
+
+def test_gallery_goes_to_the_device_once_however_many_blocks_of_queries_meet_it(monkeypatch):
+    sent, placed = [], search._placed
+    monkeypatch.setattr(search, "_placed", lambda x, *a: sent.append(len(x)) or placed(x, *a))
+    queries, gallery = vectors(10), vectors(17, seed=1)
+    want = search.top_k(queries, gallery, 4)
+    monkeypatch.setattr(search, "QUERY_CHUNK", 3)
+    monkeypatch.setattr(search, "GALLERY_CHUNK", 8)
+    sent.clear()
+    found = search.top_k(queries, gallery, 4)
+    assert sorted(sent) == sorted([8, 8, 1, 3, 3, 3, 1])
+    np.testing.assert_array_equal(found[1], want[1])
+
+
 def test_unequal_widths_and_empty_galleries_are_refused():
     with pytest.raises(ValueError, match="16 dimensions, the gallery 8"):
         search.top_k(vectors(2), vectors(3, dim=8))

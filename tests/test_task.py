@@ -14,7 +14,7 @@ from vipr_utils.judge import metrics
 from vipr_utils.judge import task as judge_task
 from vipr_utils.judge.task import Task, View, ranked, scored, some_products
 from vipr_utils.learn import models
-from vipr_utils.retrieve import embedding, rerank
+from vipr_utils.retrieve import embedding, rerank, search
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,22 @@ def test_projection_is_fitted_on_the_whole_gallery_for_the_views_of_one_domain(t
 def test_steps_work_by_cosine_and_refuse_manhattan(task, network):
     with pytest.raises(ValueError, match="work by cosine, got distance 'manhattan'"):
         task.retrieve(task.embed(network), steps=["centring()"], distance="manhattan")
+
+
+def test_every_search_runs_on_the_device_that_embeds(task, network, monkeypatch):
+    searched_on, top_k = [], search.top_k
+
+    def recorded(*arguments, **settings):
+        searched_on.append(settings.get("device"))
+        return top_k(*arguments, **settings)
+
+    for module in (search, rerank):
+        monkeypatch.setattr(module, "top_k", recorded)
+    steps = ["database_augmentation(3)", "alpha_query_expansion(3)", "k_reciprocal(8, 3)"]
+    for asked in ([], steps, ["transductive_k_reciprocal(8, 3)"]):
+        task.evaluate(network, steps=asked, image_size=32)
+    task.validate(network, image_size=32)
+    assert len(searched_on) > 20 and all(device is task.device for device in searched_on)
 
 
 def test_labels_of_queries_are_not_there_for_the_steps(task, network):

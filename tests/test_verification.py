@@ -10,7 +10,6 @@ import pytest
 from conftest import picture
 
 from vipr_utils.data import audit, catalog, toy
-from vipr_utils.host import platform
 from vipr_utils.retrieve import verification
 from vipr_utils.retrieve.rerank import unit
 from vipr_utils.retrieve.search import Search
@@ -313,20 +312,10 @@ def test_features_of_few_photos_are_in_memory_at_once_and_counts_are_the_same(
     assert want.max() > verification.LEAST
 
 
-def test_local_features_that_the_disk_has_no_room_for_are_refused_before_any_photo_is_read(
-    photos, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(verification, "sift", lambda image: pytest.fail("a photo was read"))
-    monkeypatch.setattr(platform, "room_gb", lambda folder: 0.0003)
-    before = listed(photos[:1], photos, [[0, 1, 2, 3]], tmp_path)
-    with pytest.raises(
-        ValueError, match="of 4 photos take 0.00054 GB .* name a cache_dir on anoth"
-    ):
-        verification.verify(before, top=4)
-    monkeypatch.undo()
-    verification.verify(before, top=4)
-    monkeypatch.setattr(platform, "room_gb", lambda folder: 0.0)
-    verification.verify(before, top=4)  # all of it is there
+def test_disk_that_local_features_take_is_that_of_photos_that_are_not_there_yet(photos, tmp_path):
+    assert verification.disk_gb(photos, tmp_path) == 4 * 136 * 1000 / 1e9
+    verification.features(photos[:1], cache_dir=tmp_path)
+    assert verification.disk_gb(photos, tmp_path) == pytest.approx(3 * 136e-6, rel=0.01)
 
 
 def test_keypoints_are_bounded_and_lie_in_the_picture(monkeypatch):

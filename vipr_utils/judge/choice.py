@@ -143,8 +143,10 @@ class Choice:
 
     @cached_property
     def asked(self) -> np.ndarray:
-        """(Q,) bool: the validation queries that candidates are tried on, all or those of whole
-        products that have MOST_QUERIES."""
+        """(Q,) bool: the validation queries that candidates are tried on.
+
+        All, or where there are more the MOST_QUERIES or so of some products.
+        """
         queries = self.task.validation.queries
         return queries["product_id"].isin(some_products(queries, MOST_QUERIES)).to_numpy()
 
@@ -153,18 +155,14 @@ class Choice:
 
         Raises ValueError where those of all photos would take more than MOST_BYTES.
         """
-        looks, numbers = [], 0
-        for part in parts:
-            looks.append(self._look(replace(part, weight=1.0), view))
-            numbers += looks[-1].queries.shape[1]
-            if len(parts) > 1 and 4 * numbers * len(self.task.photos) > MOST_BYTES:
-                raise ValueError(
-                    f"{len(parts)} views of so many photos do not fit in memory together"
-                )
+        looks = [self._look(replace(part, weight=1.0), view) for part in parts]
         if len(looks) == 1:
             return looks[0]
+        widths = [look.queries.shape[1] for look in looks]
+        if 4 * sum(widths) * len(self.task.photos) > MOST_BYTES:
+            raise ValueError(f"{len(parts)} views of so many photos do not fit in memory together")
         weights = np.array([part.weight for part in parts], np.float32)
-        scales = np.repeat(np.sqrt(weights / weights.sum()), [x.queries.shape[1] for x in looks])
+        scales = np.repeat(np.sqrt(weights / weights.sum()), widths)
         sides = []
         for side in zip(*looks):  # of each part the queries, then the known
             sides.append(np.hstack(side))
@@ -320,26 +318,29 @@ class Choice:
         return teams
 
     def _affordable(self, stack: str) -> bool:
-        """Whether what a stack verifies fits into what is left of max_minutes and of the disk."""
+        """Whether what a stack verifies fits into what is left of max_minutes and of the disk.
+
+        LOG hears of the estimate first.
+        """
         top = pipeline.verified_pairs(pipeline.split(stack))
         if top == 0:
             return True
         views = [self.task.views[view] for view in ("validation", "test")]
+        pairs = top * sum(len(view.queries) for view in views)
         needed = sum(verification.seconds(*view, top) for view in views) / 60
         left = max(0.0, self._minutes_left())
-        pairs = top * sum(len(view.queries) for view in views)
-        LOG.info(f"{stack}: {pairs:,} pairs of photos, about {needed:.0f} minutes of {left:.0f}")
+        cache = self.task.cache_dir
+        disk, room = verification.disk_gb(self.task.photos, cache), platform.room_gb(cache)
+        LOG.info(f"{stack}: {pairs:,} pairs, about {needed:.0f} minutes, {disk:.2g} GB in {cache}")
+
         if needed >= left:
-            self.refused[stack] = (
-                f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
-            )
-            return False
-        try:
-            verification.check_room(self.task.photos, len(self.task.photos), self.task.cache_dir)
-        except ValueError as error:
-            self.refused[stack] = str(error)
-            return False
-        return True
+            reason = f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
+        elif disk > room:
+            reason = f"its cache_dir {cache} has {room:.2g} GB free, {disk:.2g} GB are needed"
+        else:
+            return True
+        self.refused[stack] = reason
+        return False
 
     def _minutes_left(self) -> float:
         """Of max_minutes."""

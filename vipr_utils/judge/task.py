@@ -425,9 +425,8 @@ def ranked(
 ) -> Retrieval:
     """The scored lists for embeddings (Q, D) and (G, D) of a view's rows, after these steps.
 
-    references: the rows that (G, D) belong to, where they are more than the view's gallery: those
-    steps may look at, though only the view's gallery is answered.
-    """
+    references: the rows that (G, D) belong to, where they are more than the view's gallery: steps
+    may look at them, though only the view's gallery is answered."""
     references = view.gallery if references is None else references
     if not steps:
         if not references.index.equals(view.gallery.index):

@@ -21,6 +21,8 @@ def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int
 
     What the folder holds is taken from there; the rest is computed in blocks of so many rows, each
     on disk before the next begins. Files are only added; a damaged one is computed anew.
+    Where it takes long LOG hears of it every QUIET_S seconds, after a block.
+    Values are views of what was read or computed: in memory they are once.
     """
     if folder is None:
         return list(compute(rows))

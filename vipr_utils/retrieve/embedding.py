@@ -161,10 +161,12 @@ def _forwarded(model, forward, photos: Photos, *, batch_size: int, device, dtype
     replicas = [model, *(copy.deepcopy(model).to(place) for place in places[1:])]
     with torch.inference_mode(), autocast(device, dtype):
         for pixels, _, _ in loader(photos, batch_size=batch_size, device=device):
-            parts = []  # a GPU is asked for its part, not waited for, before the next is
-            for replica, place, part in zip(replicas, places, pixels.chunk(len(places))):
-                part = part.to(place, memory_format=torch.channels_last, non_blocking=True)
-                parts.append(forward(replica, part).float())
+            parts = [  # a GPU is asked for its part, not waited for, before the next is
+                forward(
+                    replica, part.to(place, memory_format=torch.channels_last, non_blocking=True)
+                ).float()
+                for replica, place, part in zip(replicas, places, pixels.chunk(len(places)))
+            ]
             found += [part.cpu().numpy() for part in parts]
     model.train(was_training)
     return np.concatenate(found)

@@ -19,11 +19,13 @@ from vipr_utils.retrieve.search import Search, top_k
 
 CHUNK = 256  # queries worked on at once
 PAIRS = 32768  # pairs of rows whose cosines are taken at once
-NUMBERS = 2**24  # of embeddings that are copied at once: 128 MiB in float64
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Rows (N, D) float32 of length 1; a zero row stays zero. x itself where all have it."""
+    """Rows (N, D) float32 of length 1; a zero row stays zero.
+
+    x itself where all rows have it: at Products-10K's size a copy is a gigabyte.
+    """
     x = np.asarray(x, np.float32)
     lengths = np.sqrt(np.einsum("nd,nd->n", x, x))[:, None]  # norm() would copy all of x
     return x if (abs(lengths - 1) < 1e-5).all() else x / lengths.clip(1e-12)
@@ -43,8 +45,7 @@ class Projection:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, d) float32."""
-        blocks = [(block - self.mean) @ self.matrix for block in _blocks(x)]
-        return unit(np.concatenate(blocks))
+        return unit((x - self.mean) @ self.matrix)
 
     def applied(self, search: Search) -> Search:
         """Both sides through it."""
@@ -67,7 +68,7 @@ def fit_whitening(x: np.ndarray, dim: int = 0, *, power: float = 1.0) -> Project
             f"{len(x)} embeddings of {x.shape[1]} dimensions span {most} directions, got "
             f"dim={dim}: use at most {most}"
         )
-    variances, directions = _main_directions(_covariance(x, mean), dim or most)
+    variances, directions = _main_directions(_covariance(x - mean), dim or most)
     seen = variances > 1e-9 * variances[0]
     scale = np.where(seen, variances.clip(1e-30) ** (-power / 2), 0.0)
     return Projection(mean.astype(np.float32), (directions * scale).astype(np.float32))
@@ -81,6 +82,7 @@ def fit_learned_whitening(
 
     C_S = covariance of x around its product's mean; the columns v of the matrix solve
     C v = s C_S v, largest s first, with v^T C_S v = 1.
+
     shrink: share of a round covariance of the same trace mixed into C_S, which few photos cannot
     give in full. Closed form, and the largest gain of all steps where the gallery's products are
     known: on the grocery set's test, frozen EfficientNet-Lite0, gallery of all photos, dim 64:
@@ -88,12 +90,14 @@ def fit_learned_whitening(
     Source: Radenovic et al. 2018, arXiv:1711.02512, with labels in the place of their matching
     pairs. Raises ValueError where no product has two photos.
     """
-    x, mean = np.asarray(x), np.mean(x, 0, dtype=np.float64).astype(x.dtype)
+    x = np.asarray(x)
+    mean = x.mean(0, dtype=np.float64).astype(x.dtype)
     numbers, products = pd.factorize(np.asarray(labels))
     members = normalize(_sparse(numbers[:, None], len(products)).T.tocsr(), norm="l1")
     differences = (members @ x)[numbers]
-    differences -= x  # in place: the only copy of all embeddings
-    inside, whole = _covariance(differences, np.zeros_like(mean)), _covariance(x, mean)
+    differences -= x  # in place, here and below: the only copy of all embeddings
+    inside = _covariance(differences)
+    whole = _covariance(np.subtract(x, mean, out=differences))
     if np.trace(inside) <= 1e-12 * np.trace(whole):  # copies differ by what float32 rounds
         raise ValueError(
             f"no product of {len(products)} has two photos that differ: leave learned_whitening "
@@ -105,18 +109,13 @@ def fit_learned_whitening(
     return Projection(mean.astype(np.float32), matrix.astype(np.float32))
 
 
-def _covariance(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """(D, D) float64 of x (N, D) around a mean (D,); in blocks, so that x may be float32."""
+def _covariance(differences: np.ndarray) -> np.ndarray:
+    """(D, D) float64 of differences (N, D) from a mean; in blocks, so that they may be float32."""
     total = 0.0
-    for block in _blocks(x):
-        exact = (block - mean).astype(np.float64)
+    for block in np.array_split(differences, len(differences) // PAIRS + 1):
+        exact = block.astype(np.float64)
         total = total + exact.T @ exact
-    return total / len(x)
-
-
-def _blocks(x: np.ndarray) -> list[np.ndarray]:
-    """x (N, D) in parts of about NUMBERS numbers, which may be copied where x may not."""
-    return np.array_split(x, x.size // NUMBERS + 1)
+    return total / len(differences)
 
 
 def _main_directions(

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 from vipr_utils.data.store import BrokenImage, read_image
-from vipr_utils.host import platform
 from vipr_utils.host.device import cores
 from vipr_utils.retrieve.cache import kept
 from vipr_utils.retrieve.rerank import expanded
@@ -164,9 +163,7 @@ def _inlier_counts(
     """(P,) inliers of each pair (P, 2) of catalog rows; with cache_dir each is counted once.
 
     Pairs are taken in groups whose photos' local features fit into MOST_BYTES, half for each side.
-    Raises ValueError as `check_room`.
     """
-    check_room(queries, len(np.unique(pairs)), cache_dir)
     side = 2**31  # a pair is kept as one number
 
     def counted(numbers: np.ndarray) -> np.ndarray:
@@ -178,28 +175,20 @@ def _inlier_counts(
 
     folder = _folder("pairs", queries, cache_dir)
     numbers = pairs[:, 0] * side + pairs[:, 1]
+
     most = max(1, MOST_BYTES // (2 * PHOTO_BYTES))  # photos of a side
     groups = [pd.factorize(rows, sort=True)[0] // most for rows in pairs.T]
+
     counts = np.zeros(len(pairs), np.int64)
     for at in pd.Series(numbers).groupby(groups).indices.values():
         counts[at] = kept(folder, numbers[at], counted, block=16384)
     return counts
 
 
-def check_room(photos: pd.DataFrame, n: int, cache_dir: Path | None) -> None:
-    """Raises ValueError where the local features of n photos of this catalog, those that are there
-    already apart, would not fit on the disk of cache_dir."""
-    folder = _folder("local", photos, cache_dir)
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sum(file.stat().st_size for file in folder.glob("*.npz"))
-    needed, room = (n * PHOTO_BYTES - there) / 1e9, platform.room_gb(folder)
-    if needed > room:
-        raise ValueError(
-            f"local features of {n:,} photos take {needed:.2g} GB more in {cache_dir}, "
-            f"{room:.2g} are free: free some, name a cache_dir on another disk or leave verify away"
-        )
+def disk_gb(photos: pd.DataFrame, cache_dir: Path) -> float:
+    """GB that the local features of these photos take in cache_dir, less what is there already."""
+    files = _folder("local", photos, cache_dir).glob("*.npz")
+    return (len(photos) * PHOTO_BYTES - sum(file.stat().st_size for file in files)) / 1e9
 
 
 def _by_row(photos: pd.DataFrame, rows: np.ndarray, cache_dir: Path | None) -> dict:
