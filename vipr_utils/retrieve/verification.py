@@ -186,7 +186,10 @@ def _inlier_counts(
 
 
 def disk_gb(photos: pd.DataFrame, cache_dir: Path) -> float:
-    """GB that the local features of these photos take in cache_dir, less what is there already."""
+    """GB that the local features of these photos would add to cache_dir.
+
+    What lies there already, of these or of other photos of the catalog, is taken off.
+    """
     files = _folder("local", photos, cache_dir).glob("*.npz")
     return (len(photos) * PHOTO_BYTES - sum(file.stat().st_size for file in files)) / 1e9
 
