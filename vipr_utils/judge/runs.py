@@ -161,23 +161,24 @@ def validated(
     """
     paths, scores, refused = {}, {}, {}
     for folder, record in finished(output_dir)[0].items():
-        found = record.get("validation")
+        held_out = record.get("validation")
         if not (folder / "model.pt").is_file():
             continue
         if record["data"].get("fingerprint") != fingerprint:
             refused[folder.name] = "its model learned from other photos"
-        elif not found or found["split"] != split:
+        elif not held_out or held_out["split"] != split:
             refused[folder.name] = OTHER_SPLIT
         else:
-            networks = record.get("networks") or {}
+            networks = {"": held_out["map_at_5"]} | record.get("networks", {})
             networks.pop((record["model"] or {}).get("name"), None)  # is the run's own
-            for backbone, score in {"": found["map_at_5"], **networks}.items():
-                if not (folder / backbone / "model.pt").is_file():
+            for backbone, score in networks.items():
+                path = folder / backbone / "model.pt"
+                if not path.is_file():
                     continue
-                name = (Path(folder.name) / backbone).as_posix()
+                name = path.parent.relative_to(folder.parent).as_posix()
                 if name in paths:  # a run of an attached notebook has the same name
                     name = f"{folder.parents[1].name}/{name}"
-                paths[name], scores[name] = folder / backbone / "model.pt", score or 0.0
+                paths[name], scores[name] = path, score or 0.0
     ranked = sorted(scores, key=scores.get, reverse=True)
     return {name: paths[name] for name in ranked}, refused
 
@@ -291,13 +292,11 @@ def _gain(rung: dict, before: dict) -> tuple:
     """(difference, low, high) of two rungs: paired by query where both have told, else NaN."""
     if rung["run"] == before["run"] and rung.get("verdict"):  # over its own frozen backbone
         return rung["difference"], rung["difference_low"], rung["difference_high"]
-    if "folder" in rung and "folder" in before:
-        try:
-            pairs = compare(before["folder"], rung["folder"]).set_index("view")
-            return tuple(pairs.loc["test", ["difference", "low", "high"]])
-        except (ValueError, KeyError):
-            pass  # other queries, or none told
-    return rung["map_at_5"] - before["map_at_5"], np.nan, np.nan
+    try:
+        pairs = compare(before["folder"], rung["folder"]).set_index("view")
+        return tuple(pairs.loc["test", ["difference", "low", "high"]])
+    except (RunError, KeyError):  # other queries, or none told
+        return rung["map_at_5"] - before["map_at_5"], np.nan, np.nan
 
 
 def _rows(record: dict) -> list[dict]:
@@ -317,7 +316,7 @@ def _rows(record: dict) -> list[dict]:
     for system in scores.get("rows") or [scores]:
         name = f": {system['name']}" if "name" in system else ""
         cut_short = system.get("cut_short", record.get("cut_short")) or ""
-        rows.append({**system, **shared, "run": record["run"] + name, "cut_short": cut_short})
+        rows.append(system | shared | {"run": record["run"] + name, "cut_short": cut_short})
     return rows
 
 
