@@ -33,7 +33,7 @@ def test_every_query_of_every_shape_is_answered_in_both_forms_and_scored(shape, 
     root = shaped(shape)
     photos, _ = catalog.read(root)
     gallery, queries = sides(photos)
-    assert list(catalog.read_rows(root, "test")["name"]) == list(queries["name"])
+    assert list(catalog.read_rows(root)[0].index) == list(queries["name"])
     # the right answers first
     right = queries["product_id"].to_numpy()[:, None] == gallery["product_id"].to_numpy()
     ranks = np.argsort(~right, axis=1, kind="stable")[:, :5]
@@ -151,7 +151,7 @@ def test_archives_unpacked_into_a_folder_of_their_own_name_are_found(toy_root, t
 
 def test_root_without_queries_says_where_they_may_be(make_root):
     with pytest.raises(catalog.CatalogError, match="no query. Name them in test.csv, or put"):
-        catalog.read_rows(make_root(test=None), "test")
+        catalog.read_rows(make_root(test=None))
 
 
 # ------------------------------------------------------------------------------------- to choose by
@@ -164,7 +164,7 @@ def test_every_shape_has_queries_to_choose_by_that_a_model_answers(shape, shaped
     network = models.create("siamese_small", weights="none", embedding_dim=16)
     found = task.evaluate(network, image_size=32)
     assert 0 <= found["validation"].metrics["map_at_5"] <= 1
-    assert len(found["test"].ranks) == len(catalog.read_rows(shaped(shape), "test"))
+    assert len(found["test"].ranks) == len(catalog.read_rows(shaped(shape))[0])
 
 
 @pytest.fixture

@@ -195,7 +195,8 @@ def test_gallery_smaller_than_five_is_ranked_whole(root):
 
 def rows_of(root, split, names) -> pd.DataFrame:
     """Catalog rows of these names, as if the others could not be read."""
-    return catalog.read_rows(root, split).set_index("name").loc[names].reset_index()
+    queries, gallery = catalog.read_rows(root)
+    return {"test": queries, "train": gallery}[split].loc[names].reset_index()
 
 
 RANKS = np.array([[7, 3, 2, 1, 0], [7, 3, 4, 5, 6]])

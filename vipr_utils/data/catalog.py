@@ -22,19 +22,19 @@ ENOUGH = 100  # queries to choose by
 MOST_HELD = 0.4  # share of a product's photos to find them
 
 
-def read_rows(root: Path, split: str) -> pd.DataFrame:
-    """name, product_id, product, group, domain of what 'train' or 'test' lists, as in `read`.
+def read_rows(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(queries, gallery) that a data root lists, by name: product_id, product, group, domain.
 
-    Test rows are the queries to be answered, in their order, those included whose file is absent.
-    Raises CatalogError where there is none.
+    As in `read`, those included whose file is absent; queries in the order of their table. Raises
+    CatalogError where there is none.
     """
-    rows, _ = _rows(Path(root))
-    rows = rows.loc[rows["split"] == split, ["name", "product_id", "product", "group", "domain"]]
-    if rows.empty:
+    rows = _rows(Path(root))[0].set_index("name")
+    queries, gallery = (rows[rows["split"] == split] for split in ("test", "train"))
+    if queries.empty:
         raise CatalogError(
             f"{root}: no query. Name them in test.csv, or put photos into test/ or queries/"
         )
-    return rows.reset_index(drop=True)
+    return queries, gallery
 
 
 def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -103,9 +103,8 @@ def validate(path: Path, data_root: Path, *, gallery_domain: str = "") -> pd.Dat
 
 def _sides(data_root: Path, domain: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of the queries and of the gallery, by name."""
-    queries = catalog.read_rows(data_root, "test").set_index("name")
-    gallery = catalog.narrow(catalog.read_rows(data_root, "train"), domain).set_index("name")
-    return queries, gallery
+    queries, gallery = catalog.read_rows(data_root)
+    return queries, catalog.narrow(gallery, domain)
 
 
 def _checked(path: Path, queries: pd.DataFrame, gallery: pd.DataFrame) -> pd.DataFrame:
