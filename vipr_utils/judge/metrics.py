@@ -22,36 +22,19 @@ DEFINITION = (
 )
 
 
-def _integers(values, name: str, shape: tuple, remedy: str) -> np.ndarray:
-    """values as int64; raises ValueError where they have another shape or are no integers."""
-    values = np.asarray(values)
-    if values.shape != shape or (values.size and values.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{name} has shape {values.shape} and type {values.dtype}, expected integers of shape "
-            f"{shape}. {remedy}"
-        )
-    return values.astype(np.int64)
-
-
-def _product_ids(ids, name: str) -> np.ndarray:
-    return _integers(ids, name, (np.size(ids),), "Pass catalog.product_id, or factorize names.")
-
-
 def hits_from_ranks(ranks, query_ids, gallery_ids) -> np.ndarray:
     """Hits (Q, k) bool: does the gallery row at this rank show the query's product?
 
     ranks (Q, k) int are row numbers into gallery_ids (G,), best first; -1 = nothing there, never a
-    hit. query_ids (Q,) and gallery_ids (G,) are product ids; -1 = unknown, matches nothing. A row
-    listed twice scores at its first rank only and leaves its later ranks empty, as in Kaggle's
-    `apk`. Raises ValueError for a rank outside -1..G-1, which would point at another image.
+    hit. query_ids (Q,) and gallery_ids (G,) are product_id of the catalog; -1 = unknown, matches
+    nothing. A row listed twice scores at its first rank only and leaves its later ranks empty, as
+    in Kaggle's `apk`. Raises ValueError for a rank outside -1..G-1, which would point at another
+    image, and for lists of another number of queries.
 
     >>> hits_from_ranks([[0, 2, 2, -1]], [7], [7, 8, 7]).tolist()
     [[True, True, False, False]]
     """
-    query_ids = _product_ids(query_ids, "query_ids")
-    gallery_ids = _product_ids(gallery_ids, "gallery_ids")
-    shape = (len(query_ids), *np.shape(ranks)[-1:])  # (Q, k)
-    ranks = _integers(ranks, "ranks", shape, "Pass the ranks of search.top_k, a row a query.")
+    ranks, wanted = np.asarray(ranks), np.reshape(query_ids, (len(ranks), 1))
     if not ((ranks >= -1) & (ranks < len(gallery_ids))).all():
         raise ValueError(
             f"ranks run from {ranks.min()} to {ranks.max()}, expected -1 to "
@@ -60,7 +43,7 @@ def hits_from_ranks(ranks, query_ids, gallery_ids) -> np.ndarray:
     found = np.append(gallery_ids, -1)[ranks]  # (Q, k); rank -1 reads the -1 appended here
     same_row = ranks[:, :, None] == ranks[:, None, :]  # (Q, k, k)
     listed_before = np.tril(same_row, -1).any(axis=2)
-    return (found == query_ids[:, None]) & (found != -1) & ~listed_before
+    return (found == wanted) & (found != -1) & ~listed_before
 
 
 def count_relevant(query_ids, gallery_ids) -> np.ndarray:
@@ -68,30 +51,25 @@ def count_relevant(query_ids, gallery_ids) -> np.ndarray:
 
     Where the query itself is in the gallery (leave one out), subtract it: it cannot be found.
     """
-    query_ids = _product_ids(query_ids, "query_ids")
-    counts = pd.Series(_product_ids(gallery_ids, "gallery_ids")).value_counts()
+    counts = pd.Series(gallery_ids).value_counts()
     return counts.drop(-1, errors="ignore").reindex(query_ids, fill_value=0).to_numpy()
 
 
 def _checked(hits, n_relevant, k: int) -> tuple:
     """hits (Q, k) bool and n_relevant (Q,) float64, NaN for 0, or a ValueError that says why."""
     hits = np.asarray(hits)
-    if k < 1:
-        raise ValueError(f"k is {k!r}, expected a whole number of at least 1.")
     if hits.dtype != bool or hits.ndim != 2 or hits.shape[1] < k:
         raise ValueError(
             f"hits has shape {hits.shape} and type {hits.dtype}, expected True and False of shape "
             f"(Q, {k}) or wider. Pass the result of hits_from_ranks, not scores, of a search with "
             f"k={k}; where the gallery is smaller, fill up with False (rank -1)."
         )
-    remedy = "Pass count_relevant over the gallery searched, one count for each query."
-    n = _integers(n_relevant, "n_relevant", (len(hits),), remedy)
-    found = hits.sum(axis=1)
+    found, n = hits.sum(axis=1), np.reshape(n_relevant, len(hits))
     if (found > n).any():
         query = (found > n).argmax()
         raise ValueError(
             f"query {query} has {found[query]} hits but n_relevant = {n[query]}, expected no more "
-            f"hits than relevant images. {remedy}"
+            "hits than relevant images. Pass count_relevant over the gallery searched."
         )
     return hits[:, :k], np.where(n > 0, n, np.nan)
 
