@@ -54,12 +54,10 @@ def zoomed(image: np.ndarray, share: float) -> np.ndarray:
             f"zoom {share} is no share of a photo's sides: use a number over 0, 1 at most, where 1 "
             "keeps the whole photo"
         )
-    height, width = image.shape[:2]
-    kept_height = max(1, round(height * share))
-    kept_width = max(1, round(width * share))
-    top = (height - kept_height) // 2
-    left = (width - kept_width) // 2
-    return image[top : top + kept_height, left : left + kept_width]
+    sides = np.array(image.shape[:2])
+    height, width = kept = np.maximum(1, np.round(sides * share).astype(int))
+    top, left = (sides - kept) // 2
+    return image[top : top + height, left : left + width]
 
 
 def study_steps(image_size: int = 224) -> dict[str, torch.nn.Module]:

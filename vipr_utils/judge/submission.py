@@ -34,13 +34,11 @@ def write_ranking(path: Path, query_names, gallery_names) -> Path:
     file as it is, where there is not one list for each query, and SubmissionError for a query or
     an image that comes twice; `validate` finds every other fault.
     """
-    for query, names in zip(query_names, gallery_names):
+    lists = []
+    for query, names in zip(query_names, gallery_names, strict=True):
         if len(set(names)) < len(names):
             raise SubmissionError(f"{query}: an image is listed twice in {list(names)}")
-    lists = [
-        " ".join(name.replace("%", "%25").replace(" ", "%20") for name in names)
-        for names in gallery_names
-    ]
+        lists.append(" ".join(name.replace("%", "%25").replace(" ", "%20") for name in names))
     return _write(path, RANKING, query_names, lists)
 
 
@@ -67,7 +65,7 @@ def write_answers(
     """
     names = gallery["name"].to_numpy()
     asked, listed = _sides(data_root, gallery_domain)
-    often = pd.Series(ranks[ranks >= 0]).value_counts(sort=True).index
+    often = pd.Series(ranks[ranks >= 0]).value_counts().index
     usual = list(dict.fromkeys([*names[often], *names, *listed.index]))[: 2 * LENGTH]
     answers = {name: names[row[row >= 0]] for name, row in zip(queries["name"], ranks)}
     lists = []

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import socket
+from itertools import pairwise
 from pathlib import Path
 
 import huggingface_hub
@@ -46,16 +47,10 @@ class Siamese90M(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            Conv2dNormActivation(3, 64),
-            nn.MaxPool2d(2),
-            Conv2dNormActivation(64, 128),
-            nn.MaxPool2d(2),
-            Conv2dNormActivation(128, 256),
-            nn.MaxPool2d(2),
-            Conv2dNormActivation(256, 256),
-            nn.MaxPool2d(2),
-        )
+        layers = []
+        for inputs, outputs in pairwise((3, 64, 128, 256, 256)):
+            layers += [Conv2dNormActivation(inputs, outputs), nn.MaxPool2d(2)]
+        self.layers = nn.Sequential(*layers)
         self.wide = nn.Linear(256 * 14 * 14, 1792)
         self.num_features = 1792
 
