@@ -38,16 +38,16 @@ def papermill(
     beside `out`, and a line a section or logged event to the terminal. Once `stop` is set the
     kernel is interrupted.
     """
-    log, took = out.with_name("log.txt"), durations(out)
+    log, last_s = out.with_name("log.txt"), duration_s(out)
     log.write_bytes(b"")
     command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar"]
     command += ["--log-output", "-k", "python3", "-y", yaml.safe_dump(values)]
-    began, last_time = time.monotonic(), f"; it took {clock(sum(took))} the last time"
+    began, last_time = time.monotonic(), f" of {clock(last_s)} last time" if last_s else ""
 
     def tell(text: str) -> None:
-        say(f"{values['run_name']}  {clock(time.monotonic() - began)}  {text}")
+        say(f"{values['run_name']}  {clock(time.monotonic() - began)}{last_time}  {text}")
 
-    tell(f"begins: {notebook.name}, log in {log}" + (last_time if took else ""))
+    tell(f"begins: {notebook.name}, log in {log}")
     with subprocess.Popen(
         command,
         bufsize=0,  # a line is in the log when it was said
@@ -56,23 +56,18 @@ def papermill(
         stderr=subprocess.STDOUT,
         cwd=platform.home(),
         env=os.environ | slot | {"VIPR_LOG": str(log), "PYTHONIOENCODING": "utf-8:replace"},
-        **_apart(),
+        # apart from this process, so that Ctrl-C in the terminal reaches this one alone
+        start_new_session=os.name != "nt",
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        preexec_fn=_end_with_parent if LIBC else None,
     ) as process:
-        _follow(process, log, sections(notebook, took), tell, stop)
+        _follow(process, log, sections(notebook), tell, stop)
     said = log.read_text(encoding="utf-8", errors="replace")
     return subprocess.CompletedProcess(command, process.returncode, said)
 
 
-def _apart() -> dict:
-    """How the process is started: Ctrl-C in the terminal reaches this one alone, which ends it; and
-    where the system can do it, no kernel goes on when this one was killed.
-    """
-    if os.name == "nt":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {"start_new_session": True, "preexec_fn": _end_with_parent if LIBC else None}
-
-
 def _end_with_parent() -> None:
+    """No kernel goes on when the process that waits for it was killed."""
     LIBC.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
 
@@ -85,7 +80,7 @@ def _follow(
 ) -> None:
     """Write what the process says to its log, and tell of its events until it ends.
 
-    told: what to say when a cell begins.
+    told: what to say when a cell begins, by its number.
     """
     with open(log, "ab", buffering=0) as file, open(log, "rb") as lines:
         pump = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, file), daemon=True)
@@ -112,10 +107,8 @@ def end(process: subprocess.Popen) -> None:
     """
     with suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid).children(recursive=True)
-        if os.name == "nt":
-            process.send_signal(signal.CTRL_BREAK_EVENT)
-        for child in [] if os.name == "nt" else started:
-            child.send_signal(signal.SIGINT)
+        for heard in [process] if os.name == "nt" else started:
+            heard.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
         for left in psutil.wait_procs(started, timeout=GRACE_S)[1]:
             left.kill()
         if not started:
@@ -128,29 +121,24 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def sections(notebook: Path, took: list[float]) -> dict[int, str]:
-    """{first cell with code of a section: 'Counts, about 0:02:05 left'}, as papermill counts cells.
-
-    took: seconds of each cell the last time; without it the place is told, 'cell 7 of 30'.
-    """
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+def sections(notebook: Path) -> dict[int, str]:
+    """{cell: 'Counts, cell 9 of 36'} where the code of a section begins, as papermill counts."""
     found, at, heading = {}, 0, ""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     for cell in cells:
         at += 1
-        if cell["cell_type"] == "markdown":
-            headings = re.findall(r"^## (.+)", "".join(cell["source"]), re.MULTILINE)
-            heading = next(iter(headings), heading)
-        elif heading:
-            left = f"about {clock(sum(took[at - 1 :]))} left"
-            found[at] = f"{heading}, {left if took else f'cell {at} of {len(cells) + 1}'}"
-            heading = ""
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code" and heading:
+            found[at], heading = f"{heading}, cell {at} of {len(cells) + 1}", ""
+        elif text.startswith("## "):
+            heading = text[3:].partition("\n")[0]
         at += "parameters" in cell["metadata"].get("tags", [])  # papermill's own follows
     return found
 
 
-def durations(executed: Path) -> list[float]:
-    """Seconds of each cell of an executed notebook; [] where there is none, or it did not end."""
+def duration_s(executed: Path) -> float:
+    """Seconds that an executed notebook took; 0 where there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-        return [float(cell["metadata"]["papermill"]["duration"]) for cell in cells]
-    return []
+        notebook = json.loads(executed.read_text(encoding="utf-8"))
+        return float(notebook["metadata"]["papermill"]["duration"])
+    return 0.0
