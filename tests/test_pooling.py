@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from vipr_utils.data import transforms
 from vipr_utils.data.store import Photos
-from vipr_utils.learn import models
+from vipr_utils.learn import models, pooling
 from vipr_utils.learn.pooling import POOLINGS, RMAC, GeM, region_grid
 from vipr_utils.retrieve import embedding
 
@@ -60,7 +60,7 @@ def test_region_grid_is_the_published_one(height, width):
 
 def test_square_maps_have_fourteen_regions_and_tiny_maps_some():
     assert len(region_grid(7, 7)) == 1 + 4 + 9
-    assert region_grid(7, 7, scales=1) == [(0, 0, 7)]
+    assert region_grid(7, 7)[0] == (0, 0, 7)
     assert all(side >= 1 for _, _, side in region_grid(1, 1))
 
 
@@ -83,9 +83,10 @@ def test_rmac_is_the_sum_of_whitened_region_maxima():
     torch.testing.assert_close(layer(x), want / want.norm(dim=1, keepdim=True))
 
 
-def test_rmac_of_one_region_is_max_pooling():
+def test_rmac_of_one_region_is_max_pooling(monkeypatch):
+    monkeypatch.setattr(pooling, "SCALES", 1)
     x, maximum = maps(), POOLINGS["max"](6)
-    torch.testing.assert_close(RMAC(6, scales=1)(x), F.normalize(maximum(x), dim=1))
+    torch.testing.assert_close(RMAC(6)(x), F.normalize(maximum(x), dim=1))
     torch.testing.assert_close(maximum(x), x.flatten(2).max(2).values)
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+SCALES = 3  # of R-MAC's regions
+
 
 class GeM(nn.Module):
     """Generalised mean over positions, (B, C, H, W) -> (B, C): mean(x^p)^(1/p).
@@ -38,9 +40,8 @@ class RMAC(nn.Module):
     (whitening as a layer).
     """
 
-    def __init__(self, channels: int, *, scales: int = 3) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.scales = scales
         self.whitening = nn.Linear(channels, channels)
         nn.init.eye_(self.whitening.weight)
         nn.init.zeros_(self.whitening.bias)
@@ -48,7 +49,7 @@ class RMAC(nn.Module):
     def regions(self, x: torch.Tensor) -> torch.Tensor:
         """(B, R, C): the L2-normalised maximum of every region, before whitening."""
         maxima = []
-        for top, left, side in region_grid(*x.shape[2:], scales=self.scales):
+        for top, left, side in region_grid(*x.shape[2:]):
             region = x[:, :, top : top + side, left : left + side]
             maxima.append(region.amax((2, 3)))
         return F.normalize(torch.stack(maxima, 1).float(), dim=2)
@@ -60,8 +61,8 @@ class RMAC(nn.Module):
             return F.normalize(whitened.sum(1), dim=1)
 
 
-def region_grid(height: int, width: int, *, scales: int = 3) -> list[tuple[int, int, int]]:
-    """(top, left, side) of R-MAC's square regions on a map, 14 of them on a square one of 3 scales.
+def region_grid(height: int, width: int) -> list[tuple[int, int, int]]:
+    """(top, left, side) of R-MAC's square regions on a map, 14 of them on a square one.
 
     Scale l has side 2 min(H, W) / (l + 1) and l regions along the shorter side, l + m along the
     longer one, spread evenly; m is 0 on a square, else chosen so that neighbours at scale 1 overlap
@@ -72,7 +73,7 @@ def region_grid(height: int, width: int, *, scales: int = 3) -> list[tuple[int, 
     if long > short:
         more = min(range(1, 7), key=lambda m: abs(1 - (long - short) / m / short - 0.4))
     grid = []
-    for scale in range(1, scales + 1):
+    for scale in range(1, SCALES + 1):
         side = max(1, 2 * short // (scale + 1))
         rows = scale + more * (height > width)
         columns = scale + more * (width > height)
