@@ -8,7 +8,7 @@ from pathlib import Path
 
 if importlib.util.find_spec("vipr_utils") is None:  # here or above, attached, else a clone
     inputs = Path(os.environ.get("VIPR_PLATFORM_ROOT", "/")) / "kaggle" / "input"
-    depths = ("*", "*/*", "datasets/*/*", "datasets/*/*/*")
+    depths = [top + d for top in ("", "datasets/*/") for d in ("*", "*/*", "*/vipr/*")]
     attached = [Path(p).parent for d in depths for p in glob.glob(f"{inputs}/{d}/vipr_utils")]
     here, clone = Path.cwd(), Path.home() / ".cache" / "vipr-RELEASE"
     places = [here, here / "vipr", *here.parents, *attached, clone]

@@ -42,8 +42,8 @@ def tree(lane: str, work: Path, wheels: Path) -> Path:
     call(
         [sys.executable, "-c", MAKE_INPUTS, made, inputs], PYTHONPATH=f"{ROOT}{os.pathsep}{wheels}"
     )
-    with zipfile.ZipFile(made / "vipr-kit" / "vipr.zip") as archive:
-        archive.extractall(inputs / "datasets" / "some-one" / "vipr-kit")
+    with zipfile.ZipFile(made / "vipr-kit" / "vipr.zip") as archive:  # to a folder of its name
+        archive.extractall(inputs / "datasets" / "some-one" / "vipr-kit" / "vipr")
     shutil.copytree(made / "vipr-weights", inputs / "datasets" / "some-one" / "vipr-weights")
     for path in inputs.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)

@@ -23,6 +23,7 @@ PLATFORM_ROOT = Path(os.environ.get("VIPR_PLATFORM_ROOT", "/"))
 KAGGLE_WORKING = PLATFORM_ROOT / "kaggle" / "working"
 COLAB_CONTENT = PLATFORM_ROOT / "content"
 COLAB_DRIVE = COLAB_CONTENT / "drive" / "MyDrive"
+REVISION = "revision.txt"  # in a bundle: of what
 KEPT_GB = 20  # what Kaggle keeps of /kaggle/working; more makes the run fail at its end
 # What is attached to a notebook, by both of Kaggle's schemes, or lies one folder below it
 MOUNTS = (
@@ -201,7 +202,13 @@ def is_kept(folder: Path) -> bool:
 
 
 def git_revision() -> str:
-    """Short commit of the checkout, with '+' when files differ from it; '' without git."""
+    """Short commit of the checkout, with '+' when files differ from it; '' without git.
+
+    Of a bundle what stands in its revision.txt.
+    """
+    bundled = Path(__file__).resolve().parents[2] / REVISION
+    if bundled.is_file():
+        return bundled.read_text(encoding="utf-8").strip()
     command = ["git", "-C", str(repository()), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()

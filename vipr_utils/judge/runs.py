@@ -78,6 +78,7 @@ STUDY = {
 }
 
 
+FOLDERS = {"data_root", "output_dir", "cache_dir"}  # parameters that name places of a machine
 RESULTS = ["run.json", "submission.csv", "average_precision.csv", "model.pt"]
 UNFINISHED = "unfinished.txt"  # stands in a run folder from the start of a run to its end
 OTHER_SPLIT = "its model held out other photos: use the same holdout"
@@ -118,8 +119,7 @@ def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
 
 def _published(params: dict) -> dict:
     """Parameters with folders by name alone, for a record may be published."""
-    folders = params.keys() & {"data_root", "output_dir", "cache_dir"}
-    return params | {name: Path(params[name]).name for name in folders}
+    return params | {name: Path(params[name]).name for name in params.keys() & FOLDERS}
 
 
 def _plain(value):

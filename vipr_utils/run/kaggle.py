@@ -1,12 +1,26 @@
-"""The kit on Kaggle: itself as a dataset, notebooks as kernels, weights for want of a network.
+"""The kit on Kaggle: itself as a dataset, notebooks as kernels, their runs brought home.
 
-    vipr kaggle bundle  --owner NAME [--output kaggle]     kaggle/vipr-kit/: the dataset, one zip
-    vipr kaggle weights --owner NAME MODEL [MODEL ...]     kaggle/vipr-weights/: a file a model
-    vipr kaggle prepare --owner NAME params/kaggle_t4      kaggle/<kernel>/: one a parameter file
-    vipr kaggle push    kaggle/vipr-kit kaggle/vipr-06-submission
-    vipr kaggle collect kaggle/vipr-06-submission [--output submissions]
+    vipr kaggle bundle  --owner NAME                        kaggle/vipr-kit/: the dataset, one zip
+    vipr kaggle weights --owner NAME params/kaggle_t4       kaggle/vipr-weights/: a file a backbone
+    vipr kaggle prepare --owner NAME params/kaggle_t4       kaggle/vipr-<run>/: a kernel a file
+    vipr kaggle push    kaggle/vipr-*                       upload and run, one after the other
+    vipr kaggle wait    kaggle/vipr-06-submission           its status, log and quota, to its end
+    vipr kaggle collect kaggle/vipr-06-submission           its run folder, into submissions/
+    vipr kaggle submit  submissions/06_submission [--competition products-10k]
 
-Only push and collect need the network and the official `kaggle` client, installed and configured.
+`weights` also takes names of backbones. Of a notebook that tries several it leaves out those whose
+weights cannot be had, and says so. `push` begins with the datasets; before anything is pushed it
+asks for every dataset, kernel and competition that is attached, and before each kernel it waits for
+the one before. What a run left comes home whole or not at all, and only if it is the run that was
+prepared: the notebook, its parameters, this package. It replaces an older run of that name.
+
+A session ends after 12 hours. A run that has not finished by then leaves its checkpoint among its
+outputs and goes on in a kernel of its own that has them attached (whether a kernel may attach its
+own outputs is not documented, so none does): with --session 2, `prepare` of the same file makes
+kaggle/vipr-<run>-2, session 3 attaches both before it, and what is prepared later the last one.
+
+push, wait, collect and submit go through the official client (`pip install kaggle`), configured
+with an API token; the rest needs no account, weights that are not here a network.
 """
 
 from __future__ import annotations
@@ -20,29 +34,53 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import count, takewhile
 from pathlib import Path
 
+import joblib
 from safetensors.torch import save_file
 
 from vipr_utils.host import platform
 from vipr_utils.host.files import whole_file
+from vipr_utils.judge import runs
 from vipr_utils.learn import models
 from vipr_utils.run.params import BadParameters, Run, load_runs, setting
 
 KIT, WEIGHTS = "vipr-kit", "vipr-weights"  # slugs of the two datasets: 6 to 50 characters
 COMPETITION = "products-10k"
+PACKING = "01_eda"  # the run that leaves packed photos for those after it
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
+PREPARED = "prepared.json"  # beside them: what the run of a kernel has to be
+PACKAGE = "vipr_utils/**/*.py"
 BUNDLED = (
-    "vipr_utils/**/*.py",
+    PACKAGE,
     "params/**/*.yaml",
     "notebooks/*.ipynb",
     "pyproject.toml",
     "README.md",
     "LICENSE",
 )
-REFUSED = re.compile(r"error:|could not be added", re.IGNORECASE)  # printed, with exit code 0
+# What the client prints of a failure and yet ends with exit code 0
+REFUSED = re.compile(
+    "(push|creation) error:|could not be added|does not resolve|skipping|cancelled", re.IGNORECASE
+)
+PASSING = re.compile(
+    r"429 client|rate limited|\b5\d\d server|on kaggle's side|connection|timed out", re.IGNORECASE
+)
+ASKING = {"status", "files", "output", "logs", "quota"}  # commands that may be tried again
+STATUS = re.compile(r'(?:has status "(?:\w+\.)?|^)(\w+)"?$', re.MULTILINE)
+GOOD = ["complete", "ready"]
+BAD = ["error", "cancel_requested", "cancel_acknowledged", "failed", "deleted"]
+TRIES, PAUSE_S, POLL_S = 5, 10.0, 60.0
+SOURCES = {  # of a kernel -> whom to ask for it, and what to do where it is not there
+    "dataset_sources": ("datasets", "make it by bundle or weights and push it first"),
+    "kernel_sources": ("kernels", "push it first, or prepare without its run"),
+    "competition_sources": ("competitions", "join it on kaggle.com and accept its rules"),
+}
 
 
 class KaggleError(RuntimeError):
@@ -52,23 +90,35 @@ class KaggleError(RuntimeError):
 def bundle(folder: Path, *, owner: str) -> Path:
     """Folder of the kit's dataset: `vipr.zip`, which Kaggle unpacks to vipr/, and its metadata.
 
-    The same files give the same bytes. Raises KaggleError outside of a checkout.
+    The same files give the same bytes. Records of its runs say its `digest`, which stands in
+    revision.txt. Raises KaggleError outside of a checkout.
     """
-    if not (root := platform.repository()):
-        raise KaggleError(
-            "bundle needs the repository (pyproject.toml and notebooks/), not an installed "
-            "package alone"
-        )
-    folder = folder / KIT
-    files = sorted(found for pattern in BUNDLED for found in root.glob(pattern))
+    folder, content = folder / KIT, _content(*BUNDLED)
+    content[platform.REVISION] = f"{platform.git_revision()} kit {digest()}".encode()
     with whole_file(folder / "vipr.zip") as part, zipfile.ZipFile(part, "w") as archive:
-        for file in files:
-            entry = zipfile.ZipInfo(f"vipr/{file.relative_to(root).as_posix()}")  # dated 1980
-            archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
+        for name, data in sorted(content.items()):
+            entry = zipfile.ZipInfo(name)  # dated 1980
+            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return _dataset(folder, owner, title="ViPR kit", licence="MIT")
 
 
-def weights(names: list[str], folder: Path, *, owner: str) -> Path:
+def _content(*patterns: str) -> dict[str, bytes]:
+    """Files of the checkout by their names in it."""
+    if not (root := platform.repository()):
+        raise KaggleError(
+            "bundle and prepare need the repository (pyproject.toml and notebooks/), not an "
+            "installed package alone"
+        )
+    files = sorted(file for pattern in patterns for file in root.glob(pattern))
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
+
+
+def digest() -> str:
+    """12 hexadecimal digits that tell the package's sources from others."""
+    return joblib.hash(_content(PACKAGE))[:12]
+
+
+def weights(names: Iterable[str], folder: Path, *, owner: str) -> Path:
     """Folder with the pretrained weights of each backbone as <name>.safetensors, SHA256SUMS and
     dataset metadata.
 
@@ -92,6 +142,27 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     (folder / "SHA256SUMS").write_text(sums)
     about = f"Pretrained weights of {', '.join(names)}; each keeps the licence of its source."
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
+
+
+def backbones(todo: Iterable[Run]) -> tuple[list[str], list[str]]:
+    """(backbones of these runs whose weights can be had, those that are left out).
+
+    Raises WeightsError where a run could have none of those it names.
+    """
+    found = {}
+    for run in todo:
+        names = run.values.get("backbones") or [run.values.get("backbone", "")]
+        if run.values.get("weights") != "auto" or not names[0]:
+            continue
+        found |= {name: models.weights_source(name) for name in names}
+        if not any(found[name] for name in names):
+            raise models.WeightsError(
+                f"{run.file}: no weights can be had of {', '.join(names)}, and {run.name} names "
+                "no other backbone. Name another, or switch the network on; where a licence has "
+                "to be accepted, do so on huggingface.co and log in by `hf auth login`"
+            )
+    had = [name for name, source in found.items() if source not in ("", "random")]
+    return had, [name for name, source in found.items() if not source]
 
 
 def _dataset(folder: Path, owner: str, *, title: str, licence: str, description: str = "") -> Path:
@@ -121,37 +192,47 @@ def _owner(name: str) -> str:
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def prepare(run: Run, folder: Path, **choices) -> Path:
+def prepare(run: Run, folder: Path, *, session: int = 1, **choices) -> Path:
     """Folder of one kernel: the notebook with the run's values in a cell of their own, no outputs.
 
-    choices: those of `kernel_metadata`.
+    session: above 1 the kernel that goes on where those before it have ended. choices: those of
+    `kernel_metadata`.
     """
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    metadata = kernel_metadata(run, **choices)
-    folder = folder / kernel_slug(run.name)
+    metadata = kernel_metadata(run, folder=folder, session=session, **choices)
+    prepared = {"run": run.name, "notebook": run.notebook.stem, "kit": digest()}
+    prepared |= {name: run.values[name] for name in run.values.keys() - runs.FOLDERS}
+    folder = folder / kernel_slug(run.name, session)
     notebook = parameterize_notebook(load_notebook_node(str(run.notebook)), run.params)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell.update(outputs=[], execution_count=None)
     _write(folder / metadata["code_file"], notebook)
+    _write(folder / PREPARED, prepared)
     return _write(folder / KERNEL, metadata).parent
 
 
-def kernel_metadata(run: Run, *, owner: str, upstream: Iterable[str] = ()) -> dict:
+def kernel_metadata(
+    run: Run, *, owner: str, upstream: Iterable[str] = (), folder: Path = Path(), session: int = 1
+) -> dict:
     """kernel-metadata.json of a run, everything explicit: private, T4 x2 where the notebook
     computes, its sources.
 
     There is no network. Sources: the kit, the weights' dataset where "auto" asks for some, the
-    competition, and the kernels of the runs it builds on: its model_run, and for one that
-    chooses among runs or compares them all `upstream`.
+    competition, and kernels: of its own earlier sessions, of the run that has packed the photos,
+    and of the runs it builds on, which are its model_run, and for one that chooses among runs or
+    compares them all `upstream`. Of a run that `folder` has several sessions of it is the last.
     """
-    slug, computes = kernel_slug(run.name), "device" in run.defaults
+    slug, computes = kernel_slug(run.name, session), "device" in run.defaults
     datasets = [f"{_owner(owner)}/{KIT}"]
     if run.values.get("weights") == "auto":
         datasets.append(f"{owner}/{WEIGHTS}")
-    before = upstream if run.reads_runs else filter(None, [run.starts_from])
+    packing = [name for name in upstream if computes and name == PACKING]
+    before = upstream if run.reads_runs else [*packing, *filter(None, [run.starts_from])]
+    kernels = [kernel_slug(run.name, earlier) for earlier in range(1, session)]
+    kernels += [_last_session(folder, name) for name in before]
     return {
         "id": f"{owner}/{slug}",
         "title": slug,
@@ -164,110 +245,275 @@ def kernel_metadata(run: Run, *, owner: str, upstream: Iterable[str] = ()) -> di
         "machine_shape": "NvidiaTeslaT4" if computes else "",
         "dataset_sources": datasets,
         "competition_sources": [COMPETITION],
-        "kernel_sources": [f"{owner}/{kernel_slug(name)}" for name in before],
+        "kernel_sources": [f"{owner}/{kernel}" for kernel in kernels],
     }
 
 
-def kernel_slug(run_name: str) -> str:
-    """'vipr-06-submission': lower-case letters, digits, single hyphens; Kaggle takes up to 50."""
-    return "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
+def _last_session(folder: Path, run_name: str) -> str:
+    """Slug of the last session of a run that is prepared in a folder."""
+    later = (kernel_slug(run_name, session) for session in count(2))
+    prepared = list(takewhile(lambda slug: (folder / slug).is_dir(), later))
+    return prepared[-1] if prepared else kernel_slug(run_name)
+
+
+def kernel_slug(run_name: str, session: int = 1) -> str:
+    """'vipr-06-submission': lower-case letters, digits, single hyphens; Kaggle takes up to 50.
+    Later sessions end in their number.
+    """
+    slug = "vipr-" + re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")
+    return slug if session == 1 else f"{slug}-{session}"
 
 
 # ---------------------------------------------------------------------- through the official client
 
 
-def push(folder: Path) -> str:
-    """Upload a prepared folder, a kernel (which then runs) or a dataset (new, or a new version);
-    what Kaggle said.
+def push(folders: Iterable[Path], *, hours: float = 24.0) -> Iterator[str]:
+    """Upload prepared folders, datasets first, and run the kernels among them; what Kaggle said.
 
-    Raises KaggleError when it was refused, in part too: a kernel without one of its sources fails.
+    Each waits, for `hours` at most, for the end of the one before. Raises KaggleError when
+    something was refused, in part too: a kernel without one of its sources fails. Where one does
+    not exist, and is not among the folders, nothing is pushed.
     """
-    is_kernel = (folder / KERNEL).is_file()
-    answer = client("kernels", "push", "-p", str(folder)) if is_kernel else _push_dataset(folder)
-    if REFUSED.search(answer) or (is_kernel and "successfully pushed" not in answer):
+    ordered = sorted(map(Path, folders), key=lambda folder: (folder / KERNEL).is_file())
+    todo = {_metadata(folder)["id"]: folder for folder in ordered}
+    for folder in ordered:
+        for kind, (section, remedy) in SOURCES.items():
+            for source in set(_metadata(folder).get(kind, [])) - todo.keys():
+                try:
+                    yield from settled(section, source, hours=hours)
+                except KaggleError as error:
+                    raise KaggleError(
+                        f"nothing was pushed: {folder.name} attaches {source} of {section}, which "
+                        f"cannot be had: {remedy}. {error}"
+                    ) from None
+    before = ""
+    for name, folder in todo.items():
+        if before:
+            yield from settled(_section(todo[before]), before, hours=hours)
+        yield _push(folder)
+        before = name
+
+
+def _push(folder: Path) -> str:
+    """What Kaggle said of one folder: a kernel, a new dataset, or a new version of one."""
+    section, expected = _section(folder), "is being created"
+    command = ["create"]
+    if section == "kernels":
+        command, expected = ["push"], "successfully pushed"
+    else:
+        with suppress(KaggleError):
+            client("datasets", "status", _metadata(folder)["id"])
+            command = ["version", "-m", f"kit {digest()}"]
+    answer = client(section, *command, "-p", str(folder))
+    if REFUSED.search(answer) or expected not in answer:
         raise KaggleError(f"{folder.name} was not pushed: {answer}")
+    return f"{folder.name}: {answer}"
+
+
+def _section(folder: Path) -> str:
+    return "kernels" if (folder / KERNEL).is_file() else "datasets"
+
+
+def _metadata(folder: Path) -> dict:
+    return _read(folder / (KERNEL if (folder / KERNEL).is_file() else DATASET))
+
+
+def _read(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KaggleError(
+            f"{file} does not exist: make it by `vipr kaggle bundle`, weights or prepare"
+        ) from None
+
+
+def settled(section: str, name: str, *, hours: float) -> Iterator[str]:
+    """A line for each change of the status of a kernel or dataset, until it is complete or ready;
+    of a competition none, where it is there.
+
+    Raises KaggleError when it does not exist, has failed, or goes on after so many hours.
+    """
+    if section == "competitions":
+        client(section, "files", name)
+        return
+    end, before = time.monotonic() + 3600 * hours, ""
+    while before not in GOOD:
+        answer = client(section, "status", name)
+        status = STATUS.findall(answer)[0].lower()
+        if status in BAD:
+            raise KaggleError(f"{name} has failed: {answer}")
+        if status != before:
+            yield f"{time.strftime('%H:%M')} {name}: {status}"
+        elif time.monotonic() > end:
+            raise KaggleError(f"{name} has not finished in {hours:g} hours: {answer}")
+        else:
+            time.sleep(POLL_S)
+        before = status
+
+
+def wait(folder: Path, *, hours: float = 24.0) -> Iterator[str]:
+    """Lines of a pushed kernel: each change of its status, then the end of its log and the quota.
+
+    Raises KaggleError as `settled` does, after these.
+    """
+    kernel = _metadata(folder)["id"]
+    try:
+        yield from settled("kernels", kernel, hours=hours)
+    finally:
+        with suppress(KaggleError):  # old clients have neither
+            yield _tail(client("kernels", "logs", kernel))
+            yield client("quota")
+
+
+def _tail(log: str) -> str:
+    """The last lines of a log: plain text, or Kaggle's list of pieces."""
+    with suppress(ValueError):
+        log = "".join(piece["data"] for piece in json.loads(log))
+    return "\n".join(log.splitlines()[-15:])
+
+
+def collect(folder: Path, output_dir: Path) -> Path:
+    """The run folder that a pushed kernel left, in `output_dir` in place of an older one.
+
+    Packed photos stay where they are. Raises KaggleError when the kernel failed or still runs, when
+    its run has not finished, and when it is not the run that was prepared: Kaggle gives away the
+    outputs of a kernel's latest version, whichever one is asked for.
+    """
+    kernel, prepared = _metadata(folder)["id"], _read(folder / PREPARED)
+    list(settled("kernels", kernel, hours=0))
+    run = prepared["run"]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".collect-") as scratch:
+        pattern = f"/{re.escape(run)}/(?!stores/)"
+        answer = client("kernels", "output", kernel, "-p", scratch, "--file-pattern", pattern)
+        if "next page token" in answer.lower():  # old clients stop there
+            raise KaggleError(f"{kernel}: part of the outputs is missing: update the kaggle client")
+        new = next(Path(scratch).glob(f"*/{run}"), Path(scratch, run))
+        _check(kernel, prepared, new)
+        if (output_dir / run).exists():
+            (output_dir / run).replace(Path(scratch, "old"))
+        return new.replace(output_dir / run)
+
+
+def _check(kernel: str, prepared: dict, folder: Path) -> None:
+    """Raises KaggleError where a kernel's run is not finished or not what was prepared."""
+    try:
+        record = runs.load(folder)
+    except runs.RunError as error:
+        raise KaggleError(
+            f"{kernel} left no finished run. Where its session ended too early go on by `prepare "
+            f"--session`. {error}"
+        ) from None
+    ran = {**record["params"], "run": record["run"], "notebook": record["notebook"]}
+    ran["kit"] = record["git"].rpartition(" ")[2]
+    others = [
+        f"{name} was prepared as {value!r} and ran as {ran.get(name)!r}"
+        for name, value in prepared.items()
+        if value != ran.get(name)
+    ]
+    if others:
+        raise KaggleError(
+            f"{kernel} ran something else: {'; '.join(others)}. Bundle, prepare and push again"
+        )
+
+
+def submit(folder: Path, competition: str) -> str:
+    """Hand the submission of a run folder in to a competition; what Kaggle said.
+
+    Raises KaggleError with its words where it takes none.
+    """
+    file, message = str(folder / "submission.csv"), f"ViPR {folder.resolve().name}"
+    answer = client("competitions", "submit", competition, "-f", file, "-m", message)
+    if "successfully submitted" not in answer.lower():
+        raise KaggleError(f"{competition} took no submission: {answer}")
     return answer
 
 
-def _push_dataset(folder: Path) -> str:
-    try:
-        client("datasets", "status", _id(folder / DATASET))
-    except KaggleError:
-        return client("datasets", "create", "-p", str(folder))
-    return client("datasets", "version", "-p", str(folder), "-m", "new version of the kit")
-
-
-def _id(metadata: Path) -> str:
-    return json.loads(metadata.read_text(encoding="utf-8"))["id"]
-
-
-def collect(folder: Path, output_dir: Path) -> list[Path]:
-    """Run folders that a pushed kernel left under submissions/, copied into `output_dir`.
-
-    Raises KaggleError when the kernel failed or still runs, with its status.
-    """
-    kernel = _id(folder / KERNEL)
-    status = client("kernels", "status", kernel)
-    if "complete" not in status.lower():
-        raise KaggleError(f"{kernel} has not finished: {status}")
-    with tempfile.TemporaryDirectory() as scratch:
-        client("kernels", "output", kernel, "-p", scratch)
-        records = sorted(Path(scratch).glob("submissions/*/run.json"))
-        return [
-            shutil.copytree(record.parent, output_dir / record.parent.name, dirs_exist_ok=True)
-            for record in records
-        ]
-
-
 def client(*arguments: str) -> str:
-    """What the official client printed. Raises KaggleError when it is absent, not configured, or
-    fails.
+    """What the official client printed.
+
+    Questions are asked again where the service or the line fails for a moment. Raises KaggleError
+    when the client is absent, not configured, or fails.
     """
-    if not (program := shutil.which("kaggle")):
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    if not (program := shutil.which("kaggle", path=path)):
         raise KaggleError(
             "the kaggle client is not installed: pip install kaggle, then create an API token "
             "on kaggle.com"
         )
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
-    answer = (done.stdout + done.stderr).strip()
-    if done.returncode:
-        raise KaggleError(answer)
-    return answer
+    for attempt in range(TRIES if ASKING & set(arguments[:2]) else 1):
+        time.sleep(attempt * PAUSE_S)
+        done = run_client([program, *arguments])
+        if not done.returncode:
+            return done.stdout.strip()
+        answer = f"{done.stdout}{done.stderr}".strip()
+        if not PASSING.search(answer):
+            break
+    raise KaggleError(f"kaggle {' '.join(arguments[:3])}: {answer}")
+
+
+def run_client(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """One command; exit code 0, or 2 with what is wrong."""
-    parser = argparse.ArgumentParser("vipr kaggle", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "vipr kaggle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("command", choices=["bundle", "weights", "prepare", "push", "collect"])
-    add("names", nargs="*", help="backbones, parameter files, or prepared folders")
+    commands = ["bundle", "weights", "prepare", "push", "wait", "collect", "submit"]
+    add("command", choices=commands)
+    add("names", nargs="*", type=Path, help="parameter files, backbones, prepared folders or runs")
     add("--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name")
     add("--output", type=Path, help="folder; kaggle, for collect submissions")
     add("-p", action="append", default=[], type=setting, metavar="name=value", help="as for run")
-    given = parser.parse_args(arguments)
+    add("--session", type=int, default=1, help="of a run that goes on: 2, 3, ...")
+    add("--hours", type=float, default=24.0, help="to wait at most, for each")
+    add("--competition", default=COMPETITION, help="to submit to")
+    given = parser.parse_intermixed_args(arguments)
+    if given.command != "bundle" and not given.names:
+        parser.error(f"{given.command} what? Give names, see vipr kaggle --help")
     try:
-        for line in _lines(given):
-            print(line)
+        for line in _lines(given, given.output or Path("kaggle")):
+            print(line, flush=True)
     except (KaggleError, models.WeightsError, BadParameters, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _lines(given: argparse.Namespace) -> Iterator[object]:
+def _lines(given: argparse.Namespace, out: Path) -> Iterator[object]:
     """What the command made or was answered."""
-    out = given.output or Path("kaggle")
-    if given.command == "bundle":
-        yield bundle(out, owner=given.owner)
-    elif given.command == "weights":
-        yield weights(given.names, out, owner=given.owner)
-    elif given.command == "prepare":
-        runs = load_runs(given.names, dict(given.p))
-        for run in runs:
-            upstream = [other.name for other in runs if other.notebook.stem < run.notebook.stem]
-            yield prepare(run, out, owner=given.owner, upstream=upstream)
-    for folder in map(Path, given.names):
-        if given.command == "push":
-            yield push(folder)
-        elif given.command == "collect":
-            yield from collect(folder, given.output or Path("submissions"))
+    match given.command:
+        case "bundle":
+            yield bundle(out, owner=given.owner)
+        case "weights":
+            yield from _weights(given, out)
+        case "prepare":
+            todo = load_runs(given.names, dict(given.p))
+            for run in todo:
+                upstream = [other.name for other in todo if other.notebook.stem < run.notebook.stem]
+                choices = {"owner": given.owner, "upstream": upstream, "session": given.session}
+                yield prepare(run, out, **choices)
+        case "push":
+            yield from push(given.names, hours=given.hours)
+        case "wait":
+            for folder in given.names:
+                yield from wait(folder, hours=given.hours)
+        case "collect":
+            for folder in given.names:
+                yield collect(folder, given.output or Path("submissions"))
+        case "submit":
+            for folder in given.names:
+                yield submit(folder, given.competition)
+
+
+def _weights(given: argparse.Namespace, out: Path) -> Iterator[object]:
+    """The folder, after a line for each backbone that is left out of it."""
+    files = [path for path in given.names if path.exists()]
+    names, left_out = backbones(load_runs(files, dict(given.p))) if files else ([], [])
+    for name in left_out:
+        yield f"{name} is left out: its weights cannot be had"
+    plain = [path.as_posix() for path in given.names if path not in files]
+    yield weights(dict.fromkeys([*names, *plain]), out, owner=given.owner)
