@@ -1,5 +1,5 @@
-"""The whole series as it goes to Kaggle and comes home, on one machine: bundled, prepared, pushed to
-a fake of Kaggle's service by the official client, executed there, collected, submitted, scored.
+"""The whole series as it goes to Kaggle and comes home, on one machine: bundled, prepared, pushed
+to a fake of Kaggle's service by the official client, executed there, collected, submitted, scored.
 
     python tests/lanes/kaggle_loop.py WORK
 
