@@ -200,8 +200,8 @@ def test_weights_of_a_folder_are_those_of_every_backbone_that_its_files_name(
 def test_backbone_without_weights_is_an_error_where_it_is_the_only_one(monkeypatch):
     monkeypatch.setattr(models, "weights_source", lambda name: "")
     with pytest.raises(models.WeightsError, match="05_subset_finetune names no other backbone"):
-        kaggle.backbones([run_of("05_subset_finetune")])
-    assert kaggle.backbones([run_of("05_subset_finetune", weights="none")]) == ([], [])
+        kaggle.backbones(run_of("05_subset_finetune"))
+    assert kaggle.backbones(run_of("05_subset_finetune", weights="none")) == {}
 
 
 # ----------------------------------------------------------------------------------------- kernels
@@ -447,7 +447,12 @@ def test_kernel_that_is_refused_with_exit_code_0_is_an_error(prepared, service, 
 def test_source_that_does_not_exist_stops_the_push_of_all(tmp_path, bundled, service):
     kernel = kaggle.prepare(run_of("06_submission"), tmp_path, owner="some-one", upstream=["04"])
     for kind, source, remedy, exists in [
-        ("datasets", "some-one/vipr-weights", "make it by bundle or weights", service.datasets),
+        (
+            "datasets",
+            "some-one/vipr-weights",
+            "make it by `vipr kaggle bundle` or weights",
+            service.datasets,
+        ),
         ("kernels", "some-one/vipr-04", "push it first", service.kernels),
         ("competitions", "products-10k", "accept its rules", service.competitions),
     ]:
@@ -660,8 +665,7 @@ def test_client_runs_as_a_process_of_its_own_and_its_absence_has_a_remedy(
     for name, value in (service.environment | {"HOME": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     folder, kernel = prepared
-    assert kaggle.main(["push", str(folder)]) == 0
-    assert "vipr-06-submission: Kernel version 1 successfully pushed" in capsys.readouterr().out
+    assert kaggle.client("datasets", "status", "some-one/vipr-kit") == "ready"
     monkeypatch.delenv("KAGGLE_KEY")
     with pytest.raises(kaggle.KaggleError, match="authenticate|API token"):
         kaggle.client("kernels", "status", kernel)

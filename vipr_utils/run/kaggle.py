@@ -68,6 +68,7 @@ BUNDLED = (
 REFUSED = re.compile(
     "(push|creation) error:|could not be added|does not resolve|skipping|cancelled", re.IGNORECASE
 )
+ACCEPTED = re.compile("successfully pushed|is being created")
 PASSING = re.compile(
     r"429 client|rate limited|\b5\d\d server|on kaggle's side|connection|timed out", re.IGNORECASE
 )
@@ -76,10 +77,10 @@ STATUS = re.compile(r'(?:has status "(?:\w+\.)?|^)(\w+)"?$', re.MULTILINE)
 GOOD = ["complete", "ready"]
 BAD = ["error", "cancel_requested", "cancel_acknowledged", "failed", "deleted"]
 TRIES, PAUSE_S, POLL_S = 5, 10.0, 60.0
-SOURCES = {  # of a kernel -> whom to ask for it, and what to do where it is not there
-    "dataset_sources": ("datasets", "make it by bundle or weights and push it first"),
-    "kernel_sources": ("kernels", "push it first, or prepare without its run"),
-    "competition_sources": ("competitions", "join it on kaggle.com and accept its rules"),
+REMEDIES = {  # where something that a kernel attaches cannot be had
+    "datasets": "make it by `vipr kaggle bundle` or weights, and push it first",
+    "kernels": "push it first, or prepare without its run",
+    "competitions": "join it on kaggle.com and accept its rules",
 }
 
 
@@ -118,7 +119,7 @@ def digest() -> str:
     return joblib.hash(_content(PACKAGE))[:12]
 
 
-def weights(names: Iterable[str], folder: Path, *, owner: str) -> Path:
+def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     """Folder with the pretrained weights of each backbone as <name>.safetensors, SHA256SUMS and
     dataset metadata.
 
@@ -144,25 +145,22 @@ def weights(names: Iterable[str], folder: Path, *, owner: str) -> Path:
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
 
-def backbones(todo: Iterable[Run]) -> tuple[list[str], list[str]]:
-    """(backbones of these runs whose weights can be had, those that are left out).
+def backbones(run: Run) -> dict[str, str]:
+    """Backbones that a run may start from by "auto" -> where their weights are, '' if nowhere.
 
-    Raises WeightsError where a run could have none of those it names.
+    Raises WeightsError where it could have none of them.
     """
-    found = {}
-    for run in todo:
-        names = run.values.get("backbones") or [run.values.get("backbone", "")]
-        if run.values.get("weights") != "auto" or not names[0]:
-            continue
-        found |= {name: models.weights_source(name) for name in names}
-        if not any(found[name] for name in names):
-            raise models.WeightsError(
-                f"{run.file}: no weights can be had of {', '.join(names)}, and {run.name} names "
-                "no other backbone. Name another, or switch the network on; where a licence has "
-                "to be accepted, do so on huggingface.co and log in by `hf auth login`"
-            )
-    had = [name for name, source in found.items() if source not in ("", "random")]
-    return had, [name for name, source in found.items() if not source]
+    names = run.values.get("backbones") or [run.values.get("backbone", "")]
+    if run.values.get("weights") != "auto" or not names[0]:
+        return {}
+    found = {name: models.weights_source(name) for name in names}
+    if not any(found.values()):
+        raise models.WeightsError(
+            f"{run.file}: no weights can be had of {', '.join(names)}, and {run.name} names no "
+            "other backbone. Name another, or switch the network on; where a licence has to be "
+            "accepted, do so on huggingface.co and log in by `hf auth login`"
+        )
+    return found
 
 
 def _dataset(folder: Path, owner: str, *, title: str, licence: str, description: str = "") -> Path:
@@ -274,57 +272,54 @@ def push(folders: Iterable[Path], *, hours: float = 24.0) -> Iterator[str]:
     something was refused, in part too: a kernel without one of its sources fails. Where one does
     not exist, and is not among the folders, nothing is pushed.
     """
-    ordered = sorted(map(Path, folders), key=lambda folder: (folder / KERNEL).is_file())
-    todo = {_metadata(folder)["id"]: folder for folder in ordered}
-    for folder in ordered:
-        for kind, (section, remedy) in SOURCES.items():
-            for source in set(_metadata(folder).get(kind, [])) - todo.keys():
-                try:
-                    yield from settled(section, source, hours=hours)
-                except KaggleError as error:
-                    raise KaggleError(
-                        f"nothing was pushed: {folder.name} attaches {source} of {section}, which "
-                        f"cannot be had: {remedy}. {error}"
-                    ) from None
-    before = ""
-    for name, folder in todo.items():
-        if before:
-            yield from settled(_section(todo[before]), before, hours=hours)
-        yield _push(folder)
-        before = name
+    todo = {}  # name -> section, folder, sources
+    for folder in sorted(folders, key=lambda folder: (folder / KERNEL).is_file()):
+        metadata = _metadata(folder)
+        section = "kernels" if "code_file" in metadata else "datasets"
+        sources = [(s, name) for s in REMEDIES for name in metadata.get(f"{s[:-1]}_sources", [])]
+        todo[metadata["id"]] = section, folder, sources
+    for _, folder, sources in todo.values():
+        for section, source in sources:
+            if source not in todo:
+                yield from _attachable(folder.name, section, source, hours)
+    for number, (name, (section, folder, _)) in enumerate(todo.items(), 1):
+        yield f"{folder.name}: {_push(section, name, folder)}"
+        if number < len(todo):
+            yield from settled(section, name, hours=hours)
 
 
-def _push(folder: Path) -> str:
-    """What Kaggle said of one folder: a kernel, a new dataset, or a new version of one."""
-    section, expected = _section(folder), "is being created"
-    command = ["create"]
-    if section == "kernels":
-        command, expected = ["push"], "successfully pushed"
-    else:
+def _attachable(pushed: str, section: str, source: str, hours: float) -> Iterator[str]:
+    try:
+        yield from settled(section, source, hours=hours)
+    except KaggleError as error:
+        raise KaggleError(
+            f"nothing was pushed: {pushed} attaches {source} of {section}, which cannot be had: "
+            f"{REMEDIES[section]}. {error}"
+        ) from None
+
+
+def _push(section: str, name: str, folder: Path) -> str:
+    """What Kaggle said: of a kernel, a new dataset, or a new version of one."""
+    command = ["push"] if section == "kernels" else ["create"]
+    if section == "datasets":
         with suppress(KaggleError):
-            client("datasets", "status", _metadata(folder)["id"])
-            command = ["version", "-m", f"kit {digest()}"]
+            client(section, "status", name)
+            command = ["version", "-m", "new version"]
     answer = client(section, *command, "-p", str(folder))
-    if REFUSED.search(answer) or expected not in answer:
+    if REFUSED.search(answer) or not ACCEPTED.search(answer):
         raise KaggleError(f"{folder.name} was not pushed: {answer}")
-    return f"{folder.name}: {answer}"
-
-
-def _section(folder: Path) -> str:
-    return "kernels" if (folder / KERNEL).is_file() else "datasets"
+    return answer
 
 
 def _metadata(folder: Path) -> dict:
-    return _read(folder / (KERNEL if (folder / KERNEL).is_file() else DATASET))
+    is_dataset = (folder / DATASET).is_file()
+    return _read(folder / (DATASET if is_dataset else KERNEL))
 
 
 def _read(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise KaggleError(
-            f"{file} does not exist: make it by `vipr kaggle bundle`, weights or prepare"
-        ) from None
+    if not file.is_file():
+        raise KaggleError(f"{file} does not exist: make it by vipr kaggle bundle, weights, prepare")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def settled(section: str, name: str, *, hours: float) -> Iterator[str]:
@@ -339,7 +334,7 @@ def settled(section: str, name: str, *, hours: float) -> Iterator[str]:
     end, before = time.monotonic() + 3600 * hours, ""
     while before not in GOOD:
         answer = client(section, "status", name)
-        status = STATUS.findall(answer)[0].lower()
+        status = (STATUS.findall(answer) or ["unknown"])[0].lower()
         if status in BAD:
             raise KaggleError(f"{name} has failed: {answer}")
         if status != before:
@@ -512,8 +507,10 @@ def _lines(given: argparse.Namespace, out: Path) -> Iterator[object]:
 def _weights(given: argparse.Namespace, out: Path) -> Iterator[object]:
     """The folder, after a line for each backbone that is left out of it."""
     files = [path for path in given.names if path.exists()]
-    names, left_out = backbones(load_runs(files, dict(given.p))) if files else ([], [])
-    for name in left_out:
+    found = {path.as_posix(): "named" for path in given.names if path not in files}
+    for run in load_runs(files, dict(given.p)) if files else []:
+        found = backbones(run) | found
+    for name in [name for name, source in found.items() if not source]:
         yield f"{name} is left out: its weights cannot be had"
-    plain = [path.as_posix() for path in given.names if path not in files]
-    yield weights(dict.fromkeys([*names, *plain]), out, owner=given.owner)
+    chosen = [name for name, source in found.items() if source not in ("", "random")]
+    yield weights(chosen, out, owner=given.owner)
