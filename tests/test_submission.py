@@ -136,6 +136,18 @@ def test_image_of_another_domain_is_unknown_to_a_narrowed_gallery(root):
         submission.validate(changed(root, "q0", "q0"), root, gallery_domain="studio")
 
 
+def test_tables_of_a_data_root_are_read_once_for_a_score(root, monkeypatch):
+    listed, splits = catalog.listing.listed, []
+
+    def noted(folder, split, *products):
+        splits.append(split)
+        return listed(folder, split, *products)
+
+    monkeypatch.setattr(catalog.listing, "listed", noted)
+    submission.score(changed(root, "q0", "q0"), root)
+    assert sorted(splits) == ["test", "train"]
+
+
 def test_absent_file_says_which_notebook_writes_it(root):
     with pytest.raises(SubmissionError, match="no such file. Run notebook 06_submission"):
         submission.score(root / "none.csv", root)
