@@ -8,6 +8,7 @@ import pytest
 
 from vipr_utils.data import audit, catalog, tables
 from vipr_utils.data.catalog import CatalogError
+from vipr_utils.data.store import build_store
 
 
 def test_catalog_has_a_row_per_photo_with_its_split_and_path(make_root):
@@ -359,11 +360,12 @@ def test_a_split_is_named_by_the_photos_it_holds_out_and_written_down(tmp_path, 
 # ----------------------------------------------------------------------------- duplicates and leaks
 
 
-def test_exact_duplicates_are_found_by_content(make_root):
+def test_exact_duplicates_are_found_by_content(make_root, tmp_path):
     root = make_root()
     (root / "test" / "q.jpg").write_bytes((root / "train" / "b.jpg").read_bytes())
     photos, _ = catalog.read(root)
-    pairs = audit.exact_duplicates(photos)
+    store = build_store(photos, cache_dir=tmp_path)
+    pairs = audit.exact_duplicates(photos, store.files["sha256"])
     assert pairs.tolist() == [[3, 1]]
     leaked = audit.leaks(photos, pairs)
     assert leaked.to_dict("records") == [{"train": 1, "test": 3, "same_product": True}]

@@ -12,7 +12,8 @@ import cv2
 import pytest
 from processors import KINDS
 
-from vipr_utils.data import audit, catalog, toy
+from vipr_utils.data import catalog, toy
+from vipr_utils.data.store import build_store
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"toy": "61c0b9c9904e9549", "grocery": "f215399366fba909"}
@@ -28,7 +29,8 @@ def found(root, cache_dir) -> tuple[str, str]:
     """(SHA-256 over the photos held out, the split's name) of the first split of a data root."""
     photos, _ = catalog.read(root)
     train = photos[photos.split == "train"]
-    split = catalog.hold_out(train, audit.colour_layouts(train, cache_dir=cache_dir))
+    layouts = build_store(photos, cache_dir=cache_dir).layouts(train.index)
+    split = catalog.hold_out(train, layouts)
     held_out = [(Path(root) / path).read_bytes() for path in split.queries["path"]]
     return hashlib.sha256(b"".join(held_out)).hexdigest(), split.split
 

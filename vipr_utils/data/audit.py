@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 
 from vipr_utils.data import catalog
-from vipr_utils.data.store import decoders, read_image
-from vipr_utils.host.files import whole_file
 
 
 def difference_hash(image: np.ndarray) -> np.uint64:
@@ -37,30 +31,6 @@ def colour_layout(image: np.ndarray) -> np.ndarray:
     colours = (image[np.ix_(y, x)] >> 6) @ np.array([16, 4, 1], np.uint8)  # (64, 64) of 0..63
     quarters = np.arange(4).reshape(2, 2).repeat(32, 0).repeat(32, 1)  # (64, 64) of 0..3
     return np.bincount((64 * quarters + colours).ravel(), minlength=256).astype(np.uint16)
-
-
-def colour_layouts(photos: pd.DataFrame, *, cache_dir: Path) -> np.ndarray:
-    """(N, 256) uint16: the `colour_layout` of each catalog row's own file; kept in cache_dir.
-
-    Of the files and not of the packed store, whose pixels hang on its size: a split by visits is
-    the same whatever size a network sees. Raises BrokenImage for a file that cannot be read.
-    """
-    root = Path(photos.attrs["root"])
-    rows = "\n".join([photos.attrs["fingerprint"], *photos["path"]])
-    cached = Path(cache_dir, "layouts", hashlib.sha256(rows.encode()).hexdigest()[:32] + ".npy")
-    if cached.is_file():
-        return np.load(cached)
-
-    def layout(path: str) -> np.ndarray:
-        return colour_layout(read_image(root / path, least_px=64))
-
-    # Threads will do: the decoder works without Python's lock.
-    with decoders() as pool:
-        found = list(pool.map(layout, photos["path"]))
-    layouts = np.stack(found)
-    with whole_file(cached) as part, open(part, "wb") as file:
-        np.save(file, layouts)
-    return layouts
 
 
 def border_whiteness(image: np.ndarray) -> float:
@@ -115,17 +85,15 @@ def clean(rows: pd.DataFrame, groups: pd.Series) -> tuple[pd.DataFrame, pd.DataF
     return rows[~small], rows.assign(in_group=in_group, in_main=in_main)[small]
 
 
-def exact_duplicates(photos: pd.DataFrame) -> np.ndarray:
+def exact_duplicates(photos: pd.DataFrame, hashes: pd.Series) -> np.ndarray:
     """Pairs (M, 2) of catalog rows, a copy and the first of its kind: files equal byte by byte.
 
-    Only files of equal size are read. Copies that were saved anew differ in their bytes:
-    `near_duplicates` finds them.
+    hashes: a hash of the file of each row, `Store.files`. Copies that were saved anew differ in
+    their bytes: `near_duplicates` finds them.
     """
-    files = photos["path"].map(Path(photos.attrs["root"]).joinpath)
-    files = files[files.map(os.path.getsize).duplicated(keep=False)]
-    hashes = files.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest())
-    first = files.index.to_series().groupby(hashes).transform("first")
-    pairs = np.stack([files.index, first], 1)
+    rows = photos.index.to_series()
+    first = rows.groupby(hashes[rows]).transform("first")
+    pairs = np.stack([rows, first], 1)
     return pairs[pairs[:, 0] != pairs[:, 1]]
 
 

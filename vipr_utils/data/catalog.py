@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from scipy.spatial.distance import cdist
 
 from vipr_utils.data import listing
 from vipr_utils.data.tables import CatalogError
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import retried, whole_file
 
 CATALOG = ["image_id", "name", "path", "split", "product_id", "product", "group", "domain"]
 WHOLE = r"(0|[1-9]\d{0,17})(\.0*)?"  # pandas writes 3.0 for 3 where a field of the column is empty
@@ -50,8 +53,7 @@ def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     root = Path(root)
     photos, strays = _rows(root)
     form = photos.attrs["form"]
-    files = photos["path"].map(root.joinpath)
-    sizes = [os.path.getsize(file) if os.path.isfile(file) else -1 for file in files]
+    sizes = _sizes(root, photos["path"].to_list())
     photos = photos.assign(image_id=photos["split"] + "/" + photos["name"], size=sizes)
     there = photos["size"] >= 0
     catalog = photos.loc[there, CATALOG].reset_index(drop=True)
@@ -64,6 +66,24 @@ def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     problems = pd.concat([strays, absent], ignore_index=True)
     catalog.attrs = {"root": str(root), "form": form, "fingerprint": _fingerprint(photos)}
     return catalog, problems
+
+
+def _sizes(root: Path, paths: list[str]) -> list[int]:
+    """Bytes of each file, -1 where there is none; asked in threads, as a network disk is slow to
+    answer and answers many at once.
+    """
+
+    def size(path: str) -> int:
+        try:
+            found = retried(os.stat, f"{root}/{path}")
+        except FileNotFoundError:
+            return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+    some = [paths[start : start + 256] for start in range(0, len(paths), 256)]
+    with ThreadPoolExecutor(32) as pool:
+        found = pool.map(lambda part: [size(path) for path in part], some)
+        return list(chain.from_iterable(found))
 
 
 def _rows(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -200,7 +220,7 @@ def _held_out(rows: pd.DataFrame, share: float, seed: int, visits=None) -> pd.Da
 def visits(rows: pd.DataFrame, layouts: np.ndarray) -> pd.Series:
     """A number for each row: photos of one product that a chain of like colours connects.
 
-    layouts (N, B) whole numbers, `audit.colour_layouts` of the rows: two photos are alike when at
+    layouts (N, B) whole numbers, `Store.layouts` of the rows: two photos are alike when at
     least 70 % of what they count is shared (their histogram intersection). No rounding
     decides, so visits are the same on every machine. Photos of one shopping trip look alike, and a
     random split puts them on both sides: on the grocery set frozen features score 0.83 on single

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 
-from vipr_utils.data.store import Store, decoders, read_image
+from vipr_utils.data.store import decoders, read_image
 from vipr_utils.data.transforms import customer_like
 from vipr_utils.host.files import whole_file
 
@@ -19,31 +18,6 @@ LONGEST_PX = 640
 COPIES = 4  # of a photo
 OF_A_PRODUCT = 8
 MOST = 400
-
-
-@dataclass(frozen=True)
-class JoinedStore:
-    """Two stores as one: the rows of the second come after those of the first.
-
-    It has the key of the first, whose rows it leaves as they are: what is kept of them stays.
-    """
-
-    first: Store
-    second: Store
-
-    @property
-    def key(self) -> str:
-        return self.first.key
-
-    @property
-    def readable(self) -> np.ndarray:
-        return np.concatenate([self.first.readable, self.second.readable])
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        first_of_second = len(self.first.readable)
-        if row < first_of_second:
-            return self.first[row]
-        return self.second[row - first_of_second]
 
 
 def queries(photos: pd.DataFrame, *, first_row: int, cache_dir: Path) -> pd.DataFrame:

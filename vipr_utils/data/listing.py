@@ -31,7 +31,7 @@ PHOTOS = (
     ".tif",
     ".tiff",
 )
-INSIDE = r"(?![/\\])(?!(.*[/\\])?\.\.([/\\]|$)).+"  # neither empty nor absolute nor with .. in it
+INSIDE = r"(?![A-Za-z]:|[/\\])(?!(.*[/\\])?\.\.([/\\]|$)).+"  # no drive, no root, no ..
 
 
 def listed(root: Path, split: str, products=()) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -48,13 +48,15 @@ def listed(root: Path, split: str, products=()) -> tuple[pd.DataFrame, pd.DataFr
     inside = folder.relative_to(root).as_posix() + "/"
     if files:
         table, strays = _from_tables(files), pd.DataFrame({"file": [], "problem": []}, dtype=str)
+        inner = table["name"].str.replace("\\", "/")  # a table may have been written on Windows
         form = " + ".join(file.name for file in files)
     else:
         table, strays = _from_folder(folder, split, products)
+        inner = table["name"]
         strays["file"] = inside + strays["file"]
         labels = "a folder a product" if table["class"].any() else "no labels"
         form = f"folder {folder.name}/, {labels}" if len(table) else "none"
-    table = table.assign(split=split, path=inside + table["name"])
+    table = table.assign(split=split, path=inside + inner)
     table.attrs["form"] = f"{split}: {form}"
     return table, strays
 

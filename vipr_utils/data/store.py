@@ -1,49 +1,70 @@
-"""Photos decoded once and packed into one file, and the loaders that read it."""
+"""Photos decoded once and packed into a few files, and the loaders that read them."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from time import monotonic
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from vipr_utils.data import catalog, toy
+from vipr_utils.data import audit, catalog, toy
 from vipr_utils.data.transforms import customer_like, zoomed
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores
-from vipr_utils.host.files import locked, whole_file
+from vipr_utils.host.files import locked, retried, whole_file
+from vipr_utils.host.progress import LOG, clock
+
+VERSION = 2  # of the packed photos: rises with the code that makes them
+BLOCK = 4096  # photos in a file, on disk before the next are packed
+LEAST_PX = 352  # of a photo's shorter side: 1.5 * 224, or 224 seen through a zoom of 0.65
+QUALITY = 90
+MOST_BYTES = 0.5  # for each pixel of the store's square, of a photo that is kept as it is
+SAMPLE = 200  # photos that tell how large a store will be
 
 
 class BrokenImage(ValueError):
     """A file that cannot be shown as the photo it claims to be: names path and reason."""
 
 
-def read_image(path: Path | str, *, least_px: int = 0) -> np.ndarray:
+def read_image(path: Path | str, *, least_px: int = 0, content: bytes = b"") -> np.ndarray:
     """(H, W, 3) uint8 RGB as a person would see it: EXIF rotation applied, transparency on white,
     16 bit scaled to 8.
 
     least_px: the decoder may reduce a larger JPEG as long as its shorter side keeps this many
-    pixels; 0: full size. Raises BrokenImage for absent, empty, truncated and non-image files and
-    ones that pillow holds for a decompression bomb (over 179 megapixels).
+    pixels; 0: full size. content: the file's bytes, where they have been read. Raises BrokenImage
+    for absent, empty, truncated and non-image files and ones that pillow holds for a decompression
+    bomb (over 179 megapixels), OSError where the disk fails.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        content = content or retried(Path.read_bytes, Path(path))
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as picture:
             warnings.simplefilter("ignore")  # of size and metadata: what matters is an error
             if least_px and picture.format == "JPEG":
                 picture.draft(None, (least_px, least_px))
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except Exception as error:  # every decoder has its own ways to fail
+        if getattr(error, "errno", None) and not isinstance(error, FileNotFoundError):
+            raise  # the disk's fault, not the photo's
+        reason = str(error).partition(" <")[0]  # without the bytes' address
         raise BrokenImage(
-            f"{path}: no readable image ({type(error).__name__}: {error}); replace or remove it"
+            f"{path}: no readable image ({type(error).__name__}: {reason}); replace or remove it"
         ) from error
 
 
@@ -69,124 +90,187 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 class Store:
-    """All photos of a catalog in one file, each decoded once: `store[row]` is (H, W, 3) uint8.
+    """All photos of a catalog, packed: `store[row]` is (H, W, 3) uint8.
 
-    readable (N,) bool; problems: DataFrame file, problem of those that are not. Raises OSError or
-    ValueError for a folder that holds no whole store.
+    folders: <fingerprint>-<photos>-v<version>-<pixels of a shorter side>; of several the rows
+    follow one another, and the key is that of the first. files (N rows): file, problem ('' where
+    there is none), bytes packed, width, height and sha256 of the file as it came. readable (N,)
+    bool; problems: file, problem of those that are not. Raises OSError or SafetensorError where
+    they hold no whole store.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.key = Path(folder), Path(folder).name
-        self.images = np.memmap(self.folder / "images.bin", np.uint8, "r")
-        self.offsets = np.load(self.folder / "offsets.npy")  # (N + 1,)
-        self.problems = pd.read_csv(self.folder / "problems.csv")
-        self.readable = np.diff(self.offsets) > 0
-        if len(self.images) != self.offsets[-1]:
-            raise OSError(f"{folder}/images.bin is not as long as its offsets say")
+    def __init__(self, *folders: Path) -> None:
+        self.folders, self.key, self.px = folders, folders[0].name, _px(folders[0])
+        self.blocks = [_block(folder, row) for folder in folders for row in _first_rows(folder)]
+        tables = [
+            pd.read_json(io.StringIO(b.metadata()["files"]), dtype=False) for b in self.blocks
+        ]
+        self.files = pd.concat(tables, ignore_index=True)
+        self.readable = (self.files["problem"] == "").to_numpy()
+        self.problems = self.files.loc[~self.readable, ["file", "problem"]]
+        self._block_of = np.repeat(range(len(tables)), [len(table) for table in tables])
+        self._ends = np.concatenate([table["bytes"].cumsum() for table in tables])
 
     def __reduce__(self) -> tuple:
-        return Store, (self.folder,)  # another process maps the file itself
+        return Store, self.folders  # another process maps the files itself
 
     def __getitem__(self, row: int) -> np.ndarray:
-        start, end = self.offsets[row : row + 2]
-        if start == end:
+        if not self.readable[row]:
             raise BrokenImage(
                 f"row {row} could not be read when the store was built; leave it out "
                 "(store.readable)"
             )
-        bgr = cv2.imdecode(self.images[start:end], cv2.IMREAD_COLOR)
-        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        jpegs = self.blocks[self._block_of[row]].get_slice("jpegs")
+        end = int(self._ends[row])
+        photo = jpegs[end - int(self.files["bytes"].iat[row]) : end]
+        return cv2.cvtColor(cv2.imdecode(photo, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+    def layouts(self, rows) -> np.ndarray:
+        """(N, 256) uint16: the `audit.colour_layout` of these rows' own files.
+
+        Of the files and not of the packed photos, whose pixels hang on their size: a split by
+        visits is the same whatever size a network sees.
+        """
+        return np.concatenate([block.get_tensor("layouts") for block in self.blocks])[rows]
 
 
-def build_store(catalog: pd.DataFrame, *, cache_dir: Path, store_px: int = 256) -> Store:
-    """The Store of a catalog, built once in `cache_dir` and found again by data fingerprint and
-    size.
+def _first_rows(folder: Path) -> range:
+    """Those of its blocks."""
+    return range(0, int(folder.name.split("-")[-3]), BLOCK)
 
-    A photo whose shorter side is up to 1.5 * store_px keeps its JPEG bytes; larger ones are reduced
-    to store_px (JPEG, quality 95). Unreadable photos are listed in `problems` and have no record.
-    Written whole: the folder appears when it is complete, a damaged one is built anew.
+
+def _px(folder: Path) -> int:
+    return int(folder.name.split("-")[-1])
+
+
+def _block(folder: Path, first_row: int) -> safe_open:
+    """BLOCK photos, mapped: jpegs (bytes, one file behind the other), layouts, and the table of
+    them as metadata. Raises OSError where it is absent, SafetensorError where it is damaged."""
+    return safe_open(folder / f"{first_row}.safetensors", "np")
+
+
+def build_store(photos: pd.DataFrame, *, cache_dir: Path, store_px: int = LEAST_PX) -> Store:
+    """The Store of a catalog with store_px or more: the smallest that is there
+    (`platform.stores`), else built in `cache_dir`.
+
+    A photo whose shorter side is up to 1.5 * store_px keeps its JPEG bytes where they are few;
+    others are reduced to store_px (JPEG, quality 90). Unreadable photos are listed in `problems`.
+    A disk that fails stops it: what is packed stays, and the next call goes on from there. Raises
+    OSError where there is no room.
     """
-    name = f"{catalog.attrs['fingerprint']}-{len(catalog)}-{store_px}"
-    folder = Path(cache_dir) / "stores" / name
+    data = f"{photos.attrs['fingerprint']}-{len(photos)}-v{VERSION}"
+    folder = Path(cache_dir) / "stores" / f"{data}-{store_px}"
     with locked(folder):  # two first runs at once: the second finds what the first has built
-        try:
-            return Store(folder)
-        except (OSError, ValueError):  # absent or damaged
-            _build(catalog, folder, store_px)
+        for there in sorted(platform.stores(Path(cache_dir), data), key=_px):
+            try:
+                if _px(there) >= store_px:
+                    return Store(there)
+            except (OSError, SafetensorError) as error:
+                warnings.warn(f"{there} is no whole store ({error}): not used", stacklevel=2)
+        _build(photos, folder, store_px)
     return Store(folder)
 
 
-def _build(catalog: pd.DataFrame, folder: Path, store_px: int) -> None:
-    root, paths = Path(catalog.attrs["root"]), catalog["path"]
-
-    def pack(path: str) -> tuple[bytes, str]:
+def _build(photos: pd.DataFrame, folder: Path, store_px: int) -> None:
+    """Pack the blocks that the folder does not hold."""
+    root, missing = Path(photos.attrs["root"]), []
+    for row in _first_rows(folder):
         try:
-            return _packed(root / path, store_px), ""
-        except BrokenImage as error:
-            return b"", str(error).removeprefix(f"{root / path}: ")
+            _block(folder, row)
+        except (OSError, SafetensorError):
+            missing.append(row)
+    with decoders() as pool:
+        pack = partial(_packed, root, store_px)
+        if len(missing) > 1:
+            some = photos["path"].sample(SAMPLE, replace=True, random_state=0)
+            size = np.mean([len(jpeg) for jpeg, *_ in pool.map(pack, some)])
+            _check_room(folder, size * BLOCK * len(missing) / 1e9)
+        began = monotonic()
+        for done, row in enumerate(missing, 1):
+            jpegs, layouts, facts = zip(*pool.map(pack, photos["path"].iloc[row : row + BLOCK]))
+            arrays = {
+                "jpegs": np.frombuffer(b"".join(jpegs), np.uint8),
+                "layouts": np.stack(layouts),
+            }
+            with whole_file(folder / f"{row}.safetensors") as part:
+                save_file(arrays, part, {"files": pd.DataFrame(facts).to_json()})
+            left = clock((monotonic() - began) / done * (len(missing) - done))
+            LOG.info("photos packed: %d of %d, %s left", row + len(jpegs), len(photos), left)
 
-    sizes, problems = [0], []
-    with (
-        whole_file(folder / "images.bin") as part,
-        open(part, "wb") as out,
-        decoders() as pool,
-    ):
-        for start in range(0, len(paths), 512):  # a block at a time: no farther ahead of the disk
-            for data, problem in pool.map(pack, paths.iloc[start : start + 512]):
-                out.write(data)
-                sizes.append(len(data))
-                problems.append(problem)
-    if not any(sizes):
-        raise BrokenImage(f"{root}: no photo can be read, the first: {problems[0]}")
-    table = pd.DataFrame({"file": paths, "problem": problems})
-    with whole_file(folder / "problems.csv") as part:
-        table[table["problem"] != ""].to_csv(part, index=False)
-    with whole_file(folder / "offsets.npy") as part, open(part, "wb") as file:
-        np.save(file, np.cumsum(sizes))
+
+def _check_room(folder: Path, needed_gb: float) -> None:
+    """Say what the store will take. Raises OSError where there is less room."""
+    room_gb = platform.room_gb(folder)
+    LOG.info("packing photos: about %.1f GB, with room for %.1f", needed_gb, room_gb)
+    if needed_gb > room_gb:
+        raise OSError(
+            errno.ENOSPC,
+            f"the packed photos will take about {needed_gb:.1f} GB (by {SAMPLE} of them), {folder} "
+            f"has room for {room_gb:.1f}: free some, or name another cache_dir, or set "
+            "publish_store to False where they would be outputs",
+        )
 
 
 def open_data(
-    data_root: str, cache_dir: str, *, px: int = 256
+    data_root: str, cache_dir: str, *, px: int = 224, seen_px: int = 0, store_dir: str = ""
 ) -> tuple[pd.DataFrame, Store, pd.DataFrame]:
     """(photos, store, lost): the catalog of what can be read, its packed store, and what was left
     out.
 
-    px: the size networks will see; the store keeps `packed_px` of it.
+    px, seen_px: see `packed_px`. store_dir: where the store is built, cache_dir where empty.
 
     The data root: the one given, $VIPR_DATA, one attached, else the toy set; attrs["said"] names
-    it, and what its photos and labels come from.
+    it, and what its photos and labels come from. Raises BrokenImage where no photo can be read.
     """
     root, said = toy.data_root_or_toy(data_root, cache_dir)
     photos, absent = catalog.read(root)
-    folder = platform.cache_folder(cache_dir)
-    store = build_store(photos, cache_dir=folder, store_px=packed_px(px))
+    folder = platform.cache_folder(store_dir or cache_dir)
+    store = build_store(photos, cache_dir=folder, store_px=packed_px(px, seen_px))
     lost = pd.concat([absent, store.problems], ignore_index=True)
     photos = photos[store.readable]
+    if photos.empty:
+        problem = lost["problem"].iloc[-1]
+        raise BrokenImage(f"{root.name}: no photo can be read, the last: {problem}")
     said = f"{said}\n{photos.attrs['form']}"
     photos.attrs["said"] = said + (f"\n{len(lost)} files left out" if len(lost) else "")
     return photos, store, lost
 
 
-def packed_px(px: int) -> int:
-    """Pixels to keep for networks of px: 8/7 of it, room for the study's crop of 224 out of 256."""
-    return max(128, round(px * 8 / 7))
+def packed_px(px: int, seen_px: int = 0) -> int:
+    """Pixels to keep of a shorter side, for networks that train at px and for whole photos that are
+    looked at with seen_px a side (a network's pixels over its zoom).
+
+    Training takes 1.5 * px: a crop of 4/9 of a square is not enlarged. LEAST_PX or more, in steps
+    of 32, so that notebooks share a store.
+    """
+    return max(LEAST_PX, 32 * math.ceil(max(1.5 * px, seen_px) / 32))
 
 
-def _packed(path: Path, store_px: int) -> bytes:
-    """JPEG bytes of a photo at store size: the file's own where it is small, plain, upright."""
-    pixels = read_image(path, least_px=2 * store_px)
-    with Image.open(path) as picture:
+def _packed(root: Path, store_px: int, path: str) -> tuple[bytes, np.ndarray, dict]:
+    """(JPEG bytes of a photo at store size, its colour layout, its row of `Store.files`).
+
+    The file's own bytes where it is small, plain, upright; none where it is unreadable.
+    """
+    try:
+        content = retried(Path.read_bytes, root / path)
+        pixels = read_image(path, least_px=store_px, content=content)
+        layout = audit.colour_layout(read_image(path, least_px=64, content=content))
+    except (BrokenImage, FileNotFoundError) as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        return b"", np.zeros(256, np.uint16), {"file": path, "problem": problem, "bytes": 0}
+    with Image.open(io.BytesIO(content)) as picture:
+        width, height = picture.size
         upright = picture.getexif().get(0x0112, 1) == 1
         plain = picture.format == "JPEG" and picture.mode == "RGB" and upright
-        shorter, longest = sorted(picture.size)
-    if shorter > 1.5 * store_px or longest > 6 * store_px:
+    facts = {"width": width, "height": height, "sha256": hashlib.sha256(content).hexdigest()}
+    small = min(width, height) <= 1.5 * store_px and max(width, height) <= 6 * store_px
+    if not (small and plain and len(content) <= MOST_BYTES * store_px**2):
         scale = min(1.0, store_px / min(pixels.shape[:2]))
-        size = [min(6 * store_px, round(side * scale)) for side in pixels.shape[1::-1]]
+        size = [max(1, min(6 * store_px, round(side * scale))) for side in pixels.shape[1::-1]]
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    elif plain:
-        return path.read_bytes()
-    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+        bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+        content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    return content, layout, {"file": path, "problem": "", "bytes": len(content)} | facts
 
 
 @dataclass(eq=False)
@@ -216,6 +300,7 @@ class Photos(Dataset):
         self.labels = np.broadcast_to(self.labels, self.rows.shape)
         self.shop = np.broadcast_to(self.shop, self.rows.shape)
         self.zoom = np.broadcast_to(self.zoom, self.rows.shape)
+        self.grounds = self.rows[~self.shop]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -238,8 +323,8 @@ class Photos(Dataset):
 
     def _grounds(self, i: int) -> np.ndarray:
         """Rows of photos to lay item i on: customers' photos, else all but its own."""
-        if not self.shop.all():
-            return self.rows[~self.shop]
+        if len(self.grounds):
+            return self.grounds
         return np.delete(self.rows, i) if len(self.rows) > 1 else self.rows
 
 
@@ -260,4 +345,10 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
         num_workers=workers,
         pin_memory=on_gpu,
         generator=torch.Generator(),  # it draws a number: from the global state all would shift
+        worker_init_fn=_one_thread,
     )
+
+
+def _one_thread(worker: int) -> None:
+    """A process a core is enough: OpenCV would start as many threads in each."""
+    cv2.setNumThreads(0)

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,28 @@ FULL_DISK = re.compile(  # the last three are torch's words
     "No space left|Disk quota exceeded|over Kaggle's limit|"
     "file write failed|PytorchStreamWriter failed|unexpected pos"
 )
+WAITS_S = (0.1, 0.5, 2.5)  # before a disk that failed is asked again
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)  # also what is no name
+
+
+def retried(read, path: Path):
+    """read(path), asked again after WAITS_S where the disk fails, as network disks do in passing.
+
+    Raises FileNotFoundError at once, OSError with the file and the remedy at the end.
+    """
+    for wait_s in (*WAITS_S, 0):
+        try:
+            return read(path)
+        except OSError as error:
+            if error.errno in ABSENT:
+                raise FileNotFoundError(error.errno, error.strerror) from error
+            failure = error
+            time.sleep(wait_s)
+    message = (
+        f"{path} cannot be read ({failure.strerror}), asked {len(WAITS_S) + 1} times: see to its "
+        "disk or its permissions and run again; what was finished is kept"
+    )
+    raise OSError(failure.errno, message) from failure
 
 
 @contextmanager

@@ -186,6 +186,16 @@ def find_run(model_run: str, *, output_dir: str = "submissions") -> Path:
     return next((folder for folder in places if (folder / "model.pt").is_file()), own)
 
 
+def stores(cache_dir: Path, data: str) -> list[Path]:
+    """Folders of packed photos, stores/<data>-<pixels>: in this cache, among the outputs of runs
+    here, attached.
+    """
+    mounts = MOUNTS + COLAB_DATA
+    mounts += tuple(f"{mount}/submissions/*" for mount in mounts)
+    folders = [cache_dir / "stores", *output_folder().glob("*/stores"), *attached("stores", mounts)]
+    return [first.parent for folder in folders for first in folder.glob(f"{data}-*/0.*")]
+
+
 def room_gb(folder: Path) -> float:
     """GB (1e9 bytes) that may still be written below `folder`: its disk, and in /kaggle/working
     what is left of 20 GB.

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from vipr_utils.data import audit, catalog, drawn
-from vipr_utils.data.store import Photos, build_store, open_data, packed_px
+from vipr_utils.data import catalog, drawn
+from vipr_utils.data.store import Photos, Store, build_store, open_data
 from vipr_utils.host import platform
 from vipr_utils.host.device import precision_used, seed_everything, working_device
 from vipr_utils.judge import metrics, runs
@@ -73,6 +73,7 @@ class Task:
         protocol: str = "test",
         gallery_domain: str = "",
         image_size: int = 224,
+        seen_px: int = 0,
         holdout: float = 0.1,
         validation: str = "auto",
         batch_size: int = 64,
@@ -83,9 +84,10 @@ class Task:
     ) -> None:
         """Build the store of these photos and set those for validation aside.
 
-        image_size: the most pixels a side that networks will see; holdout: share of each
-        product's train photos to choose by, 0 for none. validation: 'auto' draws queries from shop
-        photos (`drawn.queries`) where hardly a product has a second photo, 'drawn' always does.
+        image_size: pixels a side of networks to be trained; seen_px: the most pixels a side of a
+        whole photo that is only looked at (`packed_px`); holdout: share of each product's train
+        photos to choose by, 0 for none. validation: 'auto' draws queries from shop photos
+        (`drawn.queries`) where hardly a product has a second photo, 'drawn' always does.
         Raises CatalogError, FileNotFoundError, ValueError for another validation.
         """
         self.started = monotonic()
@@ -93,7 +95,9 @@ class Task:
         self.protocol, self.gallery_domain, self.seed = protocol, gallery_domain, seed
         self.device, self.precision = working_device(device), precision
         self.batch_size, self.cache_dir = batch_size, platform.cache_folder(cache_dir)
-        self.photos, self.store, self.lost = open_data(data_root, cache_dir, px=image_size or 224)
+        self.photos, self.store, self.lost = open_data(
+            data_root, cache_dir, px=image_size, seen_px=seen_px
+        )
         self.fit, *sides = catalog.split(
             self.photos, protocol, seed=seed, gallery_domain=gallery_domain
         )
@@ -101,27 +105,27 @@ class Task:
         if validation not in ("auto", "drawn"):
             raise ValueError(f"validation {validation!r} is unknown: use 'auto' or 'drawn'")
         if holdout:
-            self.validation = self._set_aside(holdout, validation, packed_px(image_size or 224))
+            self.validation = self._set_aside(holdout, validation)
             self.fit = self.validation.fit
         self.views = _views(View(*sides), self.validation)
 
-    def _set_aside(self, holdout: float, validation: str, store_px: int) -> catalog.Validation:
+    def _set_aside(self, holdout: float, validation: str) -> catalog.Validation:
         """Queries held out of the photos to fit, else drawn from them."""
         spared = catalog.spares_photos(self.fit, self.gallery_domain)
         if validation == "drawn" or not spared:
-            return self._drawn(store_px)
-        layouts = audit.colour_layouts(self.fit, cache_dir=self.cache_dir)
+            return self._drawn()
+        layouts = self.store.layouts(self.fit.index)
         return catalog.hold_out(
             self.fit, layouts, holdout=holdout, gallery_domain=self.gallery_domain
         )
 
-    def _drawn(self, store_px: int) -> catalog.Validation:
+    def _drawn(self) -> catalog.Validation:
         """Queries drawn from photos to fit; all that are drawn of this data join the photos."""
         queries = drawn.queries(
             self.photos, first_row=len(self.store.readable), cache_dir=self.cache_dir
         )
-        store = build_store(queries, cache_dir=self.cache_dir, store_px=store_px)
-        self.store = drawn.JoinedStore(self.store, store)
+        store = build_store(queries, cache_dir=self.cache_dir, store_px=self.store.px)
+        self.store = Store(*self.store.folders, *store.folders)
         attrs = self.photos.attrs
         self.photos = pd.concat([self.photos, queries[list(self.photos)]])
         self.photos.attrs = attrs
