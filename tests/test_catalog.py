@@ -1,5 +1,7 @@
 """Tables to catalog: what is refused, what is listed, how protocols split."""
 
+import errno
+import os
 import re
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from vipr_utils.data import audit, catalog, tables
 from vipr_utils.data.catalog import CatalogError
 from vipr_utils.data.store import build_store
+from vipr_utils.host import files
 
 
 def test_catalog_has_a_row_per_photo_with_its_split_and_path(make_root):
@@ -55,6 +58,7 @@ def test_root_without_table_and_folders_says_which_there_may_be(tmp_path):
             r"train.csv, row 2 .*: name '../../etc/a.jpg', expected a path inside the image folder",
         ),
         ("name,class\n/etc/a.jpg,1\n", r"name '/etc/a.jpg', expected a path inside"),
+        ("name,class\nC:\\a.jpg,1\n", r"name 'C:.*a.jpg', expected a path inside"),
         ("name,class\nb\\..\\..\\a.jpg,1\n", r"expected a path inside the image folder"),
         (
             "name,class\na.jpg,-1\n",
@@ -128,6 +132,35 @@ def test_absent_files_are_listed_and_left_out(make_root):
     photos, problems = catalog.read(root)
     assert list(photos.name) == ["a.jpg", "c.jpg", "q.jpg"]
     assert problems.to_dict("records") == [{"file": "train/b.jpg", "problem": "absent"}]
+
+
+def test_names_of_a_table_written_on_windows_are_paths_here_too(make_root):
+    root = make_root()
+    (root / "train" / "new").mkdir()
+    (root / "train" / "b.jpg").rename(root / "train" / "new" / "b.jpg")
+    (root / "train.csv").write_text("name,class\na.jpg,1\nnew\\b.jpg,1\n")
+    photos, problems = catalog.read(root)
+    assert problems.empty and photos.path[1] == "train/new/b.jpg"
+    assert photos.name[1] == "new\\b.jpg"
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_disk_that_fails_makes_no_photo_absent(make_root, monkeypatch, failures):
+    root, real, left = make_root(), os.stat, [failures]
+
+    def stat(path, *args, **how):
+        if str(path).endswith("b.jpg") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **how)
+
+    monkeypatch.setattr(files, "WAITS_S", (0, 0, 0))
+    monkeypatch.setattr(os, "stat", stat)
+    if failures == 99:
+        with pytest.raises(OSError, match="b.jpg cannot be read .*see to its disk"):
+            catalog.read(root)
+    else:
+        assert catalog.read(root)[1].empty
 
 
 def test_root_without_any_of_its_photos_is_refused(tmp_path):

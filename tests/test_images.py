@@ -2,9 +2,12 @@
 loaders.
 """
 
+import errno
 import io
+import os
 import pickle
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,16 +19,19 @@ from PIL import Image
 from torchvision.transforms import v2 as T
 
 from vipr_utils.data import audit, catalog, transforms
+from vipr_utils.data import store as store_module
 from vipr_utils.data.store import (
     BrokenImage,
     Photos,
+    Store,
     build_store,
     decoders,
     loader,
     open_data,
+    packed_px,
     read_image,
 )
-from vipr_utils.host import platform
+from vipr_utils.host import files, platform
 
 SMOOTH = cv2.GaussianBlur(picture(3, 64, 96), (0, 0), 6)  # survives JPEG nearly unchanged
 
@@ -240,6 +246,166 @@ def test_threads_that_decode_leave_warnings_as_they_were():
 def test_store_travels_to_another_process(toy_data):
     _, store = toy_data
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(store))[3], store[3])
+
+
+class Flaky:
+    """Path.read_bytes on a disk that fails for one file, the first so many times or always."""
+
+    def __init__(self, monkeypatch, name: str, failures: int, number: int = errno.EIO):
+        self.left, self.calls, real = failures, 0, Path.read_bytes
+
+        def read_bytes(path):
+            if path.name == name and self.left:
+                self.left -= 1
+                self.calls += 1
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path)
+
+        monkeypatch.setattr(files, "WAITS_S", (0, 0, 0))
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_disk_that_fails_in_passing_is_asked_again_and_breaks_no_photo(
+    tmp_path, make_root, monkeypatch, number
+):
+    photos, _ = catalog.read(make_root())
+    flaky = Flaky(monkeypatch, "b.jpg", 3, number)
+    store = build_store(photos, cache_dir=tmp_path, store_px=64)
+    assert flaky.calls == 3 and store.readable.all() and store.problems.empty
+
+
+def test_disk_that_goes_on_failing_stops_the_store_and_what_is_packed_stays(
+    tmp_path, make_root, monkeypatch
+):
+    photos, _ = catalog.read(make_root())
+    monkeypatch.setattr(store_module, "BLOCK", 2)
+    monkeypatch.setattr(store_module, "SAMPLE", 0)
+    with monkeypatch.context() as patch:
+        Flaky(patch, "c.jpg", 99)
+        message = (
+            r"train/c.jpg cannot be read \(Input/output error\), asked 4 times: see to its disk"
+        )
+        with pytest.raises(OSError, match=message):
+            build_store(photos, cache_dir=tmp_path, store_px=64)
+    first = next(tmp_path.glob("stores/*/0.safetensors"))
+    stamp = first.stat().st_mtime_ns
+    pixels = [read_image(tmp_path / "root" / path) for path in photos.path]
+    Flaky(monkeypatch, "a.jpg", 99)  # is not read again
+    with pytest.warns(UserWarning, match="is no whole store"):
+        store = build_store(photos, cache_dir=tmp_path, store_px=64)
+    assert store.readable.all() and first.stat().st_mtime_ns == stamp
+    for row, photo in enumerate(pixels):
+        np.testing.assert_array_equal(store[row], photo)
+
+
+def test_photo_that_is_lost_while_the_store_is_built_is_absent(tmp_path, make_root, monkeypatch):
+    photos, _ = catalog.read(make_root())
+    flaky = Flaky(monkeypatch, "b.jpg", 99, errno.ENOENT)
+    store = build_store(photos, cache_dir=tmp_path, store_px=64)
+    assert flaky.calls == 1 and store.readable.tolist() == [True, False, True, True]
+    assert "No such file" in store.problems["problem"].item()
+
+
+def test_every_file_is_read_once(tmp_path, make_root, monkeypatch):
+    photos, _ = catalog.read(make_root())
+    opened, real = [], io.open
+    monkeypatch.setattr(
+        io, "open", lambda file, *args, **kw: opened.append(str(file)) or real(file, *args, **kw)
+    )
+    build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
+    files_read = [name for name in opened if name.endswith(".jpg")]
+    assert sorted(files_read) == sorted(str(tmp_path / "root" / path) for path in photos.path)
+
+
+def test_a_large_enough_store_is_used_the_smallest_first_and_never_a_smaller_one(
+    tmp_path, make_root
+):
+    photos, _ = catalog.read(make_root())
+    large, small = (build_store(photos, cache_dir=tmp_path, store_px=px) for px in (96, 32))
+    assert small.key == large.key  # the larger one was there
+    other = build_store(photos, cache_dir=tmp_path, store_px=128)
+    assert other.px == 128
+    assert build_store(photos, cache_dir=tmp_path, store_px=64).px == 96
+
+
+@pytest.mark.parametrize(
+    "place", ["notebooks/me/eda/submissions/01_eda", "eda/submissions/01_eda", "datasets/me/packed"]
+)
+def test_an_attached_store_is_mapped_where_it_lies_and_a_truncated_one_refused(
+    tmp_path, make_root, monkeypatch, place
+):
+    photos, _ = catalog.read(make_root())
+    attached = tmp_path / "kaggle" / "input" / place
+    build_store(photos, cache_dir=attached, store_px=64)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr(platform, "PLATFORM_ROOT", tmp_path)
+    monkeypatch.setattr(platform, "KAGGLE_WORKING", tmp_path / "kaggle" / "working")
+    found = build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
+    assert found.folders[0].is_relative_to(attached) and len(found[0].shape) == 3
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    changed, _ = catalog.read(make_root("name,class\na.jpg,1\nb.jpg,2\nc.jpg,2\n"))
+    assert build_store(changed, cache_dir=tmp_path / "cache").key != found.key
+    block = found.folders[0] / "0.safetensors"
+    block.write_bytes(block.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match="is no whole store .*not used"):
+        again = build_store(photos, cache_dir=tmp_path / "cache", store_px=64)
+    assert again.folders[0].is_relative_to(tmp_path / "cache")
+
+
+def test_store_among_the_outputs_of_a_run_is_found(tmp_path, make_root, monkeypatch):
+    photos, _ = catalog.read(make_root())
+    monkeypatch.setattr(platform, "home", lambda: tmp_path)
+    folder = platform.run_folder("submissions", "01_eda")
+    _, store, _ = open_data(str(tmp_path / "root"), str(tmp_path / "a"), store_dir=str(folder))
+    assert store.folders[0].parent == folder / "stores"
+    assert build_store(photos, cache_dir=tmp_path / "b").folders == store.folders
+
+
+def test_a_store_without_room_is_refused_before_it_begins(tmp_path, make_root, monkeypatch):
+    photos, _ = catalog.read(make_root())
+    monkeypatch.setattr(store_module, "BLOCK", 2)
+    monkeypatch.setattr(platform, "room_gb", lambda folder: 1e-6)
+    message = r"will take about 0.0 GB \(by 200 of them\).*: free some, .* publish_store to False"
+    with pytest.raises(OSError, match=message):
+        build_store(photos, cache_dir=tmp_path, store_px=64)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("px", "seen_px", "packed"),
+    [(224, 0, 352), (224, 256, 352), (0, 345, 352), (96, 128, 352), (256, 0, 384), (0, 590, 608)],
+)
+def test_notebooks_of_a_profile_share_a_store_in_which_no_crop_is_enlarged(px, seen_px, packed):
+    assert packed_px(px, seen_px) == packed >= max(1.5 * px, seen_px) and packed % 32 == 0
+
+
+def test_small_jpeg_of_many_bytes_is_encoded_anew(tmp_path, make_root):
+    root = make_root()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 90, 3), np.uint8))
+    noise.save(root / "train" / "b.jpg", quality=100)
+    photos, _ = catalog.read(root)
+    store = build_store(photos, cache_dir=tmp_path, store_px=64)
+    assert store.files["bytes"][1] < (root / "train" / "b.jpg").stat().st_size / 1.5
+    assert min(store[1].shape[:2]) == 64 and store.files["width"][1] == 90
+
+
+def test_processes_that_load_photos_do_not_start_threads_of_their_own(toy_data):
+    class Threads(Photos):
+        def __getitem__(self, item):
+            return cv2.getNumThreads()
+
+    photos = Threads(toy_data[1], [0, 1], None)
+    assert max(next(iter(loader(photos, device="cpu", workers=1))).tolist()) <= 1
+
+
+def test_store_of_several_folders_has_the_rows_of_each(toy_data, tmp_path, make_root):
+    photos, first = toy_data
+    other = build_store(catalog.read(make_root())[0], cache_dir=tmp_path, store_px=64)
+    both = pickle.loads(pickle.dumps(Store(*first.folders, *other.folders)))
+    assert both.key == first.key and len(both.readable) == len(photos) + 4
+    np.testing.assert_array_equal(both[len(photos) + 2], other[2])
+    np.testing.assert_array_equal(both[5], first[5])
 
 
 def test_full_disk_while_the_store_is_written_leaves_none_behind(tmp_path, make_root, monkeypatch):

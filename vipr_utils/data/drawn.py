@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -30,29 +31,26 @@ def queries(photos: pd.DataFrame, *, first_row: int, cache_dir: Path) -> pd.Data
     """
     train = photos[photos["split"] == "train"]
     root = Path(photos.attrs["root"])
-    folder = Path(cache_dir).resolve() / "drawn" / f"{photos.attrs['fingerprint']}-{VERSION}"
+    fingerprint = f"{photos.attrs['fingerprint']}-drawn{VERSION}"
+    folder = Path(cache_dir).resolve() / "drawn" / fingerprint
     sources = _sources(train)
     customers = train["path"][train["domain"] != "shop"]
     grounds = (customers if len(customers) else train["path"]).to_list()
     names = sources["copy"].astype(str) + "/" + sources["name"]
-    files = [folder / f"{name}.jpg" for name in names]
-
-    def draw(path: str, name: str, file: Path) -> None:
-        if not file.is_file():
-            _draw(root, path, grounds, name, file)
+    files = f"{folder}/" + names + ".jpg"
 
     with decoders() as pool:
-        list(pool.map(draw, sources["path"], names, files))
+        list(pool.map(partial(_draw, root, grounds), sources["path"], names, files))
     rows = sources.assign(
         source=sources["image_id"],
         image_id="drawn/" + names,
         name=names,
-        path=[str(file) for file in files],
+        path=files,
         split="drawn",
         domain="customer",
     )
-    rows = rows.drop(columns="copy").set_axis(range(first_row, first_row + len(rows)))
-    rows.attrs = {"root": str(root), "fingerprint": f"{photos.attrs['fingerprint']}-drawn{VERSION}"}
+    rows = rows.set_axis(range(first_row, first_row + len(rows)))
+    rows.attrs = {"root": str(root), "fingerprint": fingerprint}
     return rows
 
 
@@ -70,8 +68,13 @@ def _sources(train: pd.DataFrame) -> pd.DataFrame:
     return copies.iloc[order[turn[order] < OF_A_PRODUCT][:MOST]]
 
 
-def _draw(root: Path, path: str, grounds: list[str], name: str, file: Path) -> None:
-    """Write the picture of that name; all that is random in it hangs on the name alone."""
+def _draw(root: Path, grounds: list[str], path: str, name: str, file: str) -> None:
+    """Write the picture of that name, unless it is there.
+
+    All that is random in it hangs on the name alone.
+    """
+    if Path(file).is_file():
+        return
     seed = hashlib.sha256(name.encode()).digest()
     rng = np.random.default_rng(int.from_bytes(seed[:8], "big"))
     at = int(rng.integers(len(grounds)))
@@ -80,8 +83,8 @@ def _draw(root: Path, path: str, grounds: list[str], name: str, file: Path) -> N
     picture = customer_like(_reduced(root / path), _reduced(root / grounds[at]), rng)
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-    with whole_file(file) as part:
-        part.write_bytes(data.tobytes())
+    with whole_file(Path(file)) as part:
+        part.write_bytes(data)
 
 
 def _reduced(path: Path) -> np.ndarray:

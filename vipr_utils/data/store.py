@@ -81,8 +81,7 @@ def decoders() -> Iterator[ThreadPoolExecutor]:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode[0] in "IF":  # 16-bit grey: convert() would clip it
         grey = np.asarray(picture, dtype=np.float64)
-        full = 65535.0 if grey.max() > 255 else 255.0
-        picture = Image.fromarray(np.interp(grey, (0, full), (0, 255)).astype(np.uint8))
+        picture = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).astype(np.uint8))
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

@@ -84,11 +84,9 @@ class Task:
     ) -> None:
         """Build the store of these photos and set those for validation aside.
 
-        image_size: pixels a side of networks to be trained; seen_px: the most pixels a side of a
-        whole photo that is only looked at (`packed_px`); holdout: share of each product's train
-        photos to choose by, 0 for none. validation: 'auto' draws queries from shop photos
-        (`drawn.queries`) where hardly a product has a second photo, 'drawn' always does.
-        Raises CatalogError, FileNotFoundError, ValueError for another validation.
+        image_size, seen_px: see `packed_px`; holdout: share of each product's train photos to
+        choose by, 0 for none. validation: 'auto' draws queries (`drawn.queries`) where hardly a
+        product has a second photo, 'drawn' always does. Raises CatalogError, ValueError.
         """
         self.started = monotonic()
         seed_everything(seed)
