@@ -37,7 +37,7 @@ def test_every_notebook_ends_on_every_shape_and_leaves_an_answer_to_every_query(
 
     seen = names["01_eda"]
     assert seen["found"]["unreadable files"] == len(seen["lost"])
-    assert (seen["looks"]["width"] >= 96).all(), "sizes are those of the files, not of the store"
+    assert (seen["files"]["width"] >= 96).all(), "sizes are those of the files, not of the store"
     assert set(names["02_augmentation_preview"]["recipes"]) == {"study", "kit", "strong"}
 
 
