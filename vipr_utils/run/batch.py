@@ -1,7 +1,7 @@
 """Run notebooks headless: a folder of parameter files, or a sweep, one papermill process per run.
 
     vipr run params/smoke [more paths] [--only 03] [--output-dir DIR] [-p name=value ...] [--force]
-             [--jobs N] [--engine ray]
+             [--jobs N] [--engine ray] [--dry-run]
 
 The rows of one sweep run side by side, one a GPU or `--jobs`; files run one after the other, in the
 order of their names, and so does a row that names another (`model_run`) after it. What runs alone
@@ -10,9 +10,10 @@ $RAY_ADDRESS names. Every run is checked before the first kernel starts. What wa
 the same inputs is not done again; what starts from a failed run fails with it. While a run goes on,
 and after it failed, its folder holds unfinished.txt, and what an earlier run left there has names
 ending in .old: nothing takes it for new. The terminal has a line for each section and epoch,
-<run>/log.txt all that notebooks say.
+<run>/log.txt all that notebooks say. --dry-run says what each run would take here, and runs none.
 Ctrl-C ends the kernels, saves their notebooks as they are, and leaves the runs unfinished.
-Exit code 0: all runs are done; 1: one failed; 2: wrong parameters; 130: interrupted.
+Exit code 0: all runs are done; 1: one failed, or could not end here; 2: wrong parameters; 130:
+interrupted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from vipr_utils.host import platform
 from vipr_utils.host.device import cores, memory_gb
 from vipr_utils.host.files import locked, whole_file
 from vipr_utils.judge import runs
-from vipr_utils.run import kernel, report
+from vipr_utils.run import kernel, plan, report
 from vipr_utils.run.params import BadParameters, Run, find_notebook, load_runs, naming, setting
 
 NO_MEMORY = "out of memory: lower batch_size or image_size"
@@ -281,6 +282,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("-p", action="append", default=[], type=setting, metavar="name=value", help="of any run")
     add("--force", action="store_true", help="also run what was done before")
     add("--only", default="", help="beginning of a notebook or run name; several with commas")
+    add("--dry-run", action="store_true", help="what each would take here; runs nothing")
     add("--jobs", type=int, default=0, help="rows at once; 0: one a GPU, else 2 cores each")
     add("--engine", choices=["local", "ray"], default="local", help="ray: its workers")
 
@@ -307,6 +309,10 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
             with naming(run.file):  # no kernel starts before all places are known to be right
                 run.folder()
                 run.data()
+        if given.dry_run:
+            table = plan.plan(todo)
+            kernel.say(report.planned(table))
+            return int(table["refused"].any())
         going = engine(todo, force=given.force, jobs=given.jobs)
         for result in going:
             kernel.say(_line(result))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
+
 from vipr_utils.judge import runs
 
 DATA = "data: {root}, {n_train:,} gallery photos of {n_products:,} products, {n_test:,} queries"
@@ -32,6 +34,21 @@ def closing(folders: list[Path]) -> Iterator[str]:
         yield f"submission: {folder / 'submission.csv'}"
     page = (submitted or folders)[-1] / "notebook.ipynb"
     yield LOOK.format(page, output_dir / "scoreboard.csv")
+
+
+def planned(table: pd.DataFrame) -> str:
+    """A plan (see `plan.plan`) as text.
+
+    What was found, then a row a run, then what they take together: minutes and disks add up, of
+    memory the most counts.
+    """
+    figures = table.select_dtypes("number")
+    total = figures.sum()
+    peaks = ["memory GB", "GPU GB"]
+    total[peaks] = figures[peaks].max()
+    together = total.to_frame("all").T.assign(refused="")
+    rows = pd.concat([table, together]).astype(table.dtypes)
+    return "\n".join([*table.attrs["found"], rows.round(1).to_string()])
 
 
 def _ladder(output_dir: Path, fingerprint: str) -> str:
