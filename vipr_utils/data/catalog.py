@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +52,7 @@ def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     root = Path(root)
     photos, strays = _rows(root)
     form = photos.attrs["form"]
-    sizes = _sizes(root, photos["path"].to_list())
+    sizes = _sizes(root, photos["path"])
     photos = photos.assign(image_id=photos["split"] + "/" + photos["name"], size=sizes)
     there = photos["size"] >= 0
     catalog = photos.loc[there, CATALOG].reset_index(drop=True)
@@ -68,7 +67,7 @@ def read(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return catalog, problems
 
 
-def _sizes(root: Path, paths: list[str]) -> list[int]:
+def _sizes(root: Path, paths: pd.Series) -> list[int]:
     """Bytes of each file, -1 where there is none; asked in threads, as a network disk is slow to
     answer and answers many at once.
     """
@@ -80,10 +79,8 @@ def _sizes(root: Path, paths: list[str]) -> list[int]:
             return -1
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
-    some = [paths[start : start + 256] for start in range(0, len(paths), 256)]
-    with ThreadPoolExecutor(32) as pool:
-        found = pool.map(lambda part: [size(path) for path in part], some)
-        return list(chain.from_iterable(found))
+    with ThreadPool(32) as pool:
+        return pool.map(size, paths, chunksize=256)
 
 
 def _rows(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -94,13 +94,15 @@ class Store:
     folders: <fingerprint>-<photos>-v<version>-<pixels of a shorter side>; of several the rows
     follow one another, and the key is that of the first. files (N rows): file, problem ('' where
     there is none), bytes packed, width, height and sha256 of the file as it came. readable (N,)
-    bool; problems: file, problem of those that are not. Raises OSError or SafetensorError where
-    they hold no whole store.
+    bool; problems: file, problem of those that are not. Raises OSError where they hold no whole
+    store.
     """
 
     def __init__(self, *folders: Path) -> None:
         self.folders, self.key, self.px = folders, folders[0].name, _px(folders[0])
         self.blocks = [_block(folder, row) for folder in folders for row in _first_rows(folder)]
+        if None in self.blocks:
+            raise OSError(f"block {self.blocks.index(None)} is absent or damaged")
         tables = [
             pd.read_json(io.StringIO(b.metadata()["files"]), dtype=False) for b in self.blocks
         ]
@@ -142,10 +144,14 @@ def _px(folder: Path) -> int:
     return int(folder.name.split("-")[-1])
 
 
-def _block(folder: Path, first_row: int) -> safe_open:
+def _block(folder: Path, first_row: int) -> safe_open | None:
     """BLOCK photos, mapped: jpegs (bytes, one file behind the other), layouts, and the table of
-    them as metadata. Raises OSError where it is absent, SafetensorError where it is damaged."""
-    return safe_open(folder / f"{first_row}.safetensors", "np")
+    them as metadata; None where they are absent or damaged.
+    """
+    try:
+        return safe_open(folder / f"{first_row}.safetensors", "np")
+    except (OSError, SafetensorError):
+        return None
 
 
 def build_store(photos: pd.DataFrame, *, cache_dir: Path, store_px: int = LEAST_PX) -> Store:
@@ -164,7 +170,7 @@ def build_store(photos: pd.DataFrame, *, cache_dir: Path, store_px: int = LEAST_
             try:
                 if _px(there) >= store_px:
                     return Store(there)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 warnings.warn(f"{there} is no whole store ({error}): not used", stacklevel=2)
         _build(photos, folder, store_px)
     return Store(folder)
@@ -172,14 +178,9 @@ def build_store(photos: pd.DataFrame, *, cache_dir: Path, store_px: int = LEAST_
 
 def _build(photos: pd.DataFrame, folder: Path, store_px: int) -> None:
     """Pack the blocks that the folder does not hold."""
-    root, missing = Path(photos.attrs["root"]), []
-    for row in _first_rows(folder):
-        try:
-            _block(folder, row)
-        except (OSError, SafetensorError):
-            missing.append(row)
+    missing = [row for row in _first_rows(folder) if _block(folder, row) is None]
     with decoders() as pool:
-        pack = partial(_packed, root, store_px)
+        pack = partial(_packed, Path(photos.attrs["root"]), store_px)
         if len(missing) > 1:
             some = photos["path"].sample(SAMPLE, replace=True, random_state=0)
             size = np.mean([len(jpeg) for jpeg, *_ in pool.map(pack, some)])
