@@ -34,6 +34,8 @@ from vipr_utils.host.progress import LOG, clock
 VERSION = 2  # of the packed photos: rises with the code that makes them
 BLOCK = 4096  # photos in a file, on disk before the next are packed
 LEAST_PX = 352  # of a photo's shorter side: 1.5 * 224, or 224 seen through a zoom of 0.65
+# Groceries encoded anew (500 queries, frozen Lite0, 224 px): mAP@5 moves by +.002 (standard error
+# .003) at 31 kB a photo; at 95 by -.002 (.002) and 41 kB
 QUALITY = 90
 MOST_BYTES = 0.5  # for each pixel of the store's square, of a photo that is kept as it is
 SAMPLE = 200  # photos that tell how large a store will be
