@@ -119,18 +119,20 @@ def retrievals(task: Planted, rows: list[dict]) -> None:
         measured(name, partial(search.top_k, **few, distance=distance), rows)
 
 
-def choices(task: Planted, rows: list[dict]) -> None:
-    """Three zooms of two networks joined, projected and as they are."""
+def joined(task: Planted, rows: list[dict], projection: str = "") -> None:
+    """Three zooms of two networks joined, all their numbers or projected."""
     choice = Choice(task, {"a": "a", "b": "b"}, {"a": 224, "b": 224})
-    for projection in ("learned_whitening(128)", ""):
-        parts = []
-        for network in choice.networks:
-            parts += [Part(network, (zoom, 1.0), projection) for zoom in ZOOMS]
-        for steps in ((), ("learned_whitening(128)",), ("learned_whitening(128)", STACKS[2][1])):
-            candidate = Candidate(tuple(parts), steps)
-            for view in ("validation", "test"):
-                name = f"{view}: 6 views of {projection or 'all numbers'} + {' + '.join(steps)}"
-                measured(name, partial(choice.found, candidate, view), rows)
+    parts = []
+    for network in choice.networks:
+        parts += [Part(network, (zoom, 1.0), projection) for zoom in ZOOMS]
+    for steps in ((), ("learned_whitening(128)",), ("learned_whitening(128)", "product_votes(3)")):
+        candidate = Candidate(tuple(parts), steps)
+        measured(
+            f"{choice.asked.sum():,} of validation: {candidate}",
+            partial(choice.found, candidate, "validation", asked=choice.asked),
+            rows,
+        )
+        measured(f"test: {candidate}", partial(choice.found, candidate, "test"), rows)
 
 
 def files(task: Planted, rows: list[dict]) -> None:
@@ -148,20 +150,28 @@ def files(task: Planted, rows: list[dict]) -> None:
     measured("near duplicates", lambda: audit.near_duplicates(hashes), rows)
 
 
+PARTS = {
+    "files": files,
+    "retrievals": retrievals,
+    "projected": partial(joined, projection="learned_whitening(128)"),
+    "joined": joined,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--share", type=float, default=1.0, help="of photos and products")
     parser.add_argument("--dim", type=int, default=1280, help="numbers an embedding")
-    parser.add_argument("--parts", default="files,retrievals,choices")
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     limit = LIMIT_GB * 10**9
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     task, rows = Planted(given.share, given.dim), []
     for part in given.parts.split(","):
-        {"files": files, "retrievals": retrievals, "choices": choices}[part](task, rows)
+        PARTS[part](task, rows)
     setting = {
         "share": given.share,
         "dim": given.dim,
