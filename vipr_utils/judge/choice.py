@@ -35,7 +35,7 @@ WEIGHTS = (0.5, 1.0, 2.0)
 MOST_NETWORKS = 3
 UNTOLD = 0.01  # share of queries that may gain, though none of those to choose by does
 MOST_QUERIES = 4000  # of validation that candidates are tried on
-MOST_BYTES = 6 * 2**30  # of embeddings that are joined, and of those remembered for the next
+MOST_BYTES = 4 * 2**30  # of embeddings that are joined, and of those remembered for the next
 
 
 @dataclass(frozen=True)
