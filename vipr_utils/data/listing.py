@@ -85,8 +85,8 @@ def _from_tables(files: list[Path]) -> pd.DataFrame:
     table = table.reindex(columns=COLUMNS, fill_value="").fillna("")
 
     # what is there must be right
-    table["class"] = table["class"].str.strip()
-    table["group"] = table["group"].str.strip()
+    for column in ("class", "group"):
+        table[column] = table[column].str.strip()
 
     outside = ~table["name"].str.fullmatch(INSIDE)
     nameless = table["class"].isin(UNKNOWN) & (files[0].name == "train.csv")

@@ -115,17 +115,22 @@ class Undrawn(TorchFunctionMode):
         return function(*args, **given)
 
 
+def _undrawn(name: str, px: int, n: int, device: torch.device) -> tuple:
+    """(network with weights that say nothing, n images for it)."""
+    with Undrawn():
+        model = models.Embedder(name)
+    model.to(device, memory_format=torch.channels_last)
+    pixels = torch.rand(n, 3, px, px, device=device)
+    return model, pixels.to(memory_format=torch.channels_last)
+
+
 @cache
 def network_cost(name: str, px: int, device: torch.device, trained: bool) -> NetworkCost:
     """Measured with weights that say nothing, on one image, on a GPU on 32; no step if it is not
     trained.
     """
-    with Undrawn():
-        model = models.Embedder(name)
-    model.to(device, memory_format=torch.channels_last)
     n = 32 if device.type == "cuda" else 1
-    pixels = torch.rand(n, 3, px, px, device=device)
-    pixels = pixels.to(memory_format=torch.channels_last)
+    model, pixels = _undrawn(name, px, n, device)
     held = {}
 
     def hold(tensor: torch.Tensor) -> torch.Tensor:
