@@ -21,7 +21,7 @@ import torch
 from vipr_utils.data import catalog, toy, transforms
 from vipr_utils.data.store import Photos, build_store, loader
 from vipr_utils.host import platform
-from vipr_utils.host.device import hardware, tune, working_device
+from vipr_utils.host.device import compute_dtype, hardware, tune, working_device
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import losses, models, sampling, training
 
@@ -70,7 +70,8 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
         weight_decay=0.0,
         device=device,
     )
-    state = training._Training(model, criterion, data, sampler, recipe)
+    dtype = compute_dtype(recipe.precision, device, training=True)
+    state = training._Training(training._Network(model, criterion, dtype), data, sampler, recipe)
     batches = state.begin_epoch()
     seen, began, use = 0, time.perf_counter(), []
     for step, (pixels, targets, _) in enumerate(
@@ -88,7 +89,7 @@ def measure(name: str, batch_size: int, data, *, device: torch.device, steps: in
         "network": name,
         "million_parameters": round(model.record["parameters"] / 1e6, 1),
         "batch_size": batch_size,
-        "precision": str(state.dtype),
+        "precision": str(dtype),
         "images": len(rows),
         "batches_an_epoch": len(batches),
         "images_per_second": round(seen / seconds, 1),

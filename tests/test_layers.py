@@ -21,7 +21,7 @@ NOT_IN_THE_PACKAGE = {
     "ranx",
     "oml",
 }
-PROGRESS = {("learn/training", "fit")}  # one line an epoch where no bar can be drawn
+PROGRESS = {("learn/training", "announce")}  # one line an epoch where no bar can be drawn
 
 
 def tree(module: str) -> ast.Module:

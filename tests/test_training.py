@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from vipr_utils.data import catalog, transforms
 from vipr_utils.data.store import Photos
+from vipr_utils.host import platform
 from vipr_utils.host.files import _is_full_disk
 from vipr_utils.learn import losses, models, sampling, training
 
@@ -45,7 +47,8 @@ def started(model, criterion, photos, sampler, *, folder=Path("unused"), process
     recipe = training.Recipe(
         epochs=1, lr=0.1, folder=folder, precision="float32", processes=processes
     )
-    return training._Training(model, criterion, photos, sampler, recipe)
+    network = training._Network(model, criterion, torch.float32)
+    return training._Training(network, photos, sampler, recipe)
 
 
 def equal(a, b):
@@ -130,7 +133,12 @@ def timed_fit(toy_data, folder, clock, *, steps=10, criterion=None, **recipe):
         history = training.fit(
             model, clock.step(criterion), photos, sampler, folder=folder, **recipe
         )
-    return model, history, rates, asked[2:]  # two are for the identity
+    return (
+        model,
+        history,
+        rates,
+        asked[3:],
+    )  # two are for the identity, one for the log's first line
 
 
 @pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
@@ -193,7 +201,7 @@ def test_milestones_frozen_epochs_and_the_samplers_stages_follow_the_clock(
     assert asked == [0, 1]
     recipe["max_minutes"] = 600 / 60
     clock.seconds_a_step = 50.0
-    *_, asked = timed_fit(toy_data, tmp_path, clock, **recipe)
+    *_, asked = timed_fit(toy_data, tmp_path / "slower", clock, **recipe)
     assert asked == [0, 3]
 
 
@@ -250,7 +258,8 @@ def groups(model, criterion, **recipe):
     recipe = training.Recipe(
         epochs=1, lr=1.0, folder=Path("unused"), head_lr=2.0, weight_decay=0.5, **recipe
     )
-    optimizer = training._optimizer(model, criterion, recipe)
+    network = training._Network(model, criterion, torch.float32)
+    optimizer = training._optimizer(network, recipe)
     return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -433,7 +442,7 @@ def test_training_by_two_processes_learns_and_the_weights_come_back(toy_data, tm
     history = training.fit(model, criterion, *rest, validate=half, **how)
     assert history.loss.iloc[-1] < 0.9 * history.loss.iloc[0]
     assert list(history.map_at_5) == [0.5] * 16
-    assert [f.name for f in tmp_path.iterdir()] == ["history.csv"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["history.csv", "trained.pt"]
     assert not equal(model, setting(toy_data)[0]) and not model.training
     assert not torch.equal(criterion.centres, start)
     assert capfd.readouterr().out.count("epoch 16/16") == 1
@@ -536,19 +545,188 @@ def test_torch_on_a_really_full_disk_is_recognised():
 # ----------------------------------------------------------------------------------------- resuming
 
 
-def test_checkpoint_of_other_settings_is_left_behind(toy_data, tmp_path):
-    class Stop(Exception):
-        pass
+class Stop(Exception):
+    pass
 
-    def stop(model):
-        raise Stop
 
+def stop(model):
+    raise Stop
+
+
+def stopped(toy_data, folder, **recipe):
+    """A checkpoint after the first of two epochs."""
     with pytest.raises(Stop):
-        fit(toy_data, tmp_path / "a", validate=stop, validate_every=2)
-    assert (tmp_path / "a" / "checkpoint.pt").is_file()
-    resumed, _ = fit(toy_data, tmp_path / "a", lr=5e-3)
-    fresh, _ = fit(toy_data, tmp_path / "b", lr=5e-3)
-    assert equal(resumed, fresh)
+        fit(toy_data, folder, **({"validate": stop, "validate_every": 2} | recipe))
+    assert (folder / "checkpoint.pt").is_file()
+
+
+def test_checkpoint_of_another_training_is_refused_with_all_that_differs(toy_data, tmp_path):
+    stopped(toy_data, tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    changes = {"lr": 5e-3, "clip_norm": 1.0, "validate_every": 2}
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint.pt is of another training, with other clip_norm \(0.0 there, 1.0 "
+        r"here\), lr \(0.001 there, 0.005 here\). Set them back to go on with it, or give another",
+    ):
+        fit(toy_data, tmp_path, **changes)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    model, criterion, photos, sampler = setting(toy_data)
+    with torch.no_grad():
+        criterion.centres.add_(1e-3)
+    photos.transform = transforms.augmentation("study", 32)
+    photos.labels = photos.labels[::-1].copy()
+    sampler.batch_size = 6
+    how = {"folder": tmp_path, "epochs": 2, "lr": 1e-3, "ema_decay": 0.9, "validate_every": 2}
+    with pytest.raises(ValueError, match="with other augmentation") as caught:
+        training.fit(model, criterion, photos, sampler, **how)
+    named = str(caught.value)
+    for name in (", first weights", ", labels", "RandomRotation(degrees=[-50.0, 50.0]"):
+        assert name in named
+    assert "hash" not in named and "precision" not in named
+
+
+@pytest.mark.parametrize(
+    "loss, change, named",
+    [
+        ("triplet", {"distance": "euclidean"}, "distance='cosine', margin=0.2"),
+        ("triplet", {"mining": "all"}, "mining='batch_hard'"),
+        ("triplet", {"margin": 0.7}, "margin=0.7"),
+        ("arcface", {"margin": 0.7}, "margins 0.3 to 0.3 rad"),
+        ("arcface+triplet", {"mining": "all"}, "mining='all'"),
+        ("adaptive_arcface", {"loss": "arcface"}, "margins 0.3 to 0.3 rad"),
+    ],
+)
+def test_losses_name_what_they_were_set_to(toy_data, loss, change, named):
+    model, _, *data = setting(toy_data)
+    asked = {"loss": loss, "distance": "cosine", "embedding_dim": 16, "counts": [1, 2, 300]}
+
+    def words(changed):
+        return started(model, losses.criterion(**(asked | changed)), *data).identity["loss"]
+
+    one, same, other = words({}), words({}), words(change)
+    assert one == same != other and named in one + other and " at 0x" not in one
+
+
+def test_checkpoint_of_an_earlier_version_of_the_training_is_refused(toy_data, tmp_path):
+    stopped(toy_data, tmp_path)
+    data = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(data | {"identity": "0123456789abcdef"}, tmp_path / "checkpoint.pt")
+    message = f"with other code \\(1 there, {training.VERSION} here\\)"
+    for processes in (0, 1):
+        with pytest.raises(ValueError, match=message):
+            fit(toy_data, tmp_path, validate_every=2, processes=processes)
+
+
+def test_what_was_trained_is_whole_on_disk_and_comes_back_at_once(toy_data, tmp_path, capsys):
+    model, criterion, photos, sampler = setting(toy_data)
+    how = {"folder": tmp_path, "epochs": 2, "lr": 1e-3}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(pd.DataFrame, "to_csv", no_room)
+        training.fit(model, criterion, photos, sampler, **how)
+    assert [f.name for f in tmp_path.iterdir()] == ["trained.pt"]
+    start = setting(toy_data)
+    for part in start[:2]:
+        part.to(memory_format=torch.channels_last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Training, "step", None)  # no step is taken
+        history = training.fit(*start, **how, processes=0, max_minutes=9.0)
+    assert equal(start[0], model) and equal(start[1], criterion) and not start[0].training
+    assert list(history.epoch) == [1, 2] and history.loss.notna().all()
+    assert f"already trained for 2 epochs: {tmp_path}" in capsys.readouterr().out
+    another, _ = fit(toy_data, tmp_path, ema_decay=0.0, lr=2e-3)
+    again, _ = fit(toy_data, tmp_path, ema_decay=0.0, lr=2e-3)
+    assert equal(another, again) and not equal(another, model)
+
+
+def no_room(*_, **__):
+    raise OSError("no room")
+
+
+def test_training_that_was_cut_short_is_done_again_with_other_minutes(toy_data, tmp_path, clock):
+    minutes = {"steps": 2, "epochs": 4, "criterion": not_collapsed}
+    for max_minutes, steps in ((0.5, 3), (0.5, 0), (1.0, 6)):
+        *_, rates, _ = timed_fit(toy_data, tmp_path, clock, max_minutes=max_minutes, **minutes)
+        assert len(rates) == steps
+
+
+def not_collapsed(embeddings, labels):
+    return losses.contrastive(embeddings, labels, margin=2.0)
+
+
+# ----------------------------------------------------------------------------------------- sessions
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
+def test_training_over_sessions_ends_with_the_weights_of_one(toy_data, tmp_path, clock):
+    def validate(model):
+        clock.now += 30.0
+        state = model.state_dict()["backbone.conv1.weight"]
+        return {"map_at_5": float(state.abs().sum()) % 1}
+
+    recipe = {"max_minutes": 5.0, "validate": validate, "frozen_epochs": 1, "ema_decay": 0.9}
+    whole, expected, *_ = timed_fit(toy_data, tmp_path / "whole", clock, **recipe)
+    texts, sessions, history = [], 0, None
+    while history is None or history.continues.iloc[-1]:
+        clock.now += 5000.0  # between two sessions
+        start = clock.now
+        part, history, *_ = timed_fit(
+            toy_data, tmp_path / "parts", clock, session_minutes=80 / 60, **recipe
+        )
+        texts.append(training.cut_short(history))
+        sessions += 1
+        pieces = {file.name for file in (tmp_path / "parts").iterdir()}
+        last = "checkpoint.pt" if history.continues.iloc[-1] else "trained.pt"
+        assert pieces == {"history.csv", last} and not part.training
+        assert clock.now - start <= 80 + 30 + 10 and history.map_at_5.iloc[-1] >= 0
+    assert sessions > 3 and equal(whole, part)
+    pd.testing.assert_frame_equal(history, expected)
+    assert texts[0] == "to 0.8 of 4 epochs; continues from its checkpoint"
+    assert texts[-1].endswith("fitted into 5 minutes")
+
+
+@pytest.mark.parametrize("mount", ["kaggle/input/study", "kaggle/input/notebooks/somebody/study"])
+def test_session_finds_what_an_earlier_one_left_among_its_outputs(
+    toy_data, tmp_path, capsys, monkeypatch, mount
+):
+    whole, _ = fit(toy_data, tmp_path / "whole")
+    attached = tmp_path / mount / "submissions" / "run" / "part"
+    stopped(toy_data, attached, validate_every=1, checkpoint_minutes=1e-9)
+    before = (attached / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(platform, "PLATFORM_ROOT", tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    own = tmp_path / "working" / "run" / "part"
+    capsys.readouterr()
+    resumed, _ = fit(toy_data, own)
+    assert f"from {attached / 'checkpoint.pt'}" in capsys.readouterr().out
+    assert equal(resumed, whole) and (attached / "checkpoint.pt").read_bytes() == before
+    (own / "trained.pt").replace(attached / "trained.pt")
+    fit(toy_data, own)
+    assert f"epochs: {attached / 'trained.pt'}" in capsys.readouterr().out
+    assert (own / "trained.pt").read_bytes() == (attached / "trained.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"another training, with other seed .* \(detach\)"):
+        fit(toy_data, own, seed=7)
+
+
+def test_log_tells_of_start_epochs_resume_and_end_with_the_time_left(
+    toy_data, tmp_path, clock, caplog
+):
+    caplog.set_level("INFO", logger="vipr")
+    recipe = {"epochs": 2, "session_minutes": 150 / 60, "criterion": not_collapsed}
+    for _ in range(3):
+        timed_fit(toy_data, tmp_path, clock, **recipe)
+    told = [re.sub(r"loss \S+  active \S+", "...", line) for line in caplog.messages]
+    told = [line.replace(str(tmp_path), "run") for line in told]
+    assert told == [
+        "training starts: 44 photos, 10 steps an epoch, 2 epochs, float32 on cpu, processes: 1",
+        "epoch 1/2  ...  100 s, about 0:01:40 left",
+        "epoch 2/2  ...  150 s; CUT SHORT to 1.5 of 2 epochs; continues from its checkpoint, "
+        "about 0:00:50 left",
+        "resumed in epoch 2/2 after 2.5 minutes, in float32 (float32 before), from "
+        "run/checkpoint.pt",
+        "epoch 2/2  ...  200 s, about 0:00:00 left",
+        "already trained for 2 epochs: run/trained.pt; remove it to repeat",
+    ]
 
 
 CHILD = """

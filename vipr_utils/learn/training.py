@@ -2,19 +2,22 @@
 
 Everything random is a pure function of (seed, epoch, step): batches come from
 `sampler.batches(epoch)`, each photo's augmentation from (seed, epoch, row, occurrence), dropout
-from (seed, step). A checkpoint therefore holds no random state, and a run that was killed anywhere
-ends with the weights of one that never was.
+from (seed, step). A checkpoint therefore holds no random state: a run that was killed anywhere, or
+spread over sessions, ends with the weights of one that never was.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
+import re
+import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,13 +36,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vipr_utils.data import store
 from vipr_utils.data.store import Photos
+from vipr_utils.host import platform, progress
 from vipr_utils.host.device import autocast, compute_dtype, cores, tune
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler, with_occurrences
 
+VERSION = 2  # of the training: rises with code that changes what is learned
 SAVED = (
-    "identity",
     "epoch",
     "batch",
     "steps",
@@ -47,12 +51,24 @@ SAVED = (
     "used",
     "validation_seconds",
     "best",
+    "best_state",
     "lr",
     "history",
     "results",
+    "skipped",
+    "skipped_in_a_row",
 )
 START_UP = 0.05  # share of max_minutes that may pass before the clock drives the schedule
-NOT_DECISIVE = ("folder", "validate", "device", "max_minutes", "checkpoint_minutes")
+NOT_DECISIVE = (
+    "folder",
+    "validate",
+    "device",
+    "session_minutes",
+    "checkpoint_minutes",
+)
+SKIPS_IN_A_ROW = 10  # steps without a finite loss under float16 that end a training
+WARM_UP, TIMED = 3, 12  # batches, when one card is compared with several
+HASH = "hash "
 NOT_SENT = (
     "fit with processes > 1 sends model, criterion, photos, sampler and validate to other "
     "processes by pickle, which failed ({}): use functions and classes of an importable module, "
@@ -77,14 +93,16 @@ class Recipe:
     weight_decay: float = 1e-4
     milestones: tuple | None = None  # epochs at which rates fall to a tenth; None takes `rate`
     frozen_epochs: int = 0  # epochs in which only neck and criterion learn
+    clip_norm: float = 0.0  # the longest gradient, of all parameters together; 0 clips none
     ema_decay: float = 0.0  # of the averaged weights that are validated and kept; 0 has none
     validate_every: int = 1  # epochs
     precision: str = "auto"  # see compute_dtype
     seed: int = 0
-    processes: int = 1
+    processes: int = 1  # 0 takes all GPUs where that is measured to be faster than one
     validate: Callable | None = None  # model -> dict with map_at_5
     device: torch.device = torch.device("cpu")
-    max_minutes: float = 0.0  # the schedule fits into, over restarts; 0 is no limit
+    max_minutes: float = 0.0  # the schedule fits into, over sessions; 0 is no limit
+    session_minutes: float = 0.0  # of it from this start on; 0 is no limit
     checkpoint_minutes: float = 5.0
 
 
@@ -96,33 +114,60 @@ def fit(model: models.Embedder, criterion, photos: Photos, sampler, **recipe) ->
     With `validate` the epoch with the best map_at_5 is kept, else the last. Where max_minutes
     (validation included) do not allow all epochs, the clock drives the schedule to its end, and
     `cut_short` says so; where they do they change nothing.
+    <folder>/trained.pt holds model, criterion and history as soon as training ends: the same
+    training then comes back at once. checkpoint.pt is continued, in the folder or attached from
+    an earlier session's outputs, and stays when session_minutes are used up.
     processes: each embeds its part of every batch, on a GPU of its own or on the CPU; loss and
     gradients are those of the whole batch. All that is given is sent to them by pickle.
-    Raises Diverged when the loss is not finite; the last checkpoint stays. ValueError for more
-    processes than GPUs, and for what cannot be pickled.
+    Raises Diverged when the loss is not finite (float16: SKIPS_IN_A_ROW times); the last checkpoint
+    stays. ValueError for a checkpoint of another training, for more processes than GPUs, and for
+    what cannot be pickled.
     """
     recipe = Recipe(**recipe)
-    if recipe.processes > 1 and not distributed.is_initialized():
-        return _by_processes(model, criterion, photos, sampler, recipe)
-    training = _Training(model, criterion, photos, sampler, recipe)
+    dtype = compute_dtype(recipe.precision, recipe.device, training=True)
+    parts = _Network(model, criterion, dtype), photos, sampler
+    history = _already_trained(*parts, recipe)
+    if history is None:
+        recipe = replace(recipe, processes=recipe.processes or _processes(*parts, recipe))
+        run = _train if recipe.processes == 1 else partial(_by_processes, _train)
+        history = run(*parts, recipe)
+    model.to(recipe.device).eval()
+    return history
+
+
+def _train(network: _Network, photos: Photos, sampler, recipe: Recipe) -> pd.DataFrame:
+    """The history of a training from its start or checkpoint to its end or the session's."""
+    training = _Training(network, photos, sampler, recipe)
     training.resume()
     while not training.done():
         training.run_epoch()
-        row = training.end_epoch()
-        if training.leads:
-            print(_line(row), flush=True)
+        if training.paused():
+            training.save()  # the next session goes on from here, whatever comes now
+            training.end_epoch()
+            break
+        training.end_epoch()
         if not training.done():
             training.save()
     return training.finish()
 
 
+def announce(text: str, more: str = "") -> None:
+    """Print a line, and log it with more."""
+    print(text, flush=True)
+    progress.LOG.info(text.replace("\n", "; ") + more)
+
+
 def cut_short(history: pd.DataFrame) -> str:
-    """'to 3.4 of 8 epochs, fitted into 29 minutes' where max_minutes did not allow all; '' else."""
+    """'to 3.4 of 8 epochs, fitted into 29 minutes' where max_minutes did not allow all, 'to 3.4 of
+    8 epochs; continues from its checkpoint' where a session ended; '' else."""
     last = history.iloc[-1]
     if not last.cut_short:
         return ""
     passes = math.floor(10 * last.passes) / 10
-    return f"to {passes:g} of {last.epochs} epochs, fitted into {last.max_minutes:g} minutes"
+    why = f", fitted into {last.max_minutes:g} minutes"
+    if last.get("continues"):
+        why = "; continues from its checkpoint"
+    return f"to {passes:g} of {last.epochs} epochs{why}"
 
 
 class _Network(nn.Module):
@@ -147,30 +192,30 @@ class _Network(nn.Module):
 class _Training:
     """A training under way: weights, optimiser, scaler, average, position and history."""
 
-    def __init__(self, model, criterion, photos: Photos, sampler, recipe: Recipe) -> None:
-        self.model, self.photos, self.sampler, self.recipe = model, photos, sampler, recipe
+    def __init__(self, network: _Network, photos: Photos, sampler, recipe: Recipe) -> None:
+        self.network, self.model = network, network.model
+        self.photos, self.sampler, self.recipe = photos, sampler, recipe
         self.folder, self.leads = Path(recipe.folder), _rank() == 0
-        self.dtype = compute_dtype(recipe.precision, recipe.device, training=True)
-        self.network = _Network(model, criterion, self.dtype)
-        self.network.to(recipe.device, memory_format=torch.channels_last)
-        self.optimizer = _optimizer(model, criterion, recipe)
-        half = self.dtype is torch.float16
+        self.identity = _identity(network, photos, sampler, recipe)
+        network.to(recipe.device, memory_format=torch.channels_last)
+        self.optimizer = _optimizer(network, recipe)
+        half = network.dtype is torch.float16
         self.scaler = torch.amp.GradScaler(recipe.device.type, enabled=half)
-        self.parts = [self.network, self.optimizer, self.scaler]
-        self.average, self.evaluated = None, model  # what is validated and kept
+        self.parts = [network, self.optimizer, self.scaler]
+        self.average, self.evaluated = None, self.model  # what is validated and kept
         if recipe.ema_decay:
-            self.average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+            self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True)
             self.evaluated = self.average.module
             self.parts.append(self.average)
-        self.identity = _identity(model, photos, sampler, recipe, self.dtype)
-        self.start = self.last_saved = time.monotonic()
+        self.start = self.session_start = self.last_saved = time.monotonic()
         self.epoch, self.batch, self.steps = 0, 0, 1
         self.stage = 0  # the sampler's epoch: the schedule's, and another one each time
-        self.used = 0.0  # share of max_minutes
+        self.used = self.used_of_session = 0.0  # shares of max_minutes, session_minutes
         self.validation_seconds = 0.0  # the longest
-        self.best, self.lr = -1.0, recipe.lr
+        self.best, self.best_state, self.lr = -1.0, None, recipe.lr
         self.history: list[dict] = []
         self.results: list[tuple] = []  # (loss, active, random distance) of this epoch's batches
+        self.skipped = self.skipped_in_a_row = 0  # steps of this epoch; without a finite loss
 
     def position(self) -> float:
         """Epochs of the schedule that are over: those stepped through, or the clock's if further.
@@ -185,19 +230,30 @@ class _Training:
     def done(self) -> bool:
         return self.position() >= self.recipe.epochs
 
+    def paused(self) -> bool:
+        """Whether the session's minutes are used up and the schedule is not at its end."""
+        return self.used_of_session >= 1 and not self.done()
+
     def read_clock(self) -> None:
-        """Bring `used` up to date by the first process's clock; the last validation is set aside.
+        """Bring the shares used up to date by the first process's clock; the last validation is set
+        aside.
 
         Before the first step nothing is used: there is at least one.
         """
-        limit = self.recipe.max_minutes * 60
-        if not limit:
-            return
-        trainable = max(limit - self.validation_seconds, 1e-9)
-        used = torch.tensor(self.spent() / trainable, device=self.recipe.device)
+        limits = (
+            (self.start, self.recipe.max_minutes),
+            (self.session_start, self.recipe.session_minutes),
+        )
+        used = []
+        for start, minutes in limits:
+            trainable = max(60 * (minutes or math.inf) - self.validation_seconds, 1e-9)
+            used.append((time.monotonic() - start) / trainable)
+        used = torch.tensor(used, dtype=torch.float64)
         if distributed.is_initialized():
+            used = used.to(self.recipe.device)
             distributed.broadcast(used, 0)
-        self.used = max(self.used, used.item())
+        used, self.used_of_session = used.tolist()
+        self.used = max(self.used, used)
 
     def begin_epoch(self) -> list[np.ndarray]:
         """This process's part of the epoch's batches, with the network ready for them."""
@@ -224,14 +280,16 @@ class _Training:
     def run_epoch(self) -> None:
         """Train to the end of the epoch or of the schedule."""
         rest = self.begin_epoch()[self.batch :]
-        loader = store.loader(self.photos, batch_sampler=rest, device=self.recipe.device)
-        for pixels, labels, _ in loader:
+        for pixels, labels, _ in self.loader(rest):
             self.step(pixels, labels)
             self.read_clock()
-            if self.done():
+            if self.done() or self.paused():
                 return
             if time.monotonic() - self.last_saved > self.recipe.checkpoint_minutes * 60:
                 self.save()
+
+    def loader(self, batches: list[np.ndarray]):
+        return store.loader(self.photos, batch_sampler=batches, device=self.recipe.device)
 
     def step(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
         """One update by the loss of a whole batch."""
@@ -250,52 +308,84 @@ class _Training:
         labels = labels.to(recipe.device, non_blocking=True)
         self.optimizer.zero_grad()
         torch.manual_seed(recipe.seed * 1_000_003 + stepped)
+        buffers = self.network.buffers() if self.scaler.is_enabled() else ()
+        statistics = [buffer.clone() for buffer in buffers]
         loss, active, embeddings = self.forward(pixels, labels)
         self.scaler.scale(loss).backward()
-        if not loss.isfinite():
-            raise Diverged(
-                f"loss is {loss.item()} in epoch {self.epoch}, batch {self.batch}: lower lr; the "
-                "last checkpoint is kept"
-            )
+        if loss.isfinite():
+            self._update(stepped + 1)
+            half = len(embeddings) // 2  # neighbours in a P x K batch are one product
+            similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean()
+            self.results.append((loss.item(), active, 1 - similarity.item()))
+        else:
+            self._skip(loss.item(), statistics)
+        self.batch += 1
+
+    def _update(self, step: int) -> None:
+        """Weights by their gradients, the average by the weights."""
+        if self.recipe.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.batch += 1
+        self.skipped_in_a_row = 0
         if self.average is not None:
-            self.average.update(self.model, step=stepped + 1)
-        half = len(embeddings) // 2  # neighbours in a P x K batch are one product
-        similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean()
-        self.results.append((loss.item(), active, 1 - similarity.item()))
+            self.average.update(self.model, step=step)
+
+    def _skip(self, loss: float, statistics: list[torch.Tensor]) -> None:
+        """Undo a step whose loss is not finite and halve the scale; Diverged where that is no cure.
+
+        statistics: the network's buffers before the step, which saw what became infinite.
+        """
+        at = f"loss is {loss} in epoch {self.epoch}, batch {self.batch}"
+        if not self.scaler.is_enabled():
+            raise Diverged(f"{at}: lower lr; the last checkpoint is kept")
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == SKIPS_IN_A_ROW:
+            raise Diverged(
+                f"{at}, as in {SKIPS_IN_A_ROW} steps in a row under float16: set "
+                "precision='float32' or 'bfloat16', which go on from the last checkpoint, or lower "
+                "lr and start anew"
+            )
+        for buffer, before in zip(self.network.buffers(), statistics):
+            buffer.copy_(before)
+        self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
     def spent(self) -> float:
         """Seconds since the first start."""
         return time.monotonic() - self.start
 
     def end_epoch(self) -> dict:
-        """Validate and go to the next epoch; the row of this one, now in the history."""
-        recipe, done = self.recipe, self.done()
-        passes = self.epoch + self.batch / self.steps
-        loss, active, random_distance = np.mean(self.results, axis=0).tolist()
-        self.epoch, self.batch, self.results = self.epoch + 1, 0, []
+        """Validate and go to the next epoch; the row of this one, now told and in the history."""
+        recipe, done, position = self.recipe, self.done() or self.paused(), self.position()
+        results = self.results or [(math.nan,) * 3]  # every step was skipped
+        loss, active, random_distance = np.mean(results, axis=0).tolist()
         row = {
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
             "loss": loss,
             "active": active,
             "random_distance": random_distance,
             "lr": self.lr,
+            "skipped": self.skipped,
             "seconds": self.spent(),
             "epochs": recipe.epochs,
-            "passes": passes,
+            "passes": self.epoch + self.batch / self.steps,
             "max_minutes": recipe.max_minutes,
+            "continues": self.paused(),
         }
+        self.epoch, self.batch, self.results, self.skipped = self.epoch + 1, 0, [], 0
         self.history.append(row)
         if recipe.validate and (done or self.epoch % recipe.validate_every == 0):
             if self.leads:
                 self._validate(row)
             self.read_clock()
-        row["cut_short"] = self.done() and passes < recipe.epochs
+        ends = self.done() or row["continues"]
+        row["cut_short"] = ends and row["passes"] < recipe.epochs
         self.stage = max(self.stage + 1, int(self.position()))
         if self.leads:
             _warn_of_collapse(row, of_pairs=not isinstance(self.network.criterion, nn.Module))
+            announce(_line(row), f", about {progress.clock(self.seconds_left(position))} left")
         return row
 
     def _validate(self, row: dict) -> None:
@@ -304,19 +394,30 @@ class _Training:
         self.validation_seconds = max(self.validation_seconds, time.monotonic() - start)
         if row["map_at_5"] > self.best:
             self.best = row["map_at_5"]
-            models.save(self.evaluated, self.folder / "best.pt")
+            self.best_state = copy.deepcopy(self.evaluated.state_dict())
+
+    def seconds_left(self, position: float) -> float:
+        """At the pace so far, and by the limit."""
+        left = self.spent() * (self.recipe.epochs / position - 1)
+        return max(0.0, min(left, 60 * (self.recipe.max_minutes or math.inf) - self.spent()))
 
     def finish(self) -> pd.DataFrame:
-        """Put the weights to keep into the model; the first process writes the history."""
+        """Put the weights to keep into the model and give its history; the first process writes.
+
+        All that was learned is on disk before anything else is done. A session that ends before the
+        schedule leaves its checkpoint instead.
+        """
+        self.optimizer.zero_grad()
         self.model.backbone.requires_grad_(True)
         history = pd.DataFrame(self.history)
         if not self.leads:
             return history
-        kept = models.load(self.folder / "best.pt") if self.best >= 0 else self.evaluated
-        self.model.load_state_dict(kept.state_dict())
-        self.model.eval()
-        for file in ("checkpoint.pt", "best.pt"):
-            (self.folder / file).unlink(missing_ok=True)
+        self.model.load_state_dict(self.best_state or self.evaluated.state_dict())
+        if not history["continues"].iloc[-1]:
+            data = {"identity": self.identity, "network": self.network.state_dict()}
+            with whole_file(self.folder / "trained.pt") as part:
+                torch.save(data | {"history": self.history}, part)
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         with whole_file(self.folder / "history.csv") as part:
             history.to_csv(part, index=False)
         return history
@@ -325,34 +426,52 @@ class _Training:
         """Write the checkpoint."""
         if not self.leads:
             return
-        data = {name: getattr(self, name) for name in SAVED} | {"seconds": self.spent()}
+        data = {name: getattr(self, name) for name in SAVED}
+        data |= {"identity": self.identity, "seconds": self.spent()}
         data["parts"] = [part.state_dict() for part in self.parts]
         with whole_file(self.folder / "checkpoint.pt") as path:
             torch.save(data, path)
         self.last_saved = time.monotonic()
 
     def resume(self) -> None:
-        """Continue from a checkpoint of the same settings; one of others is left behind."""
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        """Continue from a checkpoint, else start, and say so; ValueError for one of another
+        training.
+        """
+        recipe, precision = self.recipe, self.identity["precision"]
+        path = _found(self.folder, "checkpoint.pt")
+        if not path:
+            if self.leads:
+                steps = len(self.sampler.batches(0))
+                progress.LOG.info(
+                    f"training starts: {len(self.photos):,} photos, {steps:,} steps an epoch, "
+                    f"{recipe.epochs} epochs, {precision} on {recipe.device}, "
+                    f"processes: {recipe.processes}"
+                )
             return
-        data = torch.load(path, map_location=self.recipe.device, weights_only=True)
-        if data["identity"] != self.identity:
-            return
+        data = _read(path)
+        _refuse_another(path, data["identity"], self.identity)
         self.start -= data["seconds"]
         for name in SAVED:
             setattr(self, name, data[name])
         for part, state in zip(self.parts, data["parts"]):
-            part.load_state_dict(state)
+            if state:  # a scaler has one under float16 alone
+                part.load_state_dict(state)
+        if self.leads:
+            announce(
+                f"resumed in epoch {self.epoch + 1}/{recipe.epochs} after "
+                f"{data['seconds'] / 60:.1f} minutes, in {precision} "
+                f"({data['identity']['precision']} before), from {path}"
+            )
 
 
-def _optimizer(model: models.Embedder, criterion, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(network: _Network, recipe: Recipe) -> torch.optim.Optimizer:
     """Groups of parameters with their `base_lr`: neck and criterion at head_lr, the rest at lr.
 
     No weight decay on biases, norms, GeM's p, class tokens and position embeddings. With
     layer_decay the backbone's rates fall from its last layer to its first (Clark et al. 2020,
     arXiv:2003.10555).
     """
+    model = network.model
     model.requires_grad_(True)  # a training that was stopped may have left the backbone frozen
     optimizer = create_optimizer_v2(
         model.backbone,
@@ -362,7 +481,8 @@ def _optimizer(model: models.Embedder, criterion, recipe: Recipe) -> torch.optim
         layer_decay=None if recipe.layer_decay == 1.0 else recipe.layer_decay,
     )
     head_lr = recipe.head_lr or recipe.lr
-    for part, lr in ((model.pooling, recipe.lr), (model.neck, head_lr), (criterion, head_lr)):
+    parts = (model.pooling, recipe.lr), (model.neck, head_lr), (network.criterion, head_lr)
+    for part, lr in parts:
         if isinstance(part, nn.Module):
             for group in param_groups_weight_decay(part, recipe.weight_decay):
                 optimizer.add_param_group(group | {"lr": lr})
@@ -383,14 +503,89 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
 
 
-def _identity(model, photos: Photos, sampler, recipe: Recipe, dtype: torch.dtype) -> str:
-    """A hash of all that decides the outcome, so that only its own run continues a checkpoint."""
-    settings = vars(recipe) | {"precision": str(dtype), "record": model.record, "saved": SAVED}
-    for name in NOT_DECISIVE:
-        del settings[name]
-    shown = [photos.rows, *sampler.batches(0), *sampler.batches(recipe.epochs - 1)]
-    weights = [tensor.cpu().numpy() for tensor in model.state_dict().values()]
-    return joblib.hash([settings, shown, weights])
+# ------------------------------------------------------------- what is on disk of a training
+
+
+def _identity(network: _Network, photos: Photos, sampler, recipe: Recipe) -> dict[str, str]:
+    """All that decides the outcome, by name; what is too long for a line as its hash."""
+    named = {name: value for name, value in vars(recipe).items() if name not in NOT_DECISIVE}
+    named |= {f"model {name}": value for name, value in network.model.record.items()}
+    settings = vars(sampler).items()  # the others are lists of rows: see batches
+    named |= {f"sampler {name}": v for name, v in settings if isinstance(v, int | float)}
+    named |= {
+        "loss": network.criterion,
+        "augmentation": photos.transform,
+        "clutter": photos.clutter,
+        "data": photos.store.key,
+        "device": recipe.device.type,
+        "precision": network.dtype,
+        "code": VERSION,
+    }
+    hashed = {
+        "photos": [photos.rows, photos.shop, photos.zoom],
+        "labels": photos.labels,
+        "batches": [*sampler.batches(0), *sampler.batches(recipe.epochs - 1)],
+        "first weights": [x.flatten().cpu().numpy() for x in network.state_dict().values()],
+    }
+    named |= {name: HASH + joblib.hash(value) for name, value in hashed.items()}
+    unstable = r" at 0x[0-9a-f]+|^torch\."
+    return {name: re.sub(unstable, "", str(value)) for name, value in named.items()}
+
+
+def _read(path: Path, **settings) -> dict:
+    """What trained.pt or checkpoint.pt holds, on the CPU."""
+    data = torch.load(path, map_location="cpu", weights_only=True, **settings)
+    if isinstance(data["identity"], str):  # one hash of everything, once
+        data["identity"] = {"code": "1"}
+    return data
+
+
+def _differing(theirs: dict[str, str], mine: dict[str, str]) -> set[str]:
+    """Names of what two trainings do not share; another version's names may be others."""
+    return {name for name, value in mine.items() if theirs.get(name, value) != value}
+
+
+def _refuse_another(path: Path, theirs: dict[str, str], mine: dict[str, str]) -> None:
+    """Raise ValueError with each component that differs; precision and max_minutes may."""
+    told = [
+        name if mine[name].startswith(HASH) else f"{name} ({theirs[name]} there, {mine[name]} here)"
+        for name in sorted(_differing(theirs, mine) - {"precision", "max_minutes"})
+    ]
+    if told:
+        raise ValueError(
+            f"{path} is of another training, with other {', '.join(told)}. Set them back to go on "
+            "with it, or give another run_name, or remove (detach) the file"
+        )
+
+
+def _found(folder: Path, name: str) -> Path | None:
+    """A training's file: in its folder, else among attached outputs of an earlier session."""
+    folder = Path(folder).absolute()
+    attached = platform.attached(f"{folder.parent.name}/{folder.name}/{name}")
+    return next(filter(Path.is_file, [folder / name, *attached]), None)
+
+
+def _already_trained(
+    network: _Network, photos: Photos, sampler, recipe: Recipe
+) -> pd.DataFrame | None:
+    """The history of the same training where it has ended, its weights in the network."""
+    folder = Path(recipe.folder)
+    path = _found(folder, "trained.pt")
+    if not path:
+        return None
+    data = _read(path)
+    history = pd.DataFrame(data["history"])
+    cut = cut_short(history)
+    differing = _differing(data["identity"], _identity(network, photos, sampler, recipe))
+    if differing - {"max_minutes" if not cut else "", "processes" if not recipe.processes else ""}:
+        return None
+    network.load_state_dict(data["network"])
+    network.to(recipe.device).eval()
+    if not (folder / path.name).exists():  # this session's outputs need not the other's
+        with whole_file(folder / path.name) as part:
+            shutil.copyfile(path, part)
+    announce(f"already trained {cut or f'for {len(history)} epochs'}: {path}; remove it to repeat")
+    return history
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -410,18 +605,60 @@ def _shares(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
     return shares
 
 
-def _by_processes(model, criterion, photos: Photos, sampler, recipe: Recipe) -> pd.DataFrame:
-    """The history of a training by several; model and criterion get their weights."""
+def _cards(device: torch.device) -> int:
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
+def _processes(network: _Network, photos: Photos, sampler, recipe: Recipe) -> int:
+    """What 0 stands for: as many as its checkpoint had, else one, or one a card where a batch was
+    seen to take less time so."""
+    checkpoint = _found(recipe.folder, "checkpoint.pt")
+    if checkpoint:
+        return int(_read(checkpoint, mmap=True)["identity"].get("processes", 1))
+    cards = _cards(recipe.device)
+    if cards == 1:
+        return 1
+    recipe = replace(recipe, processes=1, frozen_epochs=0)
+    alone = _seconds_a_batch(copy.deepcopy(network), photos, sampler, recipe)
+    try:
+        recipe = replace(recipe, processes=cards)
+        together = _by_processes(_seconds_a_batch, copy.deepcopy(network), photos, sampler, recipe)
+    except (RuntimeError, ValueError) as error:
+        announce(f"training on one card: {cards} failed together ({error})")
+        return 1
+    faster = cards if together < alone else 1
+    announce(
+        f"a batch takes {alone:.3f} s on one card, {together:.3f} s on {cards}: training on "
+        f"{faster}, as gpus={faster} would"
+    )
+    return faster
+
+
+def _seconds_a_batch(network: _Network, photos: Photos, sampler, recipe: Recipe) -> float:
+    """Measured in whole steps of training, decoding included."""
+    training = _Training(network, photos, sampler, recipe)
+    batches = training.begin_epoch()
+    batches = [batches[i % len(batches)] for i in range(WARM_UP + TIMED)]
+    for step, (pixels, labels, _) in enumerate(training.loader(batches)):
+        if step == WARM_UP:
+            start = time.monotonic()
+        training.step(pixels, labels)
+    return (time.monotonic() - start) / TIMED
+
+
+def _by_processes(function, network: _Network, photos: Photos, sampler, recipe: Recipe):
+    """function(...) of the first of several processes, its weights in the network."""
     gpus = torch.cuda.device_count()
     if recipe.device.type == "cuda" and recipe.processes > gpus:
         raise ValueError(
             f"processes={recipe.processes} need a GPU each, this machine has {gpus}: "
-            f"use processes={gpus}"
+            f"use processes={gpus}, or for a checkpoint a machine like that it comes from"
         )
+    torch.cuda.empty_cache()  # what is free in this process the first one needs
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder, "job.pt")
         try:
-            torch.save((model, criterion, photos, sampler, recipe), job)
+            torch.save((function, network, photos, sampler, recipe), job)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(NOT_SENT.format(error)) from error
         try:
@@ -430,20 +667,18 @@ def _by_processes(model, criterion, photos: Photos, sampler, recipe: Recipe) -> 
             message = str(error).strip().splitlines()[-1]
             kind = Diverged if f"{Diverged.__name__}: " in message else RuntimeError
             raise kind(f"training process {error.error_index} ended: {message}") from error
-        *trained, history = torch.load(job, weights_only=False, map_location="cpu")
-    for given, learned in zip((model, criterion), trained):
-        if isinstance(given, nn.Module):
-            given.load_state_dict(learned.state_dict())
-    model.to(recipe.device).eval()
-    return history
+        weights, result = torch.load(job, weights_only=False, map_location="cpu")
+    network.load_state_dict(weights)
+    return result
 
 
 def _work(rank: int, job: Path) -> None:
     """One of the processes that train together; the first leaves what it trained in job's place."""
     try:
-        *parts, recipe = torch.load(job, weights_only=False, map_location="cpu")
+        job_parts = torch.load(job, weights_only=False, map_location="cpu")
     except AttributeError as error:
         raise ValueError(NOT_SENT.format(error)) from error
+    function, network, photos, sampler, recipe = job_parts
     tune(max(1, cores() // recipe.processes))
     backend, device = "gloo", recipe.device
     if device.type == "cuda":
@@ -456,9 +691,11 @@ def _work(rank: int, job: Path) -> None:
         world_size=recipe.processes,
         timeout=timedelta(hours=3),  # the others wait as long as the first validates
     )
-    history = fit(*parts, **(vars(recipe) | {"device": device}))
     if rank == 0:
-        torch.save((*parts[:2], history), job)
+        progress.attach(on_platform=platform.where() != "local")
+    result = function(network, photos, sampler, replace(recipe, device=device))
+    if rank == 0:
+        torch.save((network.state_dict(), result), job)
     distributed.barrier()  # the first still validates and writes
     distributed.destroy_process_group()
 
