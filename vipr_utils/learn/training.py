@@ -12,7 +12,6 @@ import copy
 import math
 import pickle
 import re
-import shutil
 import tempfile
 import time
 import warnings
@@ -207,11 +206,12 @@ class _Training:
             self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True)
             self.evaluated = self.average.module
             self.parts.append(self.average)
-        self.start = self.session_start = self.last_saved = time.monotonic()
+        self.start = self.last_saved = time.monotonic()
+        self.session_end = 60 * (recipe.session_minutes or math.inf)  # as seconds are counted
         self.epoch, self.batch, self.steps = 0, 0, 1
         self.stage = 0  # the sampler's epoch: the schedule's, and another one each time
-        self.used = self.used_of_session = 0.0  # shares of max_minutes, session_minutes
-        self.validation_seconds = 0.0  # the longest
+        self.used = 0.0  # share of max_minutes
+        self.seconds = self.validation_seconds = 0.0  # since the first start; of the longest
         self.best, self.best_state, self.lr = -1.0, None, recipe.lr
         self.history: list[dict] = []
         self.results: list[tuple] = []  # (loss, active, random distance) of this epoch's batches
@@ -232,28 +232,21 @@ class _Training:
 
     def paused(self) -> bool:
         """Whether the session's minutes are used up and the schedule is not at its end."""
-        return self.used_of_session >= 1 and not self.done()
+        return self.seconds + self.validation_seconds >= self.session_end and not self.done()
 
     def read_clock(self) -> None:
-        """Bring the shares used up to date by the first process's clock; the last validation is set
+        """Bring what is used up to date by the first process's clock; the last validation is set
         aside.
 
         Before the first step nothing is used: there is at least one.
         """
-        limits = (
-            (self.start, self.recipe.max_minutes),
-            (self.session_start, self.recipe.session_minutes),
-        )
-        used = []
-        for start, minutes in limits:
-            trainable = max(60 * (minutes or math.inf) - self.validation_seconds, 1e-9)
-            used.append((time.monotonic() - start) / trainable)
-        used = torch.tensor(used, dtype=torch.float64)
+        read = torch.tensor([self.spent(), self.validation_seconds], dtype=torch.float64)
         if distributed.is_initialized():
-            used = used.to(self.recipe.device)
-            distributed.broadcast(used, 0)
-        used, self.used_of_session = used.tolist()
-        self.used = max(self.used, used)
+            read = read.to(self.recipe.device)
+            distributed.broadcast(read, 0)
+        self.seconds, self.validation_seconds = read.tolist()
+        trainable = 60 * (self.recipe.max_minutes or math.inf) - self.validation_seconds
+        self.used = max(self.used, self.seconds / max(trainable, 1e-9))
 
     def begin_epoch(self) -> list[np.ndarray]:
         """This process's part of the epoch's batches, with the network ready for them."""
@@ -415,8 +408,7 @@ class _Training:
         self.model.load_state_dict(self.best_state or self.evaluated.state_dict())
         if not history["continues"].iloc[-1]:
             data = {"identity": self.identity, "network": self.network.state_dict()}
-            with whole_file(self.folder / "trained.pt") as part:
-                torch.save(data | {"history": self.history}, part)
+            _write(data | {"history": self.history}, self.folder / "trained.pt")
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         with whole_file(self.folder / "history.csv") as part:
             history.to_csv(part, index=False)
@@ -427,10 +419,9 @@ class _Training:
         if not self.leads:
             return
         data = {name: getattr(self, name) for name in SAVED}
-        data |= {"identity": self.identity, "seconds": self.spent()}
+        data |= {"identity": self.identity, "spent": self.spent()}
         data["parts"] = [part.state_dict() for part in self.parts]
-        with whole_file(self.folder / "checkpoint.pt") as path:
-            torch.save(data, path)
+        _write(data, self.folder / "checkpoint.pt")
         self.last_saved = time.monotonic()
 
     def resume(self) -> None:
@@ -439,18 +430,22 @@ class _Training:
         """
         recipe, precision = self.recipe, self.identity["precision"]
         path = _found(self.folder, "checkpoint.pt")
+        if not path and self.leads:
+            progress.LOG.info(
+                f"training starts: {len(self.photos):,} photos, "
+                f"{len(self.sampler.batches(0)):,} steps an epoch, {recipe.epochs} epochs, "
+                f"{precision} on {recipe.device}, processes: {recipe.processes}"
+            )
         if not path:
-            if self.leads:
-                steps = len(self.sampler.batches(0))
-                progress.LOG.info(
-                    f"training starts: {len(self.photos):,} photos, {steps:,} steps an epoch, "
-                    f"{recipe.epochs} epochs, {precision} on {recipe.device}, "
-                    f"processes: {recipe.processes}"
-                )
             return
         data = _read(path)
-        _refuse_another(path, data["identity"], self.identity)
-        self.start -= data["seconds"]
+        if differing := _differing(data["identity"], self.identity, "precision", "max_minutes"):
+            raise ValueError(
+                f"{path} is of another training, with other {', '.join(differing)}. Set them back "
+                "to go on with it, or give another run_name, or remove (detach) the file"
+            )
+        self.start -= data["spent"]
+        self.session_end += data["spent"]
         for name in SAVED:
             setattr(self, name, data[name])
         for part, state in zip(self.parts, data["parts"]):
@@ -459,7 +454,7 @@ class _Training:
         if self.leads:
             announce(
                 f"resumed in epoch {self.epoch + 1}/{recipe.epochs} after "
-                f"{data['seconds'] / 60:.1f} minutes, in {precision} "
+                f"{data['spent'] / 60:.1f} minutes, in {precision} "
                 f"({data['identity']['precision']} before), from {path}"
             )
 
@@ -532,6 +527,11 @@ def _identity(network: _Network, photos: Photos, sampler, recipe: Recipe) -> dic
     return {name: re.sub(unstable, "", str(value)) for name, value in named.items()}
 
 
+def _write(data: dict, path: Path) -> None:
+    with whole_file(path) as part:
+        torch.save(data, part)
+
+
 def _read(path: Path, **settings) -> dict:
     """What trained.pt or checkpoint.pt holds, on the CPU."""
     data = torch.load(path, map_location="cpu", weights_only=True, **settings)
@@ -540,22 +540,15 @@ def _read(path: Path, **settings) -> dict:
     return data
 
 
-def _differing(theirs: dict[str, str], mine: dict[str, str]) -> set[str]:
-    """Names of what two trainings do not share; another version's names may be others."""
-    return {name for name, value in mine.items() if theirs.get(name, value) != value}
-
-
-def _refuse_another(path: Path, theirs: dict[str, str], mine: dict[str, str]) -> None:
-    """Raise ValueError with each component that differs; precision and max_minutes may."""
-    told = [
-        name if mine[name].startswith(HASH) else f"{name} ({theirs[name]} there, {mine[name]} here)"
-        for name in sorted(_differing(theirs, mine) - {"precision", "max_minutes"})
+def _differing(theirs: dict[str, str], mine: dict[str, str], *free: str) -> list[str]:
+    """What two trainings do not share, in words, but for what is free to differ; code of another
+    version may have other names.
+    """
+    return [
+        name if value.startswith(HASH) else f"{name} ({theirs[name]} there, {value} here)"
+        for name, value in sorted(mine.items())
+        if name not in free and theirs.get(name, value) != value
     ]
-    if told:
-        raise ValueError(
-            f"{path} is of another training, with other {', '.join(told)}. Set them back to go on "
-            "with it, or give another run_name, or remove (detach) the file"
-        )
 
 
 def _found(folder: Path, name: str) -> Path | None:
@@ -576,14 +569,13 @@ def _already_trained(
     data = _read(path)
     history = pd.DataFrame(data["history"])
     cut = cut_short(history)
-    differing = _differing(data["identity"], _identity(network, photos, sampler, recipe))
-    if differing - {"max_minutes" if not cut else "", "processes" if not recipe.processes else ""}:
+    free = "" if cut else "max_minutes", "" if recipe.processes else "processes"
+    if _differing(data["identity"], _identity(network, photos, sampler, recipe), *free):
         return None
     network.load_state_dict(data["network"])
     network.to(recipe.device).eval()
     if not (folder / path.name).exists():  # this session's outputs need not the other's
-        with whole_file(folder / path.name) as part:
-            shutil.copyfile(path, part)
+        _write(data, folder / path.name)
     announce(f"already trained {cut or f'for {len(history)} epochs'}: {path}; remove it to repeat")
     return history
 
