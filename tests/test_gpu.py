@@ -127,6 +127,7 @@ def walk():
         patch.setattr(torch.Tensor, "nonzero", nonzero)
         patch.setattr(torch.Tensor, "__getitem__", getitem)
         patch.setattr(torch.Tensor, "__setitem__", setitem)
+        patch.setattr(torch.Tensor, "__format__", lambda tensor, how: "0")
         patch.setattr(torch.Tensor, "backward", backward)
         patch.setattr(torch, "Generator", lambda device=CPU, make=torch.Generator: make())
         patch.setattr(nn.Module, "_apply", moved)

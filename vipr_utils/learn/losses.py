@@ -166,7 +166,7 @@ class ArcFace(nn.Module):
         self.scale, self.subcentres, self.guide = scale, subcentres, guide
 
     def extra_repr(self) -> str:
-        low, high = float(self.margins.min()), float(self.margins.max())
+        low, high = self.margins.aminmax()
         return (
             f"margins {low:.3g} to {high:.3g} rad, scale {self.scale:g}, {self.subcentres} centres "
             f"a class, guide {self.guide}"

@@ -140,11 +140,8 @@ def _train(network: _Network, photos: Photos, sampler, recipe: Recipe) -> pd.Dat
     training.resume()
     while not training.done():
         training.run_epoch()
-        if training.paused():
-            training.save()  # the next session goes on from here, whatever comes now
-            training.end_epoch()
+        if training.end_epoch()["continues"]:
             break
-        training.end_epoch()
         if not training.done():
             training.save()
     return training.finish()
@@ -198,8 +195,9 @@ class _Training:
         self.identity = _identity(network, photos, sampler, recipe)
         network.to(recipe.device, memory_format=torch.channels_last)
         self.optimizer = _optimizer(network, recipe)
-        half = network.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(recipe.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(
+            recipe.device.type, enabled=network.dtype is torch.float16
+        )
         self.parts = [network, self.optimizer, self.scaler]
         self.average, self.evaluated = None, self.model  # what is validated and kept
         if recipe.ema_decay:
@@ -271,15 +269,18 @@ class _Training:
             self.forward = DistributedDataParallel(self.network, find_unused_parameters=unused)
 
     def run_epoch(self) -> None:
-        """Train to the end of the epoch or of the schedule."""
+        """Train to the end of the epoch, of the schedule, or of the session."""
         rest = self.begin_epoch()[self.batch :]
         for pixels, labels, _ in self.loader(rest):
             self.step(pixels, labels)
             self.read_clock()
-            if self.done() or self.paused():
+            if self.done():
                 return
-            if time.monotonic() - self.last_saved > self.recipe.checkpoint_minutes * 60:
+            due = time.monotonic() - self.last_saved > self.recipe.checkpoint_minutes * 60
+            if due or self.paused():  # the next session goes on from here, whatever comes now
                 self.save()
+            if self.paused():
+                return
 
     def loader(self, batches: list[np.ndarray]):
         return store.loader(self.photos, batch_sampler=batches, device=self.recipe.device)
@@ -553,9 +554,9 @@ def _differing(theirs: dict[str, str], mine: dict[str, str], *free: str) -> list
 
 def _found(folder: Path, name: str) -> Path | None:
     """A training's file: in its folder, else among attached outputs of an earlier session."""
-    folder = Path(folder).absolute()
-    attached = platform.attached(f"{folder.parent.name}/{folder.name}/{name}")
-    return next(filter(Path.is_file, [folder / name, *attached]), None)
+    own = Path(folder, name).absolute()
+    attached = platform.attached("/".join(own.parts[-3:]))  # run, part, name
+    return next(filter(Path.is_file, [own, *attached]), None)
 
 
 def _already_trained(
@@ -569,8 +570,8 @@ def _already_trained(
     data = _read(path)
     history = pd.DataFrame(data["history"])
     cut = cut_short(history)
-    free = "" if cut else "max_minutes", "" if recipe.processes else "processes"
-    if _differing(data["identity"], _identity(network, photos, sampler, recipe), *free):
+    mine = _identity(network, photos, sampler, recipe)
+    if _differing(data["identity"], mine, "processes", "" if cut else "max_minutes"):
         return None
     network.load_state_dict(data["network"])
     network.to(recipe.device).eval()
@@ -610,11 +611,10 @@ def _processes(network: _Network, photos: Photos, sampler, recipe: Recipe) -> in
     cards = _cards(recipe.device)
     if cards == 1:
         return 1
-    recipe = replace(recipe, processes=1, frozen_epochs=0)
-    alone = _seconds_a_batch(copy.deepcopy(network), photos, sampler, recipe)
+    parts = copy.deepcopy(network), photos, sampler
+    alone = _seconds_a_batch(*parts, replace(recipe, processes=1))
     try:
-        recipe = replace(recipe, processes=cards)
-        together = _by_processes(_seconds_a_batch, copy.deepcopy(network), photos, sampler, recipe)
+        together = _by_processes(_seconds_a_batch, *parts, replace(recipe, processes=cards))
     except (RuntimeError, ValueError) as error:
         announce(f"training on one card: {cards} failed together ({error})")
         return 1
@@ -629,9 +629,8 @@ def _processes(network: _Network, photos: Photos, sampler, recipe: Recipe) -> in
 def _seconds_a_batch(network: _Network, photos: Photos, sampler, recipe: Recipe) -> float:
     """Measured in whole steps of training, decoding included."""
     training = _Training(network, photos, sampler, recipe)
-    batches = training.begin_epoch()
-    batches = [batches[i % len(batches)] for i in range(WARM_UP + TIMED)]
-    for step, (pixels, labels, _) in enumerate(training.loader(batches)):
+    batches = training.begin_epoch() * (WARM_UP + TIMED)  # there may be fewer in an epoch
+    for step, (pixels, labels, _) in enumerate(training.loader(batches[: WARM_UP + TIMED])):
         if step == WARM_UP:
             start = time.monotonic()
         training.step(pixels, labels)
@@ -657,7 +656,7 @@ def _by_processes(function, network: _Network, photos: Photos, sampler, recipe: 
             spawn(_work, (job,), nprocs=recipe.processes)
         except ProcessException as error:
             message = str(error).strip().splitlines()[-1]
-            kind = Diverged if f"{Diverged.__name__}: " in message else RuntimeError
+            kind = Diverged if "Diverged: " in message else RuntimeError
             raise kind(f"training process {error.error_index} ended: {message}") from error
         weights, result = torch.load(job, weights_only=False, map_location="cpu")
     network.load_state_dict(weights)
@@ -683,8 +682,7 @@ def _work(rank: int, job: Path) -> None:
         world_size=recipe.processes,
         timeout=timedelta(hours=3),  # the others wait as long as the first validates
     )
-    if rank == 0:
-        progress.attach(on_platform=platform.where() != "local")
+    progress.attach(on_platform=platform.where() != "local")
     result = function(network, photos, sampler, replace(recipe, device=device))
     if rank == 0:
         torch.save((network.state_dict(), result), job)
