@@ -670,6 +670,7 @@ def _work(rank: int, job: Path) -> None:
     except AttributeError as error:
         raise ValueError(NOT_SENT.format(error)) from error
     function, network, photos, sampler, recipe = job_parts
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather")
     tune(max(1, cores() // recipe.processes))
     backend, device = "gloo", recipe.device
     if device.type == "cuda":
