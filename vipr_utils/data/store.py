@@ -34,9 +34,10 @@ from vipr_utils.host.progress import LOG, clock
 VERSION = 2  # of the packed photos: rises with the code that makes them
 BLOCK = 4096  # photos in a file, on disk before the next are packed
 LEAST_PX = 352  # of a photo's shorter side: 1.5 * 224, or 224 seen through a zoom of 0.65
-# Groceries encoded anew (500 queries, frozen Lite0, 224 px): mAP@5 moves by +.002 (standard error
-# .003) at 31 kB a photo; at 95 by -.002 (.002) and 41 kB
-QUALITY = 90
+SMALL_PX = 200  # networks under this see too little for an enlarged crop to matter
+# Groceries encoded anew (500 queries, frozen Lite0, 224 px): mAP@5 moves by -.002 (standard error
+# .002) at 41 kB a photo; at 90 by +.002 (.003) and 31 kB
+QUALITY = 95
 MOST_BYTES = 0.5  # for each pixel of the store's square, of a photo that is kept as it is
 SAMPLE = 200  # photos that tell how large a store will be
 
@@ -101,7 +102,8 @@ class Store:
     """
 
     def __init__(self, *folders: Path) -> None:
-        self.folders, self.key, self.px = folders, folders[0].name, _px(folders[0])
+        self.folders, self.key = folders, folders[0].name
+        self.px = int(self.key.split("-")[-1])
         self.blocks = [_block(folder, row) for folder in folders for row in _first_rows(folder)]
         if None in self.blocks:
             raise OSError(f"block {self.blocks.index(None)} is absent or damaged")
@@ -142,10 +144,6 @@ def _first_rows(folder: Path) -> range:
     return range(0, int(folder.name.split("-")[-3]), BLOCK)
 
 
-def _px(folder: Path) -> int:
-    return int(folder.name.split("-")[-1])
-
-
 def _block(folder: Path, first_row: int) -> safe_open | None:
     """BLOCK photos, mapped: jpegs (bytes, one file behind the other), layouts, and the table of
     them as metadata; None where they are absent or damaged.
@@ -157,21 +155,20 @@ def _block(folder: Path, first_row: int) -> safe_open | None:
 
 
 def build_store(photos: pd.DataFrame, *, cache_dir: Path, store_px: int = LEAST_PX) -> Store:
-    """The Store of a catalog with store_px or more: the smallest that is there
-    (`platform.stores`), else built in `cache_dir`.
+    """The Store of a catalog at store_px: one that is there (`platform.stores`), else built in
+    `cache_dir`.
 
     A photo whose shorter side is up to 1.5 * store_px keeps its JPEG bytes where they are few;
-    others are reduced to store_px (JPEG, quality 90). Unreadable photos are listed in `problems`.
+    others are reduced to store_px (JPEG, quality 95). Unreadable photos are listed in `problems`.
     A disk that fails stops it: what is packed stays, and the next call goes on from there. Raises
     OSError where there is no room.
     """
     data = f"{photos.attrs['fingerprint']}-{len(photos)}-v{VERSION}"
     folder = Path(cache_dir) / "stores" / f"{data}-{store_px}"
     with locked(folder):  # two first runs at once: the second finds what the first has built
-        for there in sorted(platform.stores(Path(cache_dir), data), key=_px):
+        for there in platform.stores(Path(cache_dir), f"{data}-{store_px}"):
             try:
-                if _px(there) >= store_px:
-                    return Store(there)
+                return Store(there)
             except OSError as error:
                 warnings.warn(f"{there} is no whole store ({error}): not used", stacklevel=2)
         _build(photos, folder, store_px)
@@ -243,8 +240,11 @@ def packed_px(px: int, seen_px: int = 0) -> int:
     looked at with seen_px a side (a network's pixels over its zoom).
 
     Training takes 1.5 * px: a crop of 4/9 of a square is not enlarged. LEAST_PX or more, in steps
-    of 32, so that notebooks share a store.
+    of 32, so that notebooks share a store; small networks take 8/7 of what they look at.
     """
+    most = max(px, seen_px)
+    if most < SMALL_PX:
+        return max(128, round(most * 8 / 7))
     return max(LEAST_PX, 32 * math.ceil(max(1.5 * px, seen_px) / 32))
 
 
@@ -255,7 +255,7 @@ def _packed(root: Path, store_px: int, path: str) -> tuple[bytes, np.ndarray, di
     """
     try:
         content = retried(Path.read_bytes, root / path)
-        pixels = read_image(path, least_px=store_px, content=content)
+        pixels = read_image(path, least_px=2 * store_px, content=content)
         layout = audit.colour_layout(read_image(path, least_px=64, content=content))
     except (BrokenImage, FileNotFoundError) as error:
         problem = str(error).removeprefix(f"{path}: ")

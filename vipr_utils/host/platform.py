@@ -186,14 +186,14 @@ def find_run(model_run: str, *, output_dir: str = "submissions") -> Path:
     return next((folder for folder in places if (folder / "model.pt").is_file()), own)
 
 
-def stores(cache_dir: Path, data: str) -> list[Path]:
-    """Folders of packed photos, stores/<data>-<pixels>: in this cache, among the outputs of runs
-    here, attached.
+def stores(cache_dir: Path, name: str) -> list[Path]:
+    """Folders of packed photos, stores/<name>: in this cache, among the outputs of runs here,
+    attached.
     """
     mounts = MOUNTS + COLAB_DATA
     mounts += tuple(f"{mount}/submissions/*" for mount in mounts)
     folders = [cache_dir / "stores", *output_folder().glob("*/stores"), *attached("stores", mounts)]
-    return [first.parent for folder in folders for first in folder.glob(f"{data}-*/0.*")]
+    return [first.parent for folder in folders for first in folder.glob(f"{name}/0.*")]
 
 
 def room_gb(folder: Path) -> float:
