@@ -230,6 +230,8 @@ def test_guided_loss_is_the_sum_of_classification_and_metric():
     assert accuracy == alone and metric > 0 and len(list(guided.parameters())) == 1
 
 
-def test_unknown_loss_is_refused():
+def test_unknown_loss_and_missing_counts_are_refused():
     with pytest.raises(ValueError, match="loss 'softmax' is unknown: use one of"):
         losses.criterion("softmax", "cosine", 8)
+    with pytest.raises(ValueError, match="'arcface' needs counts"):
+        losses.criterion("arcface", "cosine", 8)

@@ -272,3 +272,15 @@ def test_command_line_prints_the_score_or_why_not(root, capsys):
     assert "mAP@5 0.419" in capsys.readouterr().out
     assert submission.main([str(changed(root, " g6.jpg", "")), str(root)]) == 1
     assert "4 images, expected 5" in capsys.readouterr().err
+
+
+def test_query_or_image_that_comes_twice_is_refused_before_an_older_file_is_replaced(tmp_path):
+    path = submission.write_ranking(tmp_path / "submission.csv", ["q"], [["a", "b"]])
+    older = path.read_bytes()
+    with pytest.raises(submission.SubmissionError, match="listed twice"):
+        submission.write_ranking(path, ["q"], [["a", "a"]])
+    with pytest.raises(submission.SubmissionError, match="'q' is answered twice"):
+        submission.write_ranking(path, ["q", "q"], [["a"], ["b"]])
+    with pytest.raises(submission.SubmissionError, match="'q' is answered twice"):
+        submission.write_classification(path, ["q", "q"], [1, 2])
+    assert path.read_bytes() == older

@@ -81,3 +81,10 @@ def test_interrupted_drawing_leaves_no_half_set(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         toy.generate(tmp_path / "toy", products=2, image_size=48)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_make_no_sense_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="products=1, image_size=64: a toy set needs 2 products and 32 px"
+    ):
+        toy.generate(tmp_path / "toy", products=1, image_size=64)

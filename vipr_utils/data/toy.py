@@ -471,6 +471,10 @@ def generate(
             f"{folder.name} exists and is no toy set of {settings}: name another folder or "
             "remove it"
         )
+    if products < 2 or image_size < 32:
+        raise ValueError(
+            f"products={products}, image_size={image_size}: a toy set needs 2 products and 32 px"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as part:
         root = Path(part) / folder.name

@@ -31,12 +31,14 @@ def write_ranking(path: Path, query_names, gallery_names) -> Path:
     """The CSV `id,images` of query_names (Q,) and gallery_names (Q, 5), best first; its path.
 
     A blank in a gallery name is written %20, and % then %25. Raises ValueError, and leaves an older
-    file as it is, where there is not one list for each query; `validate` finds every other fault.
+    file as it is, where there is not one list for each query, and SubmissionError for a query or
+    an image that comes twice; `validate` finds every other fault.
     """
-    lists = [
-        " ".join(name.replace("%", "%25").replace(" ", "%20") for name in names)
-        for names in gallery_names
-    ]
+    lists = []
+    for query, names in zip(query_names, gallery_names, strict=True):
+        if len(set(names)) < len(names):
+            raise SubmissionError(f"{query}: an image is listed twice in {list(names)}")
+        lists.append(" ".join(name.replace("%", "%25").replace(" ", "%20") for name in names))
     return _write(path, RANKING, query_names, lists)
 
 
@@ -79,6 +81,9 @@ def write_answers(
 def _write(path: Path, header: list, names, answers) -> Path:
     """Raises ValueError, and writes nothing, where there is not one answer for each name."""
     table = pd.DataFrame(zip(names, answers, strict=True), columns=header)
+    twice = table[header[0]][table[header[0]].duplicated()]
+    if len(twice):
+        raise SubmissionError(f"{path}: query {twice.iloc[0]!r} is answered twice: answer it once")
     with whole_file(path) as part:
         table.to_csv(part, index=False, lineterminator="\n")
     return Path(path)

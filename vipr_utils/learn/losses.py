@@ -71,6 +71,8 @@ def criterion(
         if loss == "contrastive":
             return partial(contrastive, distance=distance, margin=margin)
         return partial(triplet, mining=mining, distance=distance, margin=margin)
+    if counts is None:
+        raise ValueError(f"loss {loss!r} needs counts, the images of each label")
     margins = adaptive_margins(counts) if loss == "adaptive_arcface" else margin or 0.3
     guide = None
     if loss == "arcface+triplet":
