@@ -471,10 +471,6 @@ def generate(
             f"{folder.name} exists and is no toy set of {settings}: name another folder or "
             "remove it"
         )
-    if products < 2 or image_size < 32:
-        raise ValueError(
-            f"products={products}, image_size={image_size}: a toy set needs 2 products and 32 px"
-        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as part:
         root = Path(part) / folder.name
@@ -489,7 +485,14 @@ def generate(
 
 
 def _write(root: Path, products: int, seed: int, image_size: int, workers: int) -> None:
-    """Both tables and the photos of a new data root."""
+    """Both tables and the photos of a new data root.
+
+    Raises ValueError for one that is too small.
+    """
+    if products < 2 or image_size < 32:
+        raise ValueError(
+            f"products={products}, image_size={image_size}: a toy set needs 2 products and 32 px"
+        )
     photos = _photos(products, seed)
     for split, rows in photos.groupby("split"):
         (root / split).mkdir(parents=True)
