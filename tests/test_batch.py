@@ -712,7 +712,11 @@ def test_ctrl_c_ends_every_kernel_saves_what_there_is_and_leaves_no_traceback(re
     places = os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[2])}
     command += ["--jobs", str(len(rows))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=repo, env=places, **pipes) as running:
+
+    def listen() -> None:  # what a shell starts in the background is deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=repo, env=places, preexec_fn=listen, **pipes) as running:
         folders = [repo / "out" / name for name in rows]
         while not all((folder / "begun").exists() for folder in folders):
             assert running.poll() is None
