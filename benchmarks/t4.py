@@ -2,7 +2,7 @@
 
     python benchmarks/t4.py /scratch/rehearsal      # after benchmarks/rehearsal.py
 
-Sums and limits are those of `vipr run --dry-run`, over the photos of the rehearsal. No T4 was timed.
+Sums and limits are those of `vipr run --dry-run`, over the rehearsal's photos. No T4 was timed.
 Instead of seconds measured with a network they take the operations that one counts, divided by what
 a T4 is assumed to do; what the cores do with a photo is measured here, on photos of 500 pixels, and
 shared by Kaggle's four. To these are added all seconds of the same notebook in the rehearsal: with
