@@ -46,9 +46,10 @@ SMALL = {  # beside the values of params/kaggle_t4
     "weights": "none",
     "backbone": TINY[0],
     "backbones": json.dumps(TINY),
-    "network": "siamese_small",
+    "network": TINY[0],
 }
-MINUTES = {"03": 2, "04": 4, "05": 2, "06": 30, "07": 15}  # of a training, or of choosing
+MINUTES = {"03": 1, "04": 2, "05": 1, "06": 20, "07": 10}  # of a training, or of choosing
+MINUTES_OF_SMALL = dict.fromkeys(MINUTES, 1)  # where a share is rehearsed
 FOLDERS = {"kept": "kaggle/working", "scratch": "kaggle/temp"}
 
 
@@ -147,10 +148,10 @@ class Watch:
         return tuple(np.max(inside, axis=0) / 1e9) if inside else (np.nan, np.nan)
 
 
-def run(notebook: str, work: Path) -> dict:
+def run(notebook: str, work: Path, minutes: dict[str, float]) -> dict:
     """Run one notebook by `vipr run`; what it took, by stage as well."""
     known = parameters_of(ROOT / "notebooks" / f"{notebook}.ipynb")
-    values = SMALL | {"max_minutes": MINUTES.get(notebook[:2], 0)}
+    values = SMALL | {"max_minutes": minutes.get(notebook[:2], 0)}
     settings = [f"-p{name}={value}" for name, value in values.items() if name in known]
     command = [sys.executable, "-m", "vipr_utils", "run", "params/kaggle_t4", "--force"]
     places = {"VIPR_PLATFORM_ROOT": str(work), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
@@ -227,20 +228,26 @@ def main() -> int:
         (work / folder).mkdir(parents=True, exist_ok=True)
 
     path = work / "rehearsal.json"
-    before = json.loads(path.read_text())["notebooks"] if path.is_file() else []
-    rows = {row["notebook"]: row for row in before}
     for file in sorted((ROOT / "params" / "kaggle_t4").glob("*.yaml")):
         if file.stem.startswith(tuple(given.only.split(","))):
-            rows[file.stem] = run(file.stem, work)
+            row = run(file.stem, work, MINUTES if given.share == 1 else MINUTES_OF_SMALL)
+            rows = recorded(path) | {file.stem: row}  # another may have written meanwhile
             record = {"share": given.share, "side": given.side, "hardware": hardware()}
+            record["notebooks"] = [rows[name] for name in sorted(rows)]
             with whole_file(path) as part:
-                part.write_text(json.dumps(record | {"notebooks": list(rows.values())}, indent=1))
-    table = pd.DataFrame(rows.values()).drop(columns="stages")
+                part.write_text(json.dumps(record, indent=1))
+    table = pd.DataFrame(recorded(path).values()).drop(columns="stages")
     print(table.round(1).to_string(index=False))
     unchanged = listing(root) == listed
     print("the input is as it was" if unchanged else "AN INPUT WAS WRITTEN TO")
     inside = (table["kept_gb"] < KEPT / 1e9) & (table["scratch_gb"] < SCRATCH / 1e9)
     return int(not (table["ended"] & inside).all() or not unchanged)
+
+
+def recorded(path: Path) -> dict[str, dict]:
+    """Rows of the record by notebook."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["notebooks"] if path.is_file() else []
+    return {row["notebook"]: row for row in rows}
 
 
 def listing(root: Path) -> list:

@@ -46,11 +46,11 @@ if platform.machine() not in ("x86_64", "AMD64"):
 
 NETWORK = ["embedding", "losses", "pooling", "training"]
 COMPUTES = [*NETWORK, "metrics", "models", "processors", "rerank", "search"]
-NOTEBOOKS = ["notebooks/03_scratch_siamese.ipynb", "notebooks/06_submission.ipynb"]
+PAGE = "03_scratch_siamese"
 SUITES = {
     "tests of networks": [f"tests/test_{name}.py" for name in NETWORK],
     "tests that compute": [f"tests/test_{name}.py" for name in COMPUTES],
-    "notebooks 03, 06": ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", *NOTEBOOKS],
+    PAGE: ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", f"notebooks/{PAGE}.ipynb"],
 }
 # Left to `make unit`, which runs native with one thread: they take long and say nothing of a
 # processor.
@@ -70,17 +70,13 @@ ONCE = [
 def plan() -> list[tuple[str, str, int, str]]:
     """(kind, precision, threads, suite), lines of one thread first, the longest at the start.
 
-    Native with one thread is `make unit` and `make smoke`; pages are tried on the kind that is
+    Native with one thread is `make unit` and `make smoke`; a page is tried on the kind that is
     furthest from it.
     """
-    others = [kind for kind in reversed(KINDS) if kind != "native"]
-    lines = [(kind, "float32", 1, "notebooks 03, 06") for kind in others[:1]]
-    lines += [(kind, "float32", 1, "tests that compute") for kind in others]
-    lines += [(kind, "bfloat16", 1, "tests of networks") for kind in others[-1:]]
-    lines += [
-        ("native", precision, 2, "tests of networks") for precision in ("float32", "bfloat16")
-    ]
-    return lines
+    lines = [("sse4", "float32", 1, suite) for suite in ("tests that compute", PAGE)]
+    lines += [("avx2", "bfloat16", 1, "tests of networks")]
+    lines = [line for line in lines if line[0] in KINDS]
+    return [*lines, ("native", "bfloat16", 2, "tests of networks")]
 
 
 def run(line: tuple[str, str, int, str]) -> tuple[int, str, float]:
@@ -89,7 +85,7 @@ def run(line: tuple[str, str, int, str]) -> tuple[int, str, float]:
     environment = os.environ | KINDS[kind] | {"VIPR_PROCESSOR": kind, "VIPR_PRECISION": precision}
     environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SUITES[suite]]
-    if suite != "notebooks 03, 06":
+    if suite != PAGE:
         command += ["-k", "not " + " and not ".join(ONCE)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

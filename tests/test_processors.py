@@ -52,7 +52,7 @@ def test_grocery_has_one_split(grocery, tmp_path):
     assert found(grocery, tmp_path)[1] == SPLITS["grocery"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "native"])
+@pytest.mark.parametrize("kind", list(KINDS)[2:])  # the one furthest from this machine
 def test_another_processor_draws_the_same_photos_and_holds_the_same_out(whole_toy, tmp_path, kind):
     """The photos of eight products are drawn anew, pixel for pixel; the split is of all."""
     if os.environ.get("VIPR_PROCESSOR"):

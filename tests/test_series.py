@@ -9,7 +9,12 @@ from shapes import SHAPES, cut
 
 from vipr_utils.judge import plots, submission
 
-ALIKE = {"folders_with_labels", "kaggles_test_table_alone"}  # once loaded, as others are
+ALIKE = {  # once loaded, as others are
+    "folders_with_labels",
+    "folders_gallery_and_queries",
+    "folder_with_other_files",
+    "kaggles_test_table_alone",
+}
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a mean of nothing, say
 
 
