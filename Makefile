@@ -1,6 +1,6 @@
 # make demo                 the whole series on the toy set, then its score and submission
 # make demo DATA=folder PROFILE=laptop     the same on your own photos
-# make rehearsal            the series at Products-10K's size: hours, 20 GB of disk; SHARE=0.02: a fiftieth of it
+# make rehearsal            the series at Products-10K's size: hours, 20 GB of disk (make fiftieth: at a fiftieth of it)
 # make test                 every check, two processes of one thread; THREADS=2: one of two
 PYTHON ?= python3
 PROFILE ?= smoke
@@ -16,12 +16,14 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps processors rehearsal test-kaggle test-colab stamp notebooks results picture clean
+.PHONY: demo test lint unit smoke nbval sweeps processors rehearsal fiftieth test-kaggle test-colab stamp notebooks results picture clean
 
 demo: .venv/demo.stamp
 	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
-test: lint unit smoke sweeps processors
+test: lint unit
+	$(MAKE) -j 2 smoke fiftieth
+	$(MAKE) processors
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -35,24 +37,27 @@ unit: .venv/test.stamp
 # under other instruction sets.
 smoke: .venv/test.stamp
 	rm -rf .venv/smoke
-	$(BIN)/vipr run params/smoke --output-dir .venv/smoke
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/vipr run params/smoke --output-dir .venv/smoke
 	VIPR_SMOKE=$(CURDIR)/.venv/smoke $(BIN)/python -m pytest tests/test_smoke.py
 
 nbval: .venv/test.stamp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -n $(JOBS) --dist loadscope $(NOTEBOOKS)
 
-# A row of every sweep from its file, at a size that only shows that it runs; SWEEPS='' runs them all.
+# Every row of every sweep from its file, by papermill, at a size that only shows that it runs.
 sweeps: .venv/test.stamp
 	rm -rf .venv/sweeps
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/vipr run params/sweeps/laptop --jobs $(JOBS) --output-dir .venv/sweeps \
-		--only '$(SWEEPS)' -p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
-SWEEPS ?= best-seed0,best_submission-seed0,gordo-rmac,gap_unseen-whitened,study_scratch-triplet-manhattan-seed0,study_subset-lite0
+		-p image_size=48 -p test_size=48 -p epochs=1 -p batch_size=16
 
 # The series by the files of kaggle_t4 at Products-10K's numbers, tiny networks; a table of time, memory and disk.
 rehearsal: .venv/demo.stamp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/rehearsal.py $(WORK) --share $(SHARE)
 WORK ?= .venv/rehearsal
 SHARE ?= 1
+
+fiftieth: .venv/demo.stamp
+	rm -rf .venv/fiftieth
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/rehearsal.py .venv/fiftieth --share 0.02
 
 # What computes, under several instruction sets, in float32 and bfloat16, by one thread and two.
 processors: .venv/test.stamp

@@ -40,13 +40,13 @@ ADDRESS_SPACE, KEPT, SCRATCH = 30e9, 20e9, 60e9  # bytes that a session on Kaggl
 DRAWN = 3  # photos drawn of a product, one of them the shop's; the rest are made of these
 TINY = ["lcnet_035", "mobilenetv3_small_050"]  # 1,280 and 1,024 features, as wide as real ones
 SMALL = {  # beside the values of params/kaggle_t4
-    "image_size": 64,
-    "test_size": 64,
+    "image_size": 32,
+    "test_size": 32,
     "epochs": 1,
     "weights": "none",
     "backbone": TINY[0],
     "backbones": json.dumps(TINY),
-    "network": TINY[0],
+    "network": "siamese_small",
 }
 MINUTES = {"03": 1, "04": 2, "05": 1, "06": 20, "07": 10}  # of a training, or of choosing
 MINUTES_OF_SMALL = dict.fromkeys(MINUTES, 1)  # where a share is rehearsed

@@ -8,6 +8,7 @@ import series
 from shapes import SHAPES, cut
 
 from vipr_utils.judge import plots, submission
+from vipr_utils.run import params
 
 ALIKE = {  # once loaded, as others are
     "folders_with_labels",
@@ -15,6 +16,10 @@ ALIKE = {  # once loaded, as others are
     "folder_with_other_files",
     "kaggles_test_table_alone",
 }
+SWEEPS = (  # of each notebook, protocol and way of pooling one
+    "best-seed0,best_submission-seed0,gordo-rmac,gap_unseen-whitened,"
+    "study_scratch-triplet-manhattan-seed0,study_subset-lite0"
+)
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a mean of nothing, say
 
 
@@ -44,6 +49,17 @@ def test_every_notebook_ends_on_every_shape_and_leaves_an_answer_to_every_query(
     assert seen["found"]["unreadable files"] == len(seen["lost"])
     assert (seen["files"]["width"] >= 96).all(), "sizes are those of the files, not of the store"
     assert set(names["02_augmentation_preview"]["recipes"]) == {"study", "kit", "strong"}
+
+
+def test_rows_of_the_sweeps_end(toy_root, tmp_path):
+    places = {"data_root": str(toy_root), "output_dir": str(tmp_path), "cache_dir": str(tmp_path)}
+    small = {"image_size": 32, "test_size": 32, "epochs": 1, "batch_size": 16, "n_products": 3}
+    rows = params.load_runs([series.ROOT / "params" / "sweeps" / "laptop"], only=SWEEPS)
+    assert len(rows) == len(SWEEPS.split(","))
+    for row in rows:
+        series.run(row.notebook.stem, **row.params | small | places)
+        record = json.loads((tmp_path / row.name / "run.json").read_text(encoding="utf-8"))
+        assert 0 <= record["metrics"]["map_at_5"] <= 1
 
 
 @pytest.mark.parametrize(
