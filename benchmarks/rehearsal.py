@@ -125,10 +125,12 @@ def make_input(work: Path, share: float, side: int) -> Path:
 
 
 class Watch:
-    """Memory of a process with all that it starts, twice a second: (time, resident, virtual)."""
+    """A process with all that it starts, every second: (time, resident memory of all, address space
+    of the largest, disk), in GB.
+    """
 
-    def __init__(self, pid: int) -> None:
-        self.process, self.samples = psutil.Process(pid), []
+    def __init__(self, pid: int, work: Path) -> None:
+        self.process, self.work, self.samples = psutil.Process(pid), work, []
         threading.Thread(target=self._sample, daemon=True).start()
 
     def _sample(self) -> None:
@@ -136,16 +138,18 @@ class Watch:
             try:
                 family = [self.process, *self.process.children(recursive=True)]
                 memory = [process.memory_info() for process in family]
-            except psutil.Error:  # one has just ended
+                disk = sum(size_gb(self.work / folder) for folder in FOLDERS.values())
+            except (psutil.Error, FileNotFoundError):  # one has just ended
                 continue
-            largest = max(found.vms for found in memory)
-            self.samples.append((time.time(), sum(found.rss for found in memory), largest))
-            time.sleep(0.5)
+            resident = sum(found.rss for found in memory) / 1e9
+            largest = max(found.vms for found in memory) / 1e9
+            self.samples.append((time.time(), resident, largest, disk))
+            time.sleep(1)
 
-    def peak(self, start: float, end: float) -> tuple[float, float]:
-        """(resident memory of all, address space of the largest process), in GB."""
+    def peak(self, start: float, end: float) -> tuple[float, float, float]:
+        """Resident memory, address space and disk in between."""
         inside = [found[1:] for found in self.samples if start <= found[0] <= end]
-        return tuple(np.max(inside, axis=0) / 1e9) if inside else (np.nan, np.nan)
+        return tuple(np.max(inside, axis=0)) if inside else (np.nan,) * 3
 
 
 def run(notebook: str, work: Path, minutes: dict[str, float]) -> dict:
@@ -162,10 +166,10 @@ def run(notebook: str, work: Path, minutes: dict[str, float]) -> dict:
         env=os.environ | places,
         preexec_fn=limit_address_space,
     )
-    watch = Watch(process.pid)
+    watch = Watch(process.pid, work)
     code = process.wait()
     end = time.time()
-    resident, virtual = watch.peak(began, end)
+    resident, virtual, _ = watch.peak(began, end)
     executed = work / "kaggle" / "working" / "submissions" / notebook / "notebook.ipynb"
     return {
         "notebook": notebook,
@@ -184,7 +188,7 @@ def limit_address_space() -> None:
 
 
 def stages(executed: Path, watch: Watch) -> list[dict]:
-    """Seconds and peak memory of the sections of a notebook that was run."""
+    """Seconds, peak memory and disk of the sections of a notebook that was run."""
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     found, stage = {}, "set up"
     for cell in cells:
@@ -200,8 +204,9 @@ def stages(executed: Path, watch: Watch) -> list[dict]:
     table = []
     for stage, times in found.items():
         seconds = sum(end - start for start, end in times)
-        resident, _ = watch.peak(times[0][0], times[-1][1])
-        table.append({"stage": stage, "seconds": seconds, "resident_gb": resident})
+        resident, _, disk = watch.peak(times[0][0], times[-1][1])
+        row = {"stage": stage, "seconds": seconds, "resident_gb": resident, "disk_gb": disk}
+        table.append(row)
     return table
 
 
