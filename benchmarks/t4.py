@@ -32,6 +32,7 @@ REACHED = 0.25  # share of it that a network is assumed to reach
 SEARCHED = 4e12  # half of the data sheet's 8.1e12 in float32
 STEP = 3  # forward passes that a step costs: forward, and twice as much backward
 SIDE = 500  # pixels of the photos that are packed and looked at
+NETWORKS = {}  # operations that a photo takes, by (name, pixels)
 
 
 @cache
@@ -42,7 +43,8 @@ def network_on_t4(name: str, px: int, device: torch.device, trained: bool) -> pl
         pixels = torch.rand(1, 3, px, px)
     with FlopCounterMode(display=False) as counted:
         features = model(pixels)
-    forward_s = counted.get_total_flops() / (PEAK * REACHED)
+    NETWORKS[name, px] = counted.get_total_flops()
+    forward_s = NETWORKS[name, px] / (PEAK * REACHED)
     parameters = model.record["parameters"]
     return plan.NetworkCost(parameters, features.shape[1], forward_s, STEP * forward_s, 0.0)
 
@@ -76,15 +78,27 @@ def main() -> int:
             patch.object(plan, "multiply_s", lambda device: 2 / SEARCHED),
         ):
             table = plan.plan(todo)
+        look_ms = {
+            recipe: 1000 * photo_cost(photos, 224, recipe).look_s for recipe in ("none", "strong")
+        }
     table["rehearsal"] = [measured[name] for name in table.index]
-    table["T4 x2"] = table["training"] + table["embedding"] + table["search"] + table["rehearsal"]
-    columns = ["training", "embedding", "search", "rehearsal", "T4 x2"]
-    print(table[columns].round(1).to_string())
-    gpu = table["T4 x2"][table["training"] + table["embedding"] > 0]
-    print(f"longest {table['T4 x2'].max() / 60:.1f} hours, with a GPU {gpu.sum() / 60:.1f} in all")
+    columns = ["training", "embedding", "search", "rehearsal"]
+    table = table[columns].assign(minutes=table[columns].sum(axis=1)).round(2)
+    print(table.to_string())
+    gpu = table["minutes"][table["training"] + table["embedding"] > 0]
+    print(f"longest {table.minutes.max() / 60:.1f} hours, with a GPU {gpu.sum() / 60:.1f} in all")
+    record = {
+        "networks": [
+            {"network": name, "px": px, "gflop": flop / 1e9}
+            for (name, px), flop in NETWORKS.items()
+        ],
+        "operations_a_second": PEAK * REACHED,
+        "look_ms": look_ms,
+        "notebooks": table.rename_axis("notebook").reset_index().to_dict("records"),
+    }
     with whole_file(given.work / "t4.json") as part:
-        part.write_text(table[columns].round(2).to_json(orient="index", indent=1))
-    return int(table["T4 x2"].max() > 9 * 60 or gpu.sum() > 12 * 60)
+        part.write_text(json.dumps(record, indent=1))
+    return int(table["minutes"].max() > 9 * 60 or gpu.sum() > 12 * 60)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,73 @@ def drawn(path: Path) -> str:
     return section("Choosing by drawn queries", text, pd.DataFrame(shown))
 
 
+def at_full_size(folder: Path) -> str:
+    """What the series took at Products-10K's numbers, and what that means on Kaggle's T4 x2."""
+    rehearsed = json.loads((folder / "rehearsal.json").read_text(encoding="utf-8"))
+    t4 = json.loads((folder / "t4.json").read_text(encoding="utf-8"))
+    shown = [
+        {
+            "notebook": row["notebook"],
+            "minutes": f"{row['seconds'] / 60:.1f}",
+            "peak memory, GB": f"{row['resident_gb']:.1f}",
+            "address space, GB": f"{row['address_space_gb']:.1f}",
+            "outputs so far, GB": f"{row['kept_gb']:.1f}",
+            "scratch so far, GB": f"{row['scratch_gb']:.1f}",
+        }
+        for row in rehearsed["notebooks"]
+    ]
+    stages = [
+        {
+            "notebook": row["notebook"],
+            "stage": stage["stage"],
+            "seconds": f"{stage['seconds']:.0f}",
+            "peak memory, GB": number(stage["resident_gb"], ".1f"),
+            "disk, GB": number(stage["disk_gb"], ".1f"),
+        }
+        for row in rehearsed["notebooks"]
+        for stage in row["stages"]
+    ]
+    networks = [
+        {
+            "network": row["network"],
+            "px": row["px"],
+            "GFLOP a photo": f"{row['gflop']:.1f}",
+            "photos a second, a card": f"{t4['operations_a_second'] / row['gflop'] / 1e9:,.0f}",
+            "in training": f"{t4['operations_a_second'] / row['gflop'] / 3e9:,.0f}",
+        }
+        for row in t4["networks"]
+    ]
+    minutes = pd.DataFrame(t4["notebooks"])
+    sums = minutes.set_index("notebook").map("{:.0f}".format).reset_index()
+    whole = minutes["minutes"][minutes["training"] + minutes["embedding"] > 0].sum() / 60
+    sides = f"photos of {rehearsed['side']} px, {rehearsed['hardware']}"
+    measured = (
+        "`make rehearsal`: 9,691 products, 141,931 gallery photos and 55,000 queries, drawn, "
+        f"{sides}; notebooks by the files of `params/kaggle_t4` with networks next to nothing at "
+        "32 px, a pass or a few minutes of training, one thread a notebook, up to two notebooks "
+        "at a time. The address space of each process was limited to 30 GB."
+    )
+    arithmetic = (
+        "No T4 was timed. Minutes by sums (`benchmarks/t4.py`): *training* trainings × "
+        "`max_minutes`, or epochs × photos × step where that is less; *embedding* passes × photos "
+        "× the slower of the network on two cards and four cores that look at photos "
+        f"({t4['look_ms']['none']:.1f} ms each, {t4['look_ms']['strong']:.1f} in training); "
+        "*search* 2 × queries × gallery × dimensions at 4 TFLOP/s; *rehearsal* all minutes of the "
+        "table above, so that what needs no network is counted as slow as there and some is "
+        f"counted twice. A card is taken to do {t4['operations_a_second'] / 1e12:.0f} TFLOP/s in "
+        "float16, a quarter of its data sheet; a step costs three passes. With a GPU "
+        f"**{whole:.1f} hours** in all, the longest notebook {minutes['minutes'].max() / 60:.1f}; "
+        "01 and 02 run without one."
+    )
+    sections = [
+        section("The series at Products-10K's size", measured, pd.DataFrame(shown)),
+        section("The same by stage", "Sections of the notebooks.", pd.DataFrame(stages)),
+        section("`kaggle_t4` on T4 ×2, by arithmetic", arithmetic, sums),
+        section("Networks of `kaggle_t4`", "Operations as counted.", pd.DataFrame(networks)),
+    ]
+    return "\n\n".join(sections)
+
+
 def results(folder: Path = REFERENCE) -> str:
     """The tables of RESULTS.md."""
     table = rows(folder)
@@ -256,6 +323,8 @@ def results(folder: Path = REFERENCE) -> str:
     sections = [regret(folder / "series")] if (folder / "series").is_dir() else []
     if (folder / "drawn.json").is_file():
         sections.append(drawn(folder / "drawn.json"))
+    if (folder / "rehearsal.json").is_file():
+        sections.append(at_full_size(folder))
     sections += tasks(table[~removed & ~on_subset])
     if on_subset.any():
         text = (
