@@ -330,7 +330,14 @@ def stopping():
     return validate
 
 
+@pytest.fixture
+def small_scale(monkeypatch):
+    """Of a scaler that has found its scale: at the usual first one, steps are skipped."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**4))
+
+
 @on_devices()
+@pytest.mark.usefixtures("small_scale")
 def test_half_precision_with_clipping_and_average_goes_on_after_a_kill(toy_data, tmp_path, device):
     how = HALF | {"device": device, "epochs": 3}
     whole, expected = fit(toy_data, tmp_path / "whole", validate=score, **how)
@@ -369,6 +376,7 @@ def fit_with_infinite_steps(toy_data, folder, steps, **how):
 
 
 @on_devices()
+@pytest.mark.usefixtures("small_scale")
 def test_infinite_loss_in_half_precision_skips_a_step_and_leaves_no_trace(
     toy_data, tmp_path, device
 ):
@@ -381,6 +389,29 @@ def test_infinite_loss_in_half_precision_skips_a_step_and_leaves_no_trace(
 
 
 @on_devices()
+@pytest.mark.usefixtures("small_scale")
+def test_infinite_gradients_are_counted_and_ten_in_a_row_stop(
+    toy_data, tmp_path, device, monkeypatch
+):
+    update, infinite = training._Training._update, {1, 4, 7}
+
+    def planted(state, step):
+        if step - 1 in infinite:
+            next(state.model.parameters()).grad.fill_(float("inf"))
+        update(state, step)
+
+    monkeypatch.setattr(training._Training, "_update", planted)
+    how = HALF | {"device": device, "epochs": 2}
+    model, history = fit(toy_data, tmp_path / "some", **how)
+    assert list(history.skipped) == [2, 1]
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    infinite |= set(range(99))
+    with pytest.raises(training.Diverged, match="a gradient is infinite in epoch 1, batch 4, as"):
+        fit(toy_data, tmp_path / "all", **how)
+
+
+@on_devices()
+@pytest.mark.usefixtures("small_scale")
 def test_ten_infinite_losses_in_a_row_stop_with_what_to_set(toy_data, tmp_path, device):
     how = {"device": device, "epochs": 4, "checkpoint_minutes": 1e-9}
     message = "in epoch 2, batch 1, as in 10 steps in a row under float16: set precision='float32'"

@@ -65,7 +65,7 @@ NOT_DECISIVE = (
     "session_minutes",
     "checkpoint_minutes",
 )
-SKIPS_IN_A_ROW = 10  # steps without a finite loss under float16 that end a training
+SKIPS_IN_A_ROW = 10  # steps under float16 without a finite loss or gradient that end a training
 WARM_UP, TIMED = 3, 12  # batches, when one card is compared with several
 HASH = "hash "
 NOT_SENT = (
@@ -118,9 +118,9 @@ def fit(model: models.Embedder, criterion, photos: Photos, sampler, **recipe) ->
     an earlier session's outputs, and stays when session_minutes are used up.
     processes: each embeds its part of every batch, on a GPU of its own or on the CPU; loss and
     gradients are those of the whole batch. All that is given is sent to them by pickle.
-    Raises Diverged when the loss is not finite (float16: SKIPS_IN_A_ROW times); the last checkpoint
-    stays. ValueError for a checkpoint of another training, for more processes than GPUs, and for
-    what cannot be pickled.
+    Raises Diverged when the loss is not finite (float16: or a gradient, SKIPS_IN_A_ROW times); the
+    last checkpoint stays. ValueError for a checkpoint of another training, for more processes than
+    GPUs, and for what cannot be pickled.
     """
     recipe = Recipe(**recipe)
     dtype = compute_dtype(recipe.precision, recipe.device, training=True)
@@ -320,18 +320,29 @@ class _Training:
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
+        before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() < before:  # a gradient was infinite: no weight has moved
+            self._count_skip("a gradient is infinite")
+            return
         self.skipped_in_a_row = 0
         if self.average is not None:
             self.average.update(self.model, step=step)
 
     def _skip(self, loss: float, statistics: list[torch.Tensor]) -> None:
-        """Undo a step whose loss is not finite and halve the scale; Diverged where that is no cure.
+        """Undo a step whose loss is not finite and halve the scale.
 
         statistics: the network's buffers before the step, which saw what became infinite.
         """
-        at = f"loss is {loss} in epoch {self.epoch}, batch {self.batch}"
+        self._count_skip(f"loss is {loss}")
+        for buffer, before in zip(self.network.buffers(), statistics):
+            buffer.copy_(before)
+        self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+
+    def _count_skip(self, problem: str) -> None:
+        """Raises Diverged where another scale is no cure."""
+        at = f"{problem} in epoch {self.epoch}, batch {self.batch}"
         if not self.scaler.is_enabled():
             raise Diverged(f"{at}: lower lr; the last checkpoint is kept")
         self.skipped += 1
@@ -342,9 +353,6 @@ class _Training:
                 "precision='float32' or 'bfloat16', which go on from the last checkpoint, or lower "
                 "lr and start anew"
             )
-        for buffer, before in zip(self.network.buffers(), statistics):
-            buffer.copy_(before)
-        self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
     def spent(self) -> float:
         """Seconds since the first start."""
