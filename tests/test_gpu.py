@@ -437,7 +437,7 @@ def test_gradients_of_network_and_loss_together_are_clipped(toy_data, device, pr
             lengths[clip_norm] = float(torch.stack(gradients).norm())
             assert state.network.criterion.centres.grad.norm() > 0
 
-        state.scaler._init_scale = 1.0  # gradients as they are
+        state.scaler._init_scale = 256.0  # under float16; lengths are those without it
         state.optimizer.step = noted
         pixels, labels, _ = next(iter(state.loader(state.begin_epoch())))
         state.step(pixels, labels)
@@ -563,6 +563,14 @@ def test_no_number_of_processes_takes_all_cards_where_they_were_seen_to_be_faste
     assert "training on one card: 2 failed together (no peer)" in capsys.readouterr().out
     monkeypatch.setattr(training, "_cards", lambda device: 1)
     assert chosen() == 1 and not capsys.readouterr().out
+
+
+def test_training_asks_how_many_cards_where_no_number_is_given(toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_processes", lambda *parts: 1000)  # more than there are
+    monkeypatch.setattr(training, "_by_processes", lambda run, *parts: parts[-1].processes)
+    how = {"epochs": 1, "lr": 1e-3, "folder": tmp_path}
+    assert training.fit(*setting(toy_data), processes=0, **how) == 1000
+    assert len(training.fit(*setting(toy_data), processes=1, **how)) == 1
 
 
 def check_measured(toy_data, tmp_path, capfd, device):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -599,6 +600,13 @@ def test_losses_name_what_they_were_set_to(toy_data, loss, change, named):
 
     one, same, other = words({}), words({}), words(change)
     assert one == same != other and named in one + other and " at 0x" not in one
+
+
+def test_identity_of_a_training_names_its_kind_of_device(toy_data, tmp_path):
+    state = started(*setting(toy_data))
+    parts = state.network, state.photos, state.sampler
+    there = training._identity(*parts, replace(state.recipe, device=torch.device("cuda", 1)))
+    assert training._differing(there, state.identity) == ["device (cuda there, cpu here)"]
 
 
 def test_checkpoint_of_an_earlier_version_of_the_training_is_refused(toy_data, tmp_path):
