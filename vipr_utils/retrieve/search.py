@@ -35,17 +35,21 @@ def top_k(
     """
     q, g = checked(queries, "query"), checked(gallery, "gallery")
     _check_sizes(q, g, k, distance)
-    query_ids, gallery_ids = (ids.to(device) for ids in _numbered(query_ids, gallery_ids, q, g))
+    query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
     of_gallery = [_placed(part, device, distance) for part in g.split(GALLERY_CHUNK)]
     scores, ranks = [], []
-    for block, ids in zip(q.split(QUERY_CHUNK), query_ids.split(QUERY_CHUNK)):
+    for block in q.split(QUERY_CHUNK):
+        ids, query_ids = np.split(query_ids, [len(block)])
         block = _placed(block, device, distance)
         best = torch.full((len(block), k), -torch.inf, device=device)
         rows = torch.full((len(block), k), -1, device=device)
         left = 0
-        for section, numbers in zip(of_gallery, gallery_ids.split(GALLERY_CHUNK)):
+        for section in of_gallery:
+            numbers = gallery_ids[left : left + len(section)]
             part = _similarity(block, section, distance)  # (q, g)
-            part.masked_fill_(ids[:, None] == numbers, -torch.inf)
+            if np.isin(ids, numbers).any():  # seldom, and to compare all takes longer than topk
+                same = torch.from_numpy(ids[:, None] == numbers)
+                part.masked_fill_(same.to(device), -torch.inf)
             best, rows = _merged(best, rows, part, left)
             left += len(section)
         scores.append(best.cpu())
@@ -96,19 +100,18 @@ def _similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor
     return -torch.cdist(a, b, p=power, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> tuple:
+def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> list[np.ndarray]:
     """Both sides' ids as whole numbers (Q,) and (G,), equal where the ids are; without ids no two
     are equal.
     """
     if query_ids is None or gallery_ids is None:
-        query_ids, gallery_ids = np.arange(len(q)), -1 - np.arange(len(g))
+        query_ids, gallery_ids = np.zeros(len(q)), np.ones(len(g))
     if len(query_ids) != len(q) or len(gallery_ids) != len(g):
         raise ValueError(
             f"ids do not match: {len(query_ids)} ids for {len(q)} queries, {len(gallery_ids)} for "
             f"{len(g)} rows"
         )
-    numbers, _ = pd.factorize(np.concatenate([query_ids, gallery_ids]))
-    return torch.from_numpy(numbers).split([len(q), len(g)])
+    return np.split(pd.factorize(np.concatenate([query_ids, gallery_ids]))[0], [len(q)])
 
 
 def _merged(
@@ -176,10 +179,9 @@ class Search:
 
     def _nearest(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores, ranks) (Q, k) among these gallery rows (R,)."""
-        everything = len(rows) == len(self.gallery)  # no copy of it
         scores, ranks = top_k(
             self.queries,
-            self.gallery if everything else self.gallery[rows],
+            self.gallery if self.answers is None else self.gallery[rows],  # no copy of it
             k,
             query_ids=self.query_rows["image_id"],
             gallery_ids=self.gallery_rows["image_id"].iloc[rows],
