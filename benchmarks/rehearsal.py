@@ -39,7 +39,7 @@ PRODUCTS, GALLERY, QUERIES = 9_691, 141_931, 55_000
 ADDRESS_SPACE, KEPT, SCRATCH = 30e9, 20e9, 60e9  # bytes that a session on Kaggle has
 DRAWN = 3  # photos drawn of a product, one of them the shop's; the rest are made of these
 TINY = ["lcnet_035", "mobilenetv3_small_050"]  # 1,280 and 1,024 features, as wide as real ones
-NARROW = "regnetx_002"  # 368 features: 07 compares all photos of the gallery a dozen times
+NARROW = "test_convnext3"  # 128 features: 07 compares all photos of the gallery a dozen times
 SMALL = {  # beside the values of params/kaggle_t4
     "image_size": 32,
     "test_size": 32,
