@@ -747,14 +747,21 @@ class Process:
     def send_signal(self, number):
         self.heard.append(number)
 
+    def wait(self, timeout):
+        self.heard.append(timeout)
+        raise subprocess.TimeoutExpired("papermill", timeout)
+
     def kill(self):
         self.heard.append("kill")
 
 
 @pytest.mark.parametrize(
-    "system, by_papermill, by_kernel", [("posix", [], [2, "kill"]), ("nt", [1], ["kill"])]
+    "system, by_papermill, by_kernel",
+    [("posix", [20, "kill"], [2, "kill"]), ("nt", [1, 20, "kill"], ["kill"])],
 )
-def test_kernel_that_does_not_end_in_time_is_killed(monkeypatch, system, by_papermill, by_kernel):
+def test_kernel_that_does_not_end_in_time_is_killed_and_papermill_may_write_the_notebook(
+    monkeypatch, system, by_papermill, by_kernel
+):
     deaf = Process()
     papermill = Process(deaf)
     monkeypatch.setattr(kernel.os, "name", system)
@@ -765,6 +772,13 @@ def test_kernel_that_does_not_end_in_time_is_killed(monkeypatch, system, by_pape
     kernel.end(papermill)
     monkeypatch.undo()
     assert (papermill.heard, deaf.heard) == (by_papermill, by_kernel)
+
+
+def test_papermill_without_a_kernel_is_killed_at_once(monkeypatch):
+    starting = Process()
+    monkeypatch.setattr(kernel.psutil, "Process", lambda pid: starting)
+    kernel.end(starting)
+    assert starting.heard == [0, "kill"]
 
 
 @pytest.mark.parametrize("system, flags", [("posix", 0), ("nt", 512)])

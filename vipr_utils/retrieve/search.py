@@ -37,7 +37,7 @@ def top_k(
     _check_sizes(q, g, k, distance)
     query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
     of_gallery = [_placed(part, device, distance) for part in g.split(GALLERY_CHUNK)]
-    scores, ranks = [], []
+    found = []
     for block in q.split(QUERY_CHUNK):
         ids, query_ids = np.split(query_ids, [len(block)])
         block = _placed(block, device, distance)
@@ -48,13 +48,11 @@ def top_k(
             numbers = gallery_ids[left : left + len(section)]
             part = _similarity(block, section, distance)  # (q, g)
             if np.isin(ids, numbers).any():  # seldom, and to compare all takes longer than topk
-                same = torch.from_numpy(ids[:, None] == numbers)
-                part.masked_fill_(same.to(device), -torch.inf)
+                part[torch.from_numpy(ids[:, None] == numbers)] = -torch.inf
             best, rows = _merged(best, rows, part, left)
             left += len(section)
-        scores.append(best.cpu())
-        ranks.append(rows.cpu())
-    return torch.cat(scores).numpy(), torch.cat(ranks).numpy()
+        found.append((best.cpu(), rows.cpu()))
+    return tuple(torch.cat(parts).numpy() for parts in zip(*found))
 
 
 def _placed(x: torch.Tensor, device, distance: str) -> torch.Tensor:

@@ -105,14 +105,14 @@ def end(process: subprocess.Popen) -> None:
     A kernel's cell ends with KeyboardInterrupt and papermill writes the notebook as it is. On
     Windows no other process can interrupt a kernel: papermill is ended, and its kernel with it.
     """
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess, subprocess.TimeoutExpired):
         started = psutil.Process(process.pid).children(recursive=True)
         for heard in [process] if os.name == "nt" else started:
             heard.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
         for left in psutil.wait_procs(started, timeout=GRACE_S)[1]:
             left.kill()
-        if not started:
-            process.kill()
+        process.wait(GRACE_S if started else 0)  # it writes the notebook
+    process.kill()
 
 
 def say(line: str) -> None:
