@@ -602,7 +602,7 @@ def test_losses_name_what_they_were_set_to(toy_data, loss, change, named):
     assert one == same != other and named in one + other and " at 0x" not in one
 
 
-def test_identity_of_a_training_names_its_kind_of_device(toy_data, tmp_path):
+def test_identity_of_a_training_names_its_kind_of_device(toy_data):
     state = started(*setting(toy_data))
     parts = state.network, state.photos, state.sampler
     there = training._identity(*parts, replace(state.recipe, device=torch.device("cuda", 1)))
