@@ -7,6 +7,7 @@ import re
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,6 +133,7 @@ def walk():
         patch.setattr(torch, "Generator", lambda device=CPU, make=torch.Generator: make())
         patch.setattr(nn.Module, "_apply", moved)
         patch.setattr(model_ema, "deepcopy", another)
+        patch.setattr(models, "copy", SimpleNamespace(deepcopy=another))
         # a scaler believes in the device
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         for module in (stores, embedding):
@@ -222,7 +224,8 @@ def test_walk_through_a_search(monkeypatch, distance):
 @pytest.fixture(scope="module")
 def task(toy_root, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("task"))
-    return Task(str(toy_root), image_size=32, device="cpu", cache_dir=cache)
+    settings = {"image_size": 32, "device": "cpu", "precision": "float32"}
+    return Task(str(toy_root), cache_dir=cache, **settings)
 
 
 def test_walk_through_retrieval_and_reranking(task):
@@ -239,6 +242,19 @@ def test_walk_through_retrieval_and_reranking(task):
         unsearched = search.Search(*sides, *view, device=CUDA)
         found = rerank.k_reciprocal(unsearched.searched(6), k1=4, k2=2)
     assert found.ranks.shape == (len(view.queries), 6)
+
+
+def test_walk_through_a_learned_whitening(task, monkeypatch):
+    fitted = rerank.Projection(np.zeros(256, np.float32), np.zeros((256, 8), np.float32))
+    monkeypatch.setattr(rerank, "fit_learned_whitening", lambda *_: fitted)
+    task.device = CUDA
+    with walk():
+        model = models.create("siamese_small", embedding_dim=16)
+        whitened = task.whitened(model, 8)
+        assert {x.device for x in model.state_dict().values()} == {CUDA}  # where it embedded
+        assert task.embed(whitened).shape == (len(task.photos), 8)
+        assert {x.device for x in whitened.state_dict().values()} == {CUDA}
+    task.device = CPU
 
 
 PLANTED = {
