@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vipr_utils.data import transforms
+from vipr_utils.host import progress
 from vipr_utils.learn import models
-from vipr_utils.retrieve import cache, embedding, rerank
+from vipr_utils.retrieve import embedding, rerank
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ def test_two_gpus_find_what_one_does(toy_data, network):
 
 def test_long_computation_tells_how_far_it_is(toy_data, network, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(embedding, "BLOCK", 3)
-    monkeypatch.setattr(cache, "QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
     with caplog.at_level("INFO", "vipr"):
         embedding.embed(
             network, toy_data[1], toy_data[0].index[:7], image_size=32, cache_dir=tmp_path

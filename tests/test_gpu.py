@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from deadly import deadly
-from test_training import equal, fit, setting
+from test_training import FEW_SUMS, equal, fit, setting
 from timm.utils import model_ema
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -323,7 +323,7 @@ def test_the_walked_path_on_a_gpu_gives_what_the_cpu_gives(toy_data, task):
 
 # ---------------------------------------------------------------------- half precision, for real
 
-HALF = {"precision": "float16", "clip_norm": 1.0, "ema_decay": 0.9}
+HALF = {"network": FEW_SUMS, "precision": "float16", "clip_norm": 1.0, "ema_decay": 0.9}
 
 
 class Stop(Exception):
@@ -369,7 +369,7 @@ def test_half_precision_with_clipping_and_average_goes_on_after_a_kill(toy_data,
 @on_devices()
 @pytest.mark.parametrize("first, then", [("float32", "float16"), ("float16", "float32")])
 def test_training_may_go_on_in_another_precision(toy_data, tmp_path, capsys, device, first, then):
-    how = {"device": device, "epochs": 3}
+    how = {"network": FEW_SUMS, "device": device, "epochs": 3}
     with pytest.raises(Stop):
         fit(toy_data, tmp_path, validate=stopping(), precision=first, **how)
     _, history = fit(toy_data, tmp_path, validate=score, precision=then, **how)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from vipr_utils.host import progress
 from vipr_utils.retrieve import search
 
 faiss = pytest.importorskip("faiss")
@@ -182,3 +183,12 @@ def test_search_on_a_gpu_equals_the_cpu():
     queries, gallery = vectors(50), vectors(333, seed=1)
     on_gpu = search.top_k(queries, gallery, device="cuda")
     assert (on_gpu[1] == search.top_k(queries, gallery)[1]).all()
+
+
+def test_long_search_tells_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(search, "QUERY_CHUNK", 3)
+    with caplog.at_level("INFO", "vipr"):
+        search.top_k(np.eye(7), np.eye(7), 2)
+    told = [line.partition(",")[0] for line in caplog.messages]
+    assert told == [f"blocks of 3 queries searched: {done} of 3" for done in (1, 2, 3)]

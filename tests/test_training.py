@@ -18,27 +18,28 @@ import torch
 
 from vipr_utils.data import catalog, transforms
 from vipr_utils.data.store import Photos
-from vipr_utils.host import platform
+from vipr_utils.host import platform, progress
 from vipr_utils.host.files import _is_full_disk
 from vipr_utils.learn import losses, models, sampling, training
 
 ROOT = Path(__file__).resolve().parents[1]
+FEW_SUMS = "test_efficientnet"  # and batch norms; processors are slow in float16
 
 
-def setting(toy_data, seed=0):
+def setting(toy_data, seed=0, network="siamese_small"):
     """(model, criterion, photos, sampler): a small network and a criterion that is trained too."""
     photos, store = toy_data
     train = photos[photos.split == "train"]
     labels = catalog.with_labels(train)
     torch.manual_seed(seed)
-    model = models.create("siamese_small", embedding_dim=16)
+    model = models.create(network, weights="none", embedding_dim=16)
     criterion = losses.ArcFace(16, labels.max() + 1)
     data = Photos(store, train.index, transforms.augmentation("kit", 32), labels=labels, seed=seed)
     return model, criterion, data, sampling.PKSampler(labels, batch_size=8, images=2, seed=seed)
 
 
-def fit(toy_data, folder, **how):
-    model, *rest = setting(toy_data)
+def fit(toy_data, folder, network="siamese_small", **how):
+    model, *rest = setting(toy_data, network=network)
     how = {"epochs": 2, "lr": 1e-3, "ema_decay": 0.9} | how
     history = training.fit(model, *rest, folder=folder, **how)
     return model, history
@@ -332,6 +333,18 @@ def test_head_on_cached_features_separates_what_the_features_can():
     training.fit_head(model, criterion, features, labels, epochs=8, batch_size=64)
     assert not model.neck.training and accuracy() > 0.95 > untrained
     assert all(torch.equal(v, backbone[k]) for k, v in model.backbone.state_dict().items())
+
+
+def test_head_tells_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    model = models.create("siamese_small", embedding_dim=4)
+    with caplog.at_level("INFO", "vipr"):
+        how = {"epochs": 2, "batch_size": 4}
+        training.fit_head(model, losses.ArcFace(4, 2), np.eye(8, 256), np.arange(8) % 2, **how)
+    assert [line[:26] for line in caplog.messages] == [
+        "epochs of the head: 1 of 2",
+        "epochs of the head: 2 of 2",
+    ]
 
 
 def test_head_without_a_neck_says_to_make_one():
@@ -732,13 +745,12 @@ def test_log_tells_of_start_epochs_resume_and_end_with_the_time_left(
 
 CHILD = """
 import pickle, sys, torch
-torch.set_num_threads(1)
+torch.set_num_threads({threads})
 sys.path[:0] = [{tests!r}]
 from test_training import models, setting, training
 toy_data = pickle.load(open({data!r}, "rb"))
 model, *rest = setting(toy_data)
-how = dict(epochs=4, lr=1e-3, ema_decay=0.9, checkpoint_minutes=1e-9)
-training.fit(model, *rest, folder={folder!r}, **how)
+training.fit(model, *rest, folder={folder!r}, **{how!r})
 models.save(model, {folder!r} + "/model.pt")
 """
 
@@ -747,6 +759,7 @@ def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_d
     import pickle
 
     (tmp_path / "data.pkl").write_bytes(pickle.dumps(toy_data))
+    how = {"epochs": 4, "lr": 1e-3, "ema_decay": 0.9, "checkpoint_minutes": 1e-9}
 
     def command(folder):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -754,10 +767,12 @@ def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_d
             "tests": str(ROOT / "tests"),
             "data": str(tmp_path / "data.pkl"),
             "folder": str(tmp_path / folder),
+            "threads": torch.get_num_threads(),
+            "how": how,
         }
         return [sys.executable, "-c", CHILD.format(**values)]
 
-    subprocess.run(command("whole"), check=True, cwd=ROOT, capture_output=True)
+    whole, _ = fit(toy_data, tmp_path / "whole", **how)
     rng, kills = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), 0
     for _ in range(2):
         child = subprocess.Popen(
@@ -774,7 +789,7 @@ def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_d
         kills += child.wait() == -signal.SIGKILL
     assert kills >= 1
     subprocess.run(command("killed"), check=True, cwd=ROOT, capture_output=True)
-    assert equal(*(models.load(tmp_path / name / "model.pt") for name in ("whole", "killed")))
+    assert equal(whole, models.load(tmp_path / "killed" / "model.pt"))
 
 
 # ----------------------------------------------------------------------------------- half precision
@@ -804,9 +819,8 @@ def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_b
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_training_in_half_precision_learns(toy_data, tmp_path, precision):
-    _, history = fit(
-        toy_data, tmp_path, epochs=12, precision=precision, ema_decay=0.0
-    )  # a scaler skips its first steps
+    how = {"network": "test_convnext3", "precision": precision, "ema_decay": 0.0}
+    _, history = fit(toy_data, tmp_path, epochs=12, **how)  # a scaler skips its first steps
     assert np.isfinite(history.loss).all() and history.loss.iloc[-1] < 0.9 * history.loss.iloc[0]
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import monotonic
 
 import cv2
 import numpy as np
@@ -29,7 +28,7 @@ from vipr_utils.data.transforms import customer_like, zoomed
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores
 from vipr_utils.host.files import locked, retried, whole_file
-from vipr_utils.host.progress import LOG, clock
+from vipr_utils.host.progress import LOG, reporter
 
 VERSION = 2  # of the packed photos: rises with the code that makes them
 BLOCK = 4096  # photos in a file, on disk before the next are packed
@@ -184,7 +183,7 @@ def _build(photos: pd.DataFrame, folder: Path, store_px: int) -> None:
             some = photos["path"].sample(SAMPLE, replace=True, random_state=0)
             size = np.mean([len(jpeg) for jpeg, *_ in pool.map(pack, some)])
             _check_room(folder, size * BLOCK * len(missing) / 1e9)
-        began = monotonic()
+        reached = reporter(f"blocks of {BLOCK:,} photos packed", len(missing))
         for done, row in enumerate(missing, 1):
             jpegs, layouts, facts = zip(*pool.map(pack, photos["path"].iloc[row : row + BLOCK]))
             arrays = {
@@ -193,8 +192,7 @@ def _build(photos: pd.DataFrame, folder: Path, store_px: int) -> None:
             }
             with whole_file(folder / f"{row}.safetensors") as part:
                 save_file(arrays, part, {"files": pd.DataFrame(facts).to_json()})
-            left = clock((monotonic() - began) / done * (len(missing) - done))
-            LOG.info("photos packed: %d of %d, %s left", row + len(jpegs), len(photos), left)
+            reached(done)
 
 
 def _check_room(folder: Path, needed_gb: float) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from time import monotonic
 
 LOG = logging.getLogger("vipr")
+QUIET_S = 30.0  # between two lines of one stage
 
 
 def attach(*, on_platform: bool = False) -> None:
@@ -20,6 +23,23 @@ def attach(*, on_platform: bool = False) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s vipr %(message)s", "%H:%M:%S"))
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
+
+
+def reporter(what: str, total: int) -> Callable[[int], None]:
+    """To be called with how many are done: LOG hears of it, and of the time left, where nothing was
+    said for QUIET_S seconds.
+    """
+    began = told = monotonic()
+
+    def reached(done: int) -> None:
+        nonlocal told
+        now = monotonic()
+        if now - told > QUIET_S:
+            told = now
+            left = clock((now - began) / done * (total - done))
+            LOG.info(f"{what}: {done:,} of {total:,}, {left} left")
+
+    return reached
 
 
 def clock(seconds: float) -> str:

@@ -221,31 +221,12 @@ class Task:
 
     # ----------------------------------------------------------------------------- embeddings
 
-    def embed(
-        self,
-        model,
-        *,
-        image_size: int | tuple[int, ...] = 0,
-        fit: str = "squash",
-        zoom: float = 1.0,
-        features: bool = False,
-        precision: str = "",
-    ) -> np.ndarray:
+    def embed(self, model, *, image_size: int | tuple[int, ...] = 0, **settings) -> np.ndarray:
         """(N, D) embeddings of all photos, kept on disk; of several sizes their normalised sum.
 
-        zoom: central share of each side that the network sees, 1 is all. features: the pooled
-        backbone output instead, for a head or a whitening to be learned.
+        settings: fit, zoom, features, precision, as in `embedding.embed`.
         """
-        return self._embedded(
-            model,
-            self.photos,
-            image_size,
-            fit=fit,
-            zoom=zoom,
-            features=features,
-            precision=precision or self.precision,
-            cache_dir=self.cache_dir,
-        )
+        return self._embedded(model, self.photos, image_size, cache_dir=self.cache_dir, **settings)
 
     def _embedded(self, model, rows: pd.DataFrame, image_size, **settings) -> np.ndarray:
         """(N, D) embeddings of these rows, settings as in `embedding.embed`."""

@@ -728,6 +728,7 @@ def fit_head(
     targets = torch.as_tensor(labels, device=device)
     sampler = ShuffledSampler(np.arange(len(inputs)), batch_size=batch_size, seed=seed)
     schedule = LambdaLR(optimizer, partial(rate, steps=epochs * len(sampler.batches(0))))
+    reached = progress.reporter("epochs of the head", epochs)
     for epoch in range(epochs):
         for rows in sampler.batches(epoch):
             embeddings = nn.functional.normalize(model.neck(inputs[rows]), dim=1)
@@ -736,6 +737,7 @@ def fit_head(
             loss.backward()
             optimizer.step()
             schedule.step()
+        reached(epoch + 1)
     model.neck.to(home).eval()
 
 

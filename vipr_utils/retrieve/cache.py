@@ -6,14 +6,11 @@ import hashlib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 
 import numpy as np
 
 from vipr_utils.host.files import whole_file
-from vipr_utils.host.progress import LOG, clock
-
-QUIET_S = 30.0  # between two lines of progress
+from vipr_utils.host.progress import reporter
 
 
 def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int) -> list:
@@ -21,7 +18,7 @@ def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int
 
     What the folder holds is taken from there; the rest is computed in blocks of so many rows, each
     on disk before the next begins. Files are only added; a damaged one is computed anew.
-    Where it takes long LOG hears of it every QUIET_S seconds, after a block.
+    Where it takes long LOG hears of it.
     Values are views of what was read or computed: in memory they are once.
     """
     if folder is None:
@@ -30,7 +27,7 @@ def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int
     for file in sorted(folder.glob("*.npz")):
         known.update(_read(file, rows))
     missing = np.setdiff1d(rows, list(known))
-    began = told = monotonic()
+    reached = reporter(folder.parent.name, len(missing))
     for start in range(0, len(missing), block):
         part = missing[start : start + block]
         values = compute(part)
@@ -38,10 +35,7 @@ def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int
         name = hashlib.sha256(part.tobytes()).hexdigest()[:16]
         with whole_file(folder / f"{name}.npz") as path, open(path, "wb") as file:
             np.savez(file, rows=part, values=values)
-        if monotonic() - told > QUIET_S:
-            told, done = monotonic(), start + len(part)
-            left = clock((told - began) / done * (len(missing) - done))
-            LOG.info(f"{folder.parent.name}: {done:,} of {len(missing):,}, {left} left")
+        reached(start + len(part))
     return [known[row] for row in rows.tolist()]
 
 

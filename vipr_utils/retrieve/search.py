@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from vipr_utils.host.progress import reporter
 from vipr_utils.learn.losses import DISTANCES
 
 QUERY_CHUNK, GALLERY_CHUNK = 1024, 16384  # one block of scores is 64 MB
@@ -37,12 +38,13 @@ def top_k(
     _check_sizes(q, g, k, distance)
     query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
     of_gallery = [_placed(part, device, distance) for part in g.split(GALLERY_CHUNK)]
-    found = []
-    for block in q.split(QUERY_CHUNK):
+    found, blocks = [], q.split(QUERY_CHUNK)
+    reached = reporter(f"blocks of {QUERY_CHUNK:,} queries searched", len(blocks))
+    for block in blocks:
         ids, query_ids = np.split(query_ids, [len(block)])
         block = _placed(block, device, distance)
         best = torch.full((len(block), k), -torch.inf, device=device)
-        rows = torch.full((len(block), k), -1, device=device)
+        rows = torch.full_like(best, -1, dtype=torch.long)
         left = 0
         for section in of_gallery:
             numbers = gallery_ids[left : left + len(section)]
@@ -52,6 +54,7 @@ def top_k(
             best, rows = _merged(best, rows, part, left)
             left += len(section)
         found.append((best.cpu(), rows.cpu()))
+        reached(len(found))
     return tuple(torch.cat(parts).numpy() for parts in zip(*found))
 
 

@@ -38,7 +38,6 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import count, takewhile
 from pathlib import Path
 
 import joblib
@@ -249,9 +248,10 @@ def kernel_metadata(
 
 def _last_session(folder: Path, run_name: str) -> str:
     """Slug of the last session of a run that is prepared in a folder."""
-    later = (kernel_slug(run_name, session) for session in count(2))
-    prepared = list(takewhile(lambda slug: (folder / slug).is_dir(), later))
-    return prepared[-1] if prepared else kernel_slug(run_name)
+    session = 1
+    while (folder / kernel_slug(run_name, session + 1)).is_dir():
+        session += 1
+    return kernel_slug(run_name, session)
 
 
 def kernel_slug(run_name: str, session: int = 1) -> str:

@@ -42,6 +42,8 @@ from vipr_utils.run.params import Run
 
 SAMPLE = 32  # photos that are packed and looked at
 SESSION_MINUTES = {"kaggle": 9 * 60, "colab": 11 * 60}  # both end at 12 hours
+STAGES = ["store", "training", "embedding", "search"]
+COLUMNS = [*STAGES, "minutes", "memory GB", "GPU GB", "outputs GB", "cache GB"]
 KERNEL_GB = 1.5  # a kernel with torch
 COPIES = 4  # of the embeddings of all photos: a view's sides, projected, joined
 FOUND = "{root}: {n_train:,} gallery photos of {n_products:,} products, {n_test:,} queries"
@@ -115,13 +117,9 @@ class Undrawn(TorchFunctionMode):
         return function(*args, **given)
 
 
-def _undrawn(name: str, px: int, n: int, device: torch.device) -> tuple:
-    """(network with weights that say nothing, n images for it)."""
+def _undrawn(name: str) -> models.Embedder:
     with Undrawn():
-        model = models.Embedder(name)
-    model.to(device, memory_format=torch.channels_last)
-    pixels = torch.rand(n, 3, px, px, device=device)
-    return model, pixels.to(memory_format=torch.channels_last)
+        return models.Embedder(name)
 
 
 @cache
@@ -130,7 +128,8 @@ def network_cost(name: str, px: int, device: torch.device, trained: bool) -> Net
     trained.
     """
     n = 32 if device.type == "cuda" else 1
-    model, pixels = _undrawn(name, px, n, device)
+    model = _undrawn(name).to(device, memory_format=torch.channels_last)
+    pixels = torch.rand(n, 3, px, px, device=device).to(memory_format=torch.channels_last)
     held = {}
 
     def hold(tensor: torch.Tensor) -> torch.Tensor:
@@ -303,7 +302,7 @@ def _row(run: Run, stores: set, learned: list[str]) -> dict:
         elif row["embedding"] > (values["max_minutes"] or inf):
             break  # a choice begins with another network while max_minutes last
         _add_embedding(row, setting, work, cost)
-    row["minutes"] = row["store"] + row["training"] + row["embedding"] + row["search"]
+    row["minutes"] = sum(row[stage] for stage in STAGES)
     row["data"] = FOUND.format(**data)
     return row
 
@@ -317,15 +316,9 @@ def _packing(setting: Setting, stores: set) -> dict:
         n = 0
     stores.add(key)
     cost = photo_cost(setting.root, setting.px, "none")
-    return {
+    return dict.fromkeys(COLUMNS, 0.0) | {
         "store": n * cost.pack_s / 60,
-        "training": 0.0,
-        "embedding": 0.0,
-        "search": 0.0,
-        "minutes": 0.0,
         "memory GB": KERNEL_GB,
-        "GPU GB": 0.0,
-        "outputs GB": 0.0,
         "cache GB": n * cost.packed_gb,
         "refused": "",
     }
@@ -346,10 +339,8 @@ def _add_training(row: dict, setting: Setting, work: Work, cost: NetworkCost) ->
     weights = 4 * cost.parameters / 1e9
     row["outputs GB"] += (work.trainings + 3) * weights  # models, and a checkpoint meanwhile
     needed = 4 * weights + values["batch_size"] * cost.held_gb  # gradients and two moments too
-    if setting.device.type == "cuda":
-        row["GPU GB"] = max(row["GPU GB"], needed)
-    else:
-        row["memory GB"] = max(row["memory GB"], KERNEL_GB + needed)
+    where, before = ("GPU GB", 0.0) if setting.device.type == "cuda" else ("memory GB", KERNEL_GB)
+    row[where] = max(row[where], before + needed)
 
 
 def _add_embedding(row: dict, setting: Setting, work: Work, cost: NetworkCost) -> None:
