@@ -9,6 +9,8 @@ OUT ?= submissions
 THREADS ?= 1
 JOBS ?= $(if $(filter 1,$(THREADS)),2,1)
 BIN := .venv/bin
+PROCESSORS := sse4-page sse4 avx2-bfloat16 bfloat16-two-threads
+SINGLE := fiftieth smoke $(PROCESSORS)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export MPLBACKEND := Agg
 export PYTHONDONTWRITEBYTECODE := 1
@@ -16,14 +18,13 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps processors rehearsal fiftieth test-kaggle test-colab stamp notebooks results picture clean
+.PHONY: demo test lint unit smoke nbval sweeps processors $(PROCESSORS) rehearsal fiftieth test-kaggle test-colab stamp notebooks results picture clean
 
 demo: .venv/demo.stamp
 	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
 test: lint unit
-	$(MAKE) -j 2 smoke fiftieth
-	$(MAKE) processors
+	$(MAKE) -j 2 $(SINGLE)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -60,8 +61,10 @@ fiftieth: .venv/demo.stamp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/rehearsal.py .venv/fiftieth --share 0.02
 
 # What computes, under several instruction sets, in float32 and bfloat16, by one thread and two.
-processors: .venv/test.stamp
-	$(BIN)/python tests/processors.py
+processors: $(PROCESSORS)
+
+$(PROCESSORS): .venv/test.stamp
+	$(BIN)/python tests/processors.py $@
 
 # The series, nbval and the tests in the package versions of Kaggle's and of Colab's image (5 GB each, in .lanes).
 # Named Pythons: make test-kaggle PYTHON312=/path/to/python3.12

@@ -1,9 +1,9 @@
 """Run what computes as other processors would: `make processors`.
 
 A processor's kind is a set of environment variables that switch the wider instructions of torch,
-oneDNN, numpy, OpenBLAS and OpenCV off. Each line of `plan` is a run of pytest under one kind,
-precision and number of threads. Its table is printed; exit code 1 when a line failed. Lines of one
-thread run two at a time.
+oneDNN, numpy, OpenBLAS and OpenCV off. Each name of RUNS is a run of pytest under one kind,
+precision and number of threads; those named are run, one after the other. Exit code 1 when one
+failed.
 """
 
 import os
@@ -11,7 +11,6 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from numpy._core._multiarray_umath import __cpu_dispatch__ as NUMPY_DISPATCHES
@@ -52,6 +51,14 @@ SUITES = {
     "tests that compute": [f"tests/test_{name}.py" for name in COMPUTES],
     PAGE: ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", f"notebooks/{PAGE}.ipynb"],
 }
+# Native with one thread is `make unit` and `make smoke`; a page is tried on the kind that is
+# furthest from it.
+RUNS = {  # name -> kind, precision, threads, suite
+    "sse4-page": ("sse4", "float32", 1, PAGE),
+    "sse4": ("sse4", "float32", 1, "tests that compute"),
+    "avx2-bfloat16": ("avx2", "bfloat16", 1, "tests of networks"),
+    "bfloat16-two-threads": ("native", "bfloat16", 2, "tests of networks"),
+}
 # Left to `make unit`, which runs native with one thread: they take long and say nothing of a
 # processor.
 ONCE = [
@@ -67,52 +74,35 @@ ONCE = [
 ]
 
 
-def plan() -> list[tuple[str, str, int, str]]:
-    """(kind, precision, threads, suite), lines of one thread first, the longest at the start.
-
-    Native with one thread is `make unit` and `make smoke`; a page is tried on the kind that is
-    furthest from it.
-    """
-    lines = [("sse4", "float32", 1, suite) for suite in ("tests that compute", PAGE)]
-    lines += [("avx2", "bfloat16", 1, "tests of networks")]
-    lines = [line for line in lines if line[0] in KINDS]
-    return [*lines, ("native", "bfloat16", 2, "tests of networks")]
-
-
-def run(line: tuple[str, str, int, str]) -> tuple[int, str, float]:
-    """(exit code, pytest's own summary, seconds)."""
-    kind, precision, threads, suite = line
+def run(kind: str, precision: str, threads: int, suite: str) -> int:
+    """Exit code of pytest, whose own summary is printed; its output where it failed."""
     environment = os.environ | KINDS[kind] | {"VIPR_PROCESSOR": kind, "VIPR_PRECISION": precision}
     environment["OMP_NUM_THREADS"] = str(threads)
+    environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits leaves its core to others
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SUITES[suite]]
     if suite != PAGE:
         command += ["-k", "not " + " and not ".join(ONCE)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = [text for text in done.stdout.splitlines() if text.strip()]
     if done.returncode:
-        print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
-    return (
-        done.returncode,
-        lines[-1].strip("= ") if lines else "no output",
-        time.monotonic() - start,
-    )
+        print(done.stdout[-6000:], done.stderr[-2000:])
+    lines = [text for text in done.stdout.splitlines() if text.strip()]
+    summary = lines[-1].strip("= ") if lines else "no output"
+    seconds = time.monotonic() - start
+    print(f"{kind}, {precision}, threads: {threads}, {suite}: {summary}; {seconds:.0f} s in all")
+    return done.returncode
 
 
-def main() -> int:
-    lines = plan()
-    single = [line for line in lines if line[2] == 1]
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(single, pool.map(run, single)))
-    for line in lines:
-        if line not in results:
-            results[line] = run(line)  # one at a time: threads that wait for a core spin
-    print("| processor | precision | threads | what | result | time |\n|---|---|---|---|---|---|")
-    for (kind, precision, threads, suite), (code, summary, seconds) in results.items():
-        result = f"FAILED: {summary}" if code else summary
-        print(f"| {kind} | {precision} | {threads} | {suite} | {result} | {seconds:.0f} s |")
-    return int(any(code for code, _, _ in results.values()))
+def main(names: list[str]) -> int:
+    codes = []
+    for name in names:
+        kind, *rest = RUNS[name]
+        if kind in KINDS:
+            codes.append(run(kind, *rest))
+        else:
+            print(f"{name}: not a kind of this processor")
+    return int(any(codes))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

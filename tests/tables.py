@@ -291,8 +291,9 @@ def at_full_size(folder: Path) -> str:
     measured = (
         "`make rehearsal`: 9,691 products, 141,931 gallery photos and 55,000 queries, drawn, "
         f"{sides}; notebooks by the files of `params/kaggle_t4` with networks next to nothing at "
-        "32 px, a pass or a few minutes of training, one thread a notebook, up to two notebooks "
-        "at a time. The address space of each process was limited to 30 GB."
+        "32 px, a pass or a few minutes of training; 01 alone by two threads, the others by one "
+        "each, up to two at a time beside other work. The address space of each process was "
+        "limited to 30 GB."
     )
     arithmetic = (
         "No T4 was timed. Minutes by sums (`benchmarks/t4.py`): *training* trainings × "

@@ -355,6 +355,17 @@ def test_k_reciprocal_lifts_a_hard_ranking_and_pays_for_chunks_with_nothing(monk
     np.testing.assert_array_equal(rerank.k_reciprocal(before).ranks, after.ranks)
 
 
+@pytest.mark.parametrize("step", ["k_reciprocal", "transductive_k_reciprocal"])
+def test_k_reciprocal_holds_no_number_for_each_pair_of_photos(step):
+    queries, gallery, *_ = planted(2000, 8000, 8)
+    search = searched(queries, gallery, 4)
+    tracemalloc.start()
+    getattr(rerank, step)(search, 4, 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(queries) * len(gallery), f"{peak:,} bytes"
+
+
 def test_k_reciprocal_of_small_galleries_and_short_lists():
     queries, gallery, _, _ = planted(5, 8)
     found = rerank.k_reciprocal(searched(queries, gallery, 12))  # four places are empty
