@@ -352,8 +352,9 @@ def test_verification_that_would_take_longer_than_max_minutes_is_left_out_and_to
 
 
 def test_verification_whose_features_the_disk_has_no_room_for_is_left_out_and_told(
-    task, monkeypatch, caplog
+    task, monkeypatch, caplog, tmp_path
 ):
+    monkeypatch.setattr(task, "cache_dir", tmp_path)  # without what other tests have left
     monkeypatch.setattr(verification, "seconds", lambda queries, gallery, top: 60.0)
     monkeypatch.setattr(choosing.platform, "room_gb", lambda folder: 1e-6)
     choice = among(task, a=network())

@@ -147,10 +147,20 @@ def test_photos_and_networks_are_measured_in_seconds_where_they_are(toy_root):
     network = plan.models.Embedder("test_resnet")
     assert parameters == sum(p.numel() for p in network.parameters())
     assert dim == network(torch.rand(2, 3, 48, 48)).shape[1]
-    assert 0 < forward_s < 5 and 0 < step_s < 5 and activations > 4 * 3 * 48**2 / 1e9
+    assert 0 < forward_s < 5 and 0 < step_s < 5 and activations > 2 * 3 * 48**2 / 1e9
     assert plan.network_cost("test_resnet", 48, CPU, False)[3] == 0
     assert plan.network_cost("siamese_90m", 32, CPU, False).dim == 1792
     assert 0 < plan.multiply_s(CPU) < 1e-6
+
+
+def test_what_a_step_holds_of_an_image_is_half_as_much_in_half_precision(monkeypatch):
+    held = []
+    for precision in ("float32", "bfloat16"):
+        monkeypatch.setenv("VIPR_PRECISION", precision)
+        plan.network_cost.cache_clear()
+        held.append(plan.network_cost("vit_tiny_patch16_224", 224, CPU, True).held_gb)
+    plan.network_cost.cache_clear()
+    assert 0.4 < held[1] / held[0] < 0.7 and 0.02 < held[0] < 0.04
 
 
 @pytest.mark.parametrize("available, code", [(8.0, 0), (0.5, 1)])
@@ -176,7 +186,8 @@ def test_dry_run_prints_a_row_a_run_and_their_sum_and_starts_no_kernel(
     assert ("memory GB: here 0" in rows[0]) == bool(code)
 
 
-def test_built_store_of_these_photos_is_found_by_the_plan(toy_root, tmp_path):
+def test_built_store_of_these_photos_is_found_by_the_plan(toy_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "where", lambda: "local")
     photos, _ = catalog.read(toy_root)
     build_store(photos, cache_dir=tmp_path / "cache", store_px=packed_px(48))
     values = {"data_root": str(toy_root), "image_size": 48}

@@ -483,6 +483,7 @@ def test_what_cannot_be_sent_to_other_processes_and_missing_gpus_are_named(toy_d
         training.fit(*parts, validate=lambda model: {}, **how)
     assert [f.name for f in tmp_path.iterdir()] == []
     many = how | {"processes": torch.cuda.device_count() + 2, "device": torch.device("cuda")}
+    many["precision"] = "float32"
     with pytest.raises(ValueError, match="need a GPU each, this machine has"):
         training.fit(*parts, **many)
 

@@ -25,13 +25,13 @@ def attach(*, on_platform: bool = False) -> None:
     LOG.setLevel(logging.INFO)
 
 
-def reporter(what: str, total: int) -> Callable[[int], None]:
-    """To be called with how many are done: LOG hears of it, and of the time left, where nothing was
-    said for QUIET_S seconds.
+def reporter(what: str, total: int) -> Callable:
+    """A function to call with how many are done: LOG hears of it, and of the time left, where
+    nothing was said for QUIET_S seconds.
     """
     began = told = monotonic()
 
-    def reached(done: int) -> None:
+    def reached(done):
         nonlocal told
         now = monotonic()
         if now - told > QUIET_S:

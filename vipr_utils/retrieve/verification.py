@@ -191,7 +191,7 @@ def disk_gb(photos: pd.DataFrame, cache_dir: Path) -> float:
     What lies there already, of these or of other photos of the catalog, is taken off.
     """
     files = _folder("local", photos, cache_dir).glob("*.npz")
-    return (len(photos) * PHOTO_BYTES - sum(file.stat().st_size for file in files)) / 1e9
+    return max(0, len(photos) * PHOTO_BYTES - sum(file.stat().st_size for file in files)) / 1e9
 
 
 def _by_row(photos: pd.DataFrame, rows: np.ndarray, cache_dir: Path | None) -> dict:

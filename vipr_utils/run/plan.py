@@ -117,64 +117,56 @@ class Undrawn(TorchFunctionMode):
         return function(*args, **given)
 
 
-def _undrawn(name: str) -> models.Embedder:
-    with Undrawn():
-        return models.Embedder(name)
-
-
 @cache
 def network_cost(name: str, px: int, device: torch.device, trained: bool) -> NetworkCost:
     """Measured with weights that say nothing, on one image, on a GPU on 32; no step if it is not
     trained.
     """
     n = 32 if device.type == "cuda" else 1
-    model = _undrawn(name).to(device, memory_format=torch.channels_last)
-    pixels = torch.rand(n, 3, px, px, device=device).to(memory_format=torch.channels_last)
-    held = {}
+    with Undrawn():
+        model = models.Embedder(name).train()
+    model.to(device, memory_format=torch.channels_last)
+    pixels = torch.rand(max(2, n), 3, px, px, device=device).to(memory_format=torch.channels_last)
 
-    def hold(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        held[storage._cdata] = storage.nbytes()
-        return tensor
+    def forward(images):
+        with autocast(device, compute_dtype("auto", device, training=model.training)):
+            return model(images).sum()
 
-    def forward() -> torch.Tensor:
-        dtype = compute_dtype("auto", device, training=model.training)
-        with autocast(device, dtype):
-            return model(pixels).sum()
-
-    def step() -> torch.Tensor:
-        held.clear()
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            loss = forward()
-        loss.backward()
+    def step():
+        forward(pixels[:n]).backward()
         return next(model.parameters()).grad.sum()
 
-    model.train()
-    step_s = _seconds(step) if trained else 0.0
+    step_s = held = 0.0
+    if trained:
+        step_s, half = _seconds(step), pixels.chunk(2)[0]
+        held = (_held(forward, pixels) - _held(forward, half)) / len(half)
     model.eval()
     with torch.inference_mode():
-        forward_s = _seconds(forward)
-    parameters = model.record["parameters"]
-    activations = max(0, sum(held.values()) - 4 * parameters)  # weights are held too
-    return NetworkCost(
-        parameters,
-        model.record["embedding_dim"],
-        forward_s / n,
-        step_s / n,
-        activations / n / 1e9,
-    )
+        forward_s = _seconds(lambda: forward(pixels[:n]))
+    sizes = model.record["parameters"], model.record["embedding_dim"]
+    return NetworkCost(*sizes, forward_s / n, step_s / n, held / 1e9)
+
+
+def _held(forward: Callable, images: torch.Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward one, weights as they are computed with."""
+    found = {}
+
+    def hold(tensor):
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        forward(images)
+    return sum(found.values())
 
 
 @cache
 def multiply_s(device: torch.device) -> float:
     """Seconds that a search takes for a query, a gallery photo and a dimension."""
     queries, gallery = torch.rand(1024, 128), torch.rand(16384, 128)
-
-    def searched() -> float:
-        scores, _ = search.top_k(queries, gallery, device=device)
-        return scores.sum()
-
-    return _seconds(searched) / (len(queries) * gallery.numel())
+    products = 1024 * gallery.numel()
+    return _seconds(lambda: search.top_k(queries, gallery, device=device)[0].sum()) / products
 
 
 def _seconds(work: Callable) -> float:
@@ -229,11 +221,9 @@ def work_of(values: dict, px: int, learned: list[str]) -> Work:
     sizes += values.get("resolutions", [])
     sizes += values.get("multi_sizes", [])
     sizes += [px] * len(values.get("poolings", []))
-    passes = len(values.get("zooms", [1.0]))
-    passes += sum((size / px) ** 2 for size in sizes)
-    searches = round(4 * passes)  # two views, plain and projected
-    searches += 2 * len(values.get("candidates", []))
-    return Work(networks, trainings, passes, searches)
+    passes = len(values.get("zooms", [1.0])) + sum((size / px) ** 2 for size in sizes)
+    searches = 4 * passes + 2 * len(values.get("candidates", []))  # two views, plain and projected
+    return Work(networks, trainings, passes, round(searches))
 
 
 class Setting(NamedTuple):
