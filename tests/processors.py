@@ -2,8 +2,8 @@
 
 A processor's kind is a set of environment variables that switch the wider instructions of torch,
 oneDNN, numpy, OpenBLAS and OpenCV off. Each name of RUNS is a run of pytest under one kind,
-precision and number of threads; those named are run, one after the other. Exit code 1 when one
-failed.
+precision and number of threads; those named are run, without a name all, one after the other. Exit
+code 1 when one failed.
 """
 
 import os
@@ -105,4 +105,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:] or list(RUNS)))

@@ -165,8 +165,9 @@ def _held(forward: Callable, images: torch.Tensor) -> int:
 def multiply_s(device: torch.device) -> float:
     """Seconds that a search takes for a query, a gallery photo and a dimension."""
     queries, gallery = torch.rand(1024, 128), torch.rand(16384, 128)
-    products = 1024 * gallery.numel()
-    return _seconds(lambda: search.top_k(queries, gallery, device=device)[0].sum()) / products
+    return _seconds(lambda: search.top_k(queries, gallery, device=device)[0].sum()) / (
+        len(queries) * gallery.numel()
+    )
 
 
 def _seconds(work: Callable) -> float:
