@@ -85,17 +85,90 @@ def test_infinite_embeddings_are_refused_however_they_add_up(value):
         search.top_k(bad, vectors(5))
 
 
-def test_gallery_goes_to_the_device_once_however_many_blocks_of_queries_meet_it(monkeypatch):
-    sent, placed = [], search._placed
-    monkeypatch.setattr(search, "_placed", lambda x, *a: sent.append(len(x)) or placed(x, *a))
-    queries, gallery = vectors(10), vectors(17, seed=1)
-    want = search.top_k(queries, gallery, 4)
-    monkeypatch.setattr(search, "QUERY_CHUNK", 3)
-    monkeypatch.setattr(search, "GALLERY_CHUNK", 8)
-    sent.clear()
-    found = search.top_k(queries, gallery, 4)
-    assert sorted(sent) == sorted([8, 8, 1, 3, 3, 3, 1])
+@pytest.mark.parametrize("distance", ["cosine", "manhattan"])
+def test_gallery_passes_once_however_many_blocks_of_queries_meet_it(monkeypatch, distance):
+    seen, lengths = [], search._lengths
+    monkeypatch.setattr(search, "_lengths", lambda x, *a: seen.append(len(x)) or lengths(x, *a))
+    queries, gallery = vectors(100), vectors(170, seed=1)
+    want = search.top_k(queries, gallery, 4, distance=distance)
+    monkeypatch.setattr(search, "QUERY_CHUNK", 30)
+    monkeypatch.setattr(search, "GALLERY_CHUNK", 80)
+    seen.clear()
+    found = search.top_k(queries, gallery, 4, distance=distance)
+    assert seen == [100, 80, 80, 10]
     np.testing.assert_array_equal(found[1], want[1])
+
+
+def test_vectors_that_are_no_unit_vectors_are_compared_by_cosine_and_left_as_they_are():
+    queries, gallery = 3 * vectors(9), vectors(90, seed=1) * np.linspace(0.1, 9, 90)[:, None]
+    before = queries.copy(), gallery.copy()
+    scores, ranks = search.top_k(queries, gallery)
+    want = search.top_k(queries / 3, vectors(90, seed=1))
+    np.testing.assert_allclose(scores, want[0], atol=1e-6)
+    np.testing.assert_array_equal(ranks, want[1])
+    np.testing.assert_array_equal(queries, before[0])
+    np.testing.assert_array_equal(gallery, before[1])
+
+
+@pytest.mark.parametrize("k", [1, 5, 40, 500])
+def test_groups_of_columns_lose_nothing(monkeypatch, k):
+    """Lists that grow over many sections, most of which a query gains nothing by."""
+    monkeypatch.setattr(search, "GALLERY_CHUNK", 128)
+    monkeypatch.setattr(search, "GROUP", 8)
+    queries, gallery = vectors(40, dim=8), vectors(3000, dim=8, seed=1).round(1)
+    gallery[:20] = 0
+    scores, ranks = search.top_k(queries, gallery, k)
+    unit = gallery / np.maximum(np.linalg.norm(gallery, axis=1, keepdims=True), 1e-12)
+    similarity = queries @ unit.T
+    np.testing.assert_allclose(scores, -np.sort(-similarity, axis=1)[:, :k], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(similarity, ranks, axis=1), scores, atol=1e-6)
+    assert all(len(set(row)) == k for row in ranks)
+
+
+def sides(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(queries, gallery) whose euclidean distances are hard to take by a product of matrices."""
+    rng = np.random.default_rng(0)
+    if kind == "twenty copies of each":
+        return vectors(60, dim=32), np.repeat(vectors(100, dim=32, seed=1), 20, axis=0)
+    if kind == "a few places":
+        places = np.eye(32, dtype=np.float32)
+        return places[rng.integers(0, 3, 60)], places[rng.integers(0, 3, 2000)]
+    offset, spread = {
+        "unit": (0, 1),
+        "far from the origin": (100, 1),
+        "collapsed": (1, 1e-4),
+        "long": (0, 1000),
+    }[kind]
+    both = (offset + spread * rng.normal(size=(2060, 32))).astype(np.float32)
+    return both[:60], both[60:]
+
+
+KINDS = ["unit", "far from the origin", "collapsed", "long", "twenty copies of each"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "a few places"])
+def test_euclidean_lists_are_those_of_exact_distances(kind):
+    queries, gallery = sides(kind)
+    exact = np.linalg.norm(queries[:, None].astype(float) - gallery, axis=2)
+    scores, ranks = search.top_k(queries, gallery, 5, distance="euclidean")
+    found = np.take_along_axis(exact, ranks, axis=1)
+    unit = np.finfo(np.float32).eps * exact.max()
+    np.testing.assert_allclose(found, np.sort(exact, axis=1)[:, :5], atol=unit)
+    np.testing.assert_allclose(-scores, found, atol=4 * unit)
+    assert (ranks == np.argsort(exact, axis=1, kind="stable")[:, :5]).mean() > 0.99
+
+
+def test_only_queries_with_too_many_equals_are_compared_with_all_directly(monkeypatch):
+    compared, directly = [], search._directly
+    monkeypatch.setattr(
+        search, "_directly", lambda q, *a: compared.append(len(q)) or directly(q, *a)
+    )
+    queries, gallery = vectors(50), vectors(500, seed=1)
+    search.top_k(queries, gallery, 5, distance="euclidean")
+    assert not compared
+    gallery[:20] = queries[7]
+    _, ranks = search.top_k(queries, gallery, 5, distance="euclidean")
+    assert compared == [1] and ranks[7].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_unequal_widths_and_empty_galleries_are_refused():
@@ -187,8 +260,8 @@ def test_search_on_a_gpu_equals_the_cpu():
 
 def test_long_search_tells_how_far_it_is(monkeypatch, caplog):
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
-    monkeypatch.setattr(search, "QUERY_CHUNK", 3)
+    monkeypatch.setattr(search, "GALLERY_CHUNK", 1)
     with caplog.at_level("INFO", "vipr"):
-        search.top_k(np.eye(7), np.eye(7), 2)
+        search.top_k(np.eye(9), np.eye(9), 2)
     told = [line.partition(",")[0] for line in caplog.messages]
-    assert told == [f"blocks of 3 queries searched: {done} of 3" for done in (1, 2, 3)]
+    assert told == [f"gallery rows searched: {done} of 9" for done in (4, 8, 9)]

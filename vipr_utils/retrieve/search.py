@@ -1,19 +1,22 @@
-"""Exact top-k search in chunks, under cosine, euclidean or manhattan distance."""
+"""Exact top-k search in blocks, under cosine, euclidean or manhattan distance."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from vipr_utils.host.progress import reporter
-from vipr_utils.learn.losses import DISTANCES
+from vipr_utils.learn.losses import DISTANCES, distance_matrix
 
-QUERY_CHUNK, GALLERY_CHUNK = 1024, 16384  # one block of scores is 64 MB
+QUERY_CHUNK, GALLERY_CHUNK = 1024, 4096  # one block of scores is 16 MB: the cores' caches hold it
+GROUP = 64  # columns of a block that are looked at by their largest score alone
+SPARE = 8  # rows more than asked for, of which exact distances choose
+UNIT = 1e-6  # from the length 1, in which rounding leaves vectors of that length
 
 
 def top_k(
@@ -31,53 +34,53 @@ def top_k(
     queries (Q, D), gallery (G, D). Scores are similarities: the cosine, or minus the distance. A
     query never meets itself: gallery rows whose id equals the query's id are left out wherever they
     rank. Where fewer than k rows remain, ranks are -1 and scores -inf. Equal scores stand in
-    gallery order. The gallery is sent to the device once. Raises ValueError for NaN or infinite
-    embeddings, unequal widths, an empty gallery.
+    gallery order. The gallery passes the device once, a section at a time: no copy of it is made.
+    Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
     """
-    q, g = checked(queries, "query"), checked(gallery, "gallery")
+    q, g = _matrix(queries, "query"), _matrix(gallery, "gallery")
     _check_sizes(q, g, k, distance)
-    query_ids, gallery_ids = _numbered(query_ids, gallery_ids, q, g)
-    of_gallery = [_placed(part, device, distance) for part in g.split(GALLERY_CHUNK)]
-    found, blocks = [], q.split(QUERY_CHUNK)
-    reached = reporter(f"blocks of {QUERY_CHUNK:,} queries searched", len(blocks))
-    for block in blocks:
-        ids, query_ids = np.split(query_ids, [len(block)])
-        block = _placed(block, device, distance)
-        best = torch.full((len(block), k), -torch.inf, device=device)
-        rows = torch.full_like(best, -1, dtype=torch.long)
-        left = 0
-        for section in of_gallery:
-            numbers = gallery_ids[left : left + len(section)]
-            part = _similarity(block, section, distance)  # (q, g)
-            if np.isin(ids, numbers).any():  # seldom, and to compare all takes longer than topk
-                part[torch.from_numpy(ids[:, None] == numbers)] = -torch.inf
-            best, rows = _merged(best, rows, part, left)
-            left += len(section)
-        found.append((best.cpu(), rows.cpu()))
-        reached(len(found))
-    return tuple(torch.cat(parts).numpy() for parts in zip(*found))
-
-
-def _placed(x: torch.Tensor, device, distance: str) -> torch.Tensor:
-    """x (N, D) on the device as it is compared: of length 1 for the cosine."""
-    x = x.to(device)
-    return F.normalize(x, dim=1) if distance == "cosine" else x
+    ids = _numbered(query_ids, gallery_ids, q, g)
+    lengths = _lengths(q, q, "query")
+    if distance == "cosine":
+        q = _unit(q, lengths).to(device)
+        best, rows = _running(q, g, k, ids, lambda *part: _unit(*part).T, torch.mm)
+    elif distance == "euclidean":
+        best, rows = _by_euclid(q.to(device), g, k, ids)
+    else:
+        best, rows = _directly(q.to(device), g, k, ids, distance)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    return best.gather(1, order).cpu().numpy(), rows.gather(1, order).cpu().numpy()
 
 
 def checked(embeddings, what: str) -> torch.Tensor:
     """(N, D) float32 on the CPU. Raises ValueError for another shape, NaN and infinity."""
+    x = _matrix(embeddings, what)
+    _lengths(x, x, what)
+    return x
+
+
+def _matrix(embeddings, what: str) -> torch.Tensor:
     x = torch.as_tensor(np.asarray(embeddings, dtype=np.float32))
     if x.ndim != 2:
         raise ValueError(f"{what} embeddings must be (N, D), got shape {tuple(x.shape)}")
-    low, high = x.aminmax(dim=1)  # NaN where a row holds one; without a copy of all
-    bad = (~(torch.isfinite(low) & torch.isfinite(high))).nonzero().flatten()
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} of {len(x)} {what} embeddings hold NaN or infinity (first: row "
-            f"{int(bad[0])}): the model diverged or fp16 overflowed; lower the learning rate or "
-            "embed in float32."
-        )
     return x
+
+
+def _lengths(part: torch.Tensor, x: torch.Tensor, what: str) -> torch.Tensor:
+    """(n,) of a part of x (N, D). Raises ValueError where x holds NaN or infinity."""
+    lengths = torch.linalg.vector_norm(part, dim=1)
+    if lengths.isfinite().all():
+        return lengths
+    bad = (~x.isfinite()).any(dim=1).nonzero().flatten()
+    if not len(bad):
+        raise ValueError(
+            f"{what} embeddings are longer than float32 can hold: divide them by a number"
+        )
+    raise ValueError(
+        f"{len(bad)} of {len(x)} {what} embeddings hold NaN or infinity (first: row "
+        f"{int(bad[0])}): the model diverged or fp16 overflowed; lower the learning rate or "
+        "embed in float32."
+    )
 
 
 def _check_sizes(q: torch.Tensor, g: torch.Tensor, k: int, distance: str) -> None:
@@ -91,14 +94,6 @@ def _check_sizes(q: torch.Tensor, g: torch.Tensor, k: int, distance: str) -> Non
         raise ValueError(f"top_k needs k >= 1 and a gallery, got k={k} and {len(g)} gallery rows")
     if distance not in DISTANCES:
         raise ValueError(f"distance {distance!r} is unknown: use one of {DISTANCES}")
-
-
-def _similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
-    """(Q, G): larger is nearer."""
-    if distance == "cosine":
-        return a @ b.T
-    power = 1.0 if distance == "manhattan" else 2.0
-    return -torch.cdist(a, b, p=power, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> list[np.ndarray]:
@@ -115,18 +110,113 @@ def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> list[
     return np.split(pd.factorize(np.concatenate([query_ids, gallery_ids]))[0], [len(q)])
 
 
-def _merged(
-    best: torch.Tensor, rows: torch.Tensor, part: torch.Tensor, left: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of those so far and of a part's columns, the gallery rows from `left` on; equal
-    scores stand in gallery order, and -inf never takes a place.
+def _unit(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """x (N, D) of length 1: itself where it is, zeros where it is zero."""
+    if ((lengths - 1).abs() < UNIT).all():
+        return x
+    return x / lengths.clamp_min(1e-12)[:, None]
+
+
+def _directly(q, g, k: int, ids, distance: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """By distances of all pairs."""
+    return _running(
+        q, g, k, ids, lambda part, _: part, lambda a, b: -distance_matrix(a, b, distance)
+    )
+
+
+def _by_euclid(q, g, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """By |q - g|^2 = |q|^2 - 2 (q g - |g|^2 / 2), where q g is a product of matrices.
+
+    Rounding takes its last digits: it names k + SPARE rows, of which exact distances choose.
+    Queries for which another row might be as near, by the worst case of rounding, are searched
+    directly.
     """
-    k = best.shape[1]
-    at = _largest(part, k)
-    scores = torch.cat([best, part.gather(1, at)], 1)
-    rows = torch.cat([rows, at + left], 1)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), rows.gather(1, order)
+    centre = _centre(g).to(q.device)
+    moved, longest = q - centre, []
+
+    def prepared(part, lengths):
+        if centre.any():
+            part = part - centre
+            lengths = torch.linalg.vector_norm(part, dim=1)
+        longest.append(lengths.amax())
+        return part.T, lengths.square() / 2
+
+    def nearness(block, part):
+        return (block @ part[0]).sub_(part[1])
+
+    near, named = _running(moved, g, k + SPARE, ids, prepared, nearness)
+    exact = torch.full_like(near, -torch.inf)
+    for part, rows, out in zip(*(x.split(QUERY_CHUNK) for x in (q, named, exact))):
+        out[:] = -torch.linalg.vector_norm(part[:, None] - g[rows.cpu()].to(part), dim=2)
+    exact[named < 0] = -torch.inf
+    at = _largest(exact, k)
+    best, rows = exact.gather(1, at), named.gather(1, at)
+
+    squares = moved.square().sum(dim=1)
+    error = 4 * q.shape[1] * 2**-24 * (squares.sqrt() + max(longest)).square()
+    others = squares - 2 * near.amin(dim=1) - error  # no less is their squared distance
+    unsure = (best.amin(dim=1).square() >= others) & others.isfinite()
+    if unsure.any():
+        asked = ids[0][unsure.cpu().numpy()], ids[1]
+        best[unsure], rows[unsure] = _directly(q[unsure], g, k, asked, "euclidean")
+    return best, rows
+
+
+def _centre(g: torch.Tensor) -> torch.Tensor:
+    """(D,) what to take off both sides, which leaves distances and makes rounding less: about the
+    mean where all rows lie near it, else zeros.
+    """
+    some = g[:: max(1, len(g) // GALLERY_CHUNK)]
+    mean = some.mean(dim=0)
+    near = (some - mean).square().sum() < 0.1 * some.square().sum()
+    return mean if near else torch.zeros_like(mean)
+
+
+def _running(
+    q: torch.Tensor, g: torch.Tensor, k: int, ids, prepared: Callable, similarity: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores, rows) (Q, k) on the device of q, in gallery order: similarity(q, prepared(section))
+    of one section of g after the other, larger is nearer, and the k best so far.
+    """
+    best = torch.full((len(q), k), -torch.inf, device=q.device)
+    rows = torch.full_like(best, -1, dtype=torch.long)
+    in_gallery = torch.from_numpy(np.where(np.isin(*ids), ids[0], -1))
+    blocks = list(zip(*(x.split(QUERY_CHUNK) for x in (q, best, rows, in_gallery))))
+    reached = reporter("gallery rows searched", len(g))
+    step = GALLERY_CHUNK * (1 if len(q) > QUERY_CHUNK // 4 else 4)
+    for left in range(0, len(g), step):
+        section = g[left : left + step].to(q.device)
+        numbers = ids[1][left : left + len(section)]
+        section = prepared(section, _lengths(section, g, "gallery"))
+        for block, best_of, rows_of, ids_of in blocks:
+            part = similarity(block, section)  # (q, g)
+            if (ids_of >= 0).any() and np.isin(ids_of, numbers).any():  # to compare all takes long
+                part[ids_of.numpy()[:, None] == numbers] = -torch.inf
+            _merge(best_of, rows_of, part, left)
+        reached(left + len(numbers))
+    return best, rows
+
+
+def _merge(best: torch.Tensor, rows: torch.Tensor, part: torch.Tensor, left: int) -> None:
+    """Put the k best of those so far and of a part's columns, the gallery rows from `left` on, into
+    best and rows, in gallery order; of equal scores the first ones, and -inf never takes a place.
+
+    Most queries gain nothing by a section. What the others gain lies in the groups of columns with
+    the largest scores: as many as have one over the k-th so far, k at most.
+    """
+    width = GROUP if part.shape[1] % GROUP == 0 else 1
+    groups = part.unflatten(1, (-1, width))  # (q, groups, columns)
+    tops, least = groups.amax(dim=2), best.amin(dim=1, keepdim=True)
+    counted = (tops > least).sum(dim=1)
+    gaining = counted.nonzero().flatten()
+    if not len(gaining):
+        return
+    at = _largest(tops[gaining], min(best.shape[1], int(counted.max())))
+    columns = (left + width * at[:, :, None] + torch.arange(width, device=at.device)).flatten(1)
+    scores = torch.cat([best[gaining], groups[gaining[:, None], at].flatten(1)], dim=1)
+    columns = torch.cat([rows[gaining], columns], dim=1)
+    at = _largest(scores, best.shape[1])
+    best[gaining], rows[gaining] = scores.gather(1, at), columns.gather(1, at)
 
 
 def _largest(part: torch.Tensor, k: int) -> torch.Tensor:
