@@ -25,7 +25,7 @@ def test_embeddings_are_the_models_own_of_the_eval_transform(toy_data, network, 
     photos, store = toy_data
     rows = photos.index[:5]
     found = embedding.embed(network, store, rows, image_size=32, batch_size=2, precision=precision)
-    transform = transforms.eval_transform(32)
+    transform = transforms.Evaluation(32)
     with torch.inference_mode():
         expected = network(torch.stack([transform(store[r]) for r in rows])).numpy()
     layers = sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in network.modules())
@@ -48,7 +48,7 @@ def test_zoomed_embedding_is_that_of_the_photos_middle_cut_out_by_hand(toy_data,
     photos, store = toy_data
     rows = photos.index[:4]
     found = embedding.embed(network, store, rows, image_size=32, zoom=0.5, precision="float32")
-    transform, cut = transforms.eval_transform(32), []
+    transform, cut = transforms.Evaluation(32), []
     for row in rows:
         height, width = store[row].shape[:2]
         top, left = height // 4, width // 4

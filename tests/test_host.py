@@ -417,7 +417,7 @@ def test_apple_gpu_computes_in_float32_without_a_word(monkeypatch, recwarn):
 @pytest.mark.parametrize("name", ["kit", "strong", "study", "none"])
 def test_photos_can_be_sent_to_worker_processes_that_are_spawned(toy_data, name):
     photos, store = toy_data
-    for transform in (transforms.augmentation(name, 32), transforms.eval_transform(32)):
+    for transform in (transforms.augmentation(name, 32), transforms.Evaluation(32)):
         given = Photos(store, photos.index, transform, clutter=0.5, shop=True)
         sent = pickle.loads(pickle.dumps(given))
         assert torch.equal(sent[3][0], given[3][0])

@@ -394,10 +394,11 @@ def test_small_jpeg_of_many_bytes_is_encoded_anew(tmp_path, make_root):
 def test_processes_that_load_photos_do_not_start_threads_of_their_own(toy_data):
     class Threads(Photos):
         def __getitem__(self, item):
-            return cv2.getNumThreads()
+            return torch.zeros(3, 1, 1, dtype=torch.uint8), cv2.getNumThreads(), item
 
     photos = Threads(toy_data[1], [0, 1], None)
-    assert max(next(iter(loader(photos, device="cpu", workers=1))).tolist()) <= 1
+    _, threads, _ = next(iter(loader(photos, device="cpu", workers=1)))
+    assert threads.max() <= 1
 
 
 def test_store_of_several_folders_has_the_rows_of_each(toy_data, tmp_path, make_root):
@@ -424,38 +425,40 @@ def test_full_disk_while_the_store_is_written_leaves_none_behind(tmp_path, make_
 # -------------------------------------------------------------------------------------- transforms
 
 
-def test_squashed_eval_transform_is_torchvisions_resize_and_normalise():
+@pytest.mark.parametrize("fit", ["squash", "crop"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_whole_photos_are_torchvisions_resize_and_normalise_to_the_bit(fit, interpolation):
     image = picture(1, 50, 80)
-    mean, std = transforms.IMAGENET_MEAN, transforms.IMAGENET_STD
+    size = (32, 32) if fit == "squash" else 32
     reference = T.Compose(
         [
             T.ToImage(),
-            T.Resize((32, 32)),
+            T.Resize(size, T.InterpolationMode(interpolation)),
+            T.CenterCrop(32),
             T.ToDtype(torch.float32, scale=True),
-            T.Normalize(mean, std),
+            T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
         ]
     )
-    torch.testing.assert_close(
-        transforms.eval_transform(32)(image), torch.as_tensor(reference(image))
-    )
+    found = transforms.Evaluation(32, fit, interpolation)(image)
+    assert found.dtype is torch.uint8
+    assert torch.equal(transforms.normalised(found), torch.as_tensor(reference(image)))
 
 
 @pytest.mark.parametrize("fit", transforms.FITS)
 def test_every_fit_gives_the_square_asked_for(fit):
-    assert transforms.eval_transform(48, fit=fit)(picture(1, 30, 90)).shape == (3, 48, 48)
+    assert transforms.Evaluation(48, fit)(picture(1, 30, 90)).shape == (3, 48, 48)
 
 
 def test_padding_keeps_the_shape_on_white():
-    unit = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    x = transforms.eval_transform(60, fit="pad", **unit)(np.zeros((30, 60, 3), np.uint8))
-    assert x[:, 0].min() > 0.99 and x[:, 30].max() < 0.01
+    x = transforms.Evaluation(60, "pad")(np.zeros((30, 60, 3), np.uint8))
+    assert x[:, 0].min() == 255 and x[:, 30].max() == 0
 
 
 def test_unknown_fit_and_augmentation_list_the_known():
     with pytest.raises(
         ValueError, match=r"fit 'stretch' is unknown: use one of \('squash', 'crop', 'pad'\)"
     ):
-        transforms.eval_transform(32, fit="stretch")
+        transforms.Evaluation(32, "stretch")
     with pytest.raises(
         ValueError,
         match=r"augmentation 'mild' is unknown: use one of \('kit', 'strong', 'study', 'none'\)",
@@ -463,19 +466,108 @@ def test_unknown_fit_and_augmentation_list_the_known():
         transforms.augmentation("mild", 32)
 
 
-def test_study_transform_has_its_six_steps_in_order_and_resizes_256_for_224():
-    steps = transforms.study_steps(224)
-    assert list(steps) == [
-        "Resize",
-        "RandomResizedCrop",
-        "RandomRotation",
-        "RandomHorizontalFlip",
-        "ColorJitter",
-        "ToTensor",
+def drawn(transform, photo, n: int) -> np.ndarray:
+    """(n, 3, S, S) of one photo."""
+    return np.stack([transform(photo, np.random.default_rng(i)) for i in range(n)])
+
+
+def test_augmentations_give_squares_and_depend_on_the_generator_alone():
+    photo = picture(1, 90, 130)
+    before = photo.copy()
+    for name in transforms.RECIPES:
+        transform = transforms.augmentation(name, 48)
+        one, again, other = (transform(photo, np.random.default_rng(i)) for i in (0, 0, 1))
+        assert one.shape == (3, 48, 48) and one.dtype is torch.uint8
+        assert torch.equal(one, again) and torch.equal(one, other) == (name == "none")
+    np.testing.assert_array_equal(photo, before)
+
+
+def test_an_augmentation_without_settings_is_the_photo_as_in_evaluation():
+    photo = picture(1, 90, 130)
+    plain = transforms.augmentation("none", 48)(photo, np.random.default_rng(0))
+    assert torch.equal(plain, transforms.Evaluation(48)(photo))
+
+
+GEOMETRY = {
+    "crop": ({"area": (0.3, 1.0)}, [T.RandomResizedCrop(64, scale=(0.3, 1.0))]),
+    "rotation": ({"degrees": 40.0}, [T.RandomRotation(40, T.InterpolationMode.BILINEAR)]),
+    "flip": ({"flipped": 0.5}, [T.RandomHorizontalFlip()]),
+    "perspective": ({"perspective": 0.5}, [T.RandomPerspective(0.5)]),
+    "blanked": ({"blanked": 0.5}, [T.RandomErasing(0.5, (0.02, 0.25), value=[124, 116, 104])]),
+}
+COLOURS = {
+    "brightness": ({"brightness": 0.4}, [T.ColorJitter(brightness=0.4)]),
+    "contrast": ({"contrast": 0.4}, [T.ColorJitter(contrast=0.4)]),
+    "saturation": ({"saturation": 0.4}, [T.ColorJitter(saturation=0.4)]),
+    "hue": ({"hue": 0.1}, [T.ColorJitter(hue=0.1)]),
+    "all colours": (
+        {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+        [T.ColorJitter(0.4, 0.4, 0.4, 0.1)],
+    ),
+}
+
+
+def quantiles(images: np.ndarray) -> np.ndarray:
+    """What drawings of one photo look like, as distributions over drawings: (quantile, feature).
+
+    Features: the mean of each of 4 x 4 fields and channels, 0..255.
+    """
+    n, _, side, _ = images.shape
+    fields = images.reshape(n, 3, 4, side // 4, 4, side // 4).mean((3, 5)).reshape(n, -1)
+    return np.quantile(fields, [0.1, 0.2, 0.3, 0.7, 0.8, 0.9], axis=0)
+
+
+@pytest.mark.parametrize("change", [*GEOMETRY, *COLOURS])
+def test_drawings_are_distributed_as_torchvisions(change):
+    settings, steps = (GEOMETRY | COLOURS)[change]
+    photo = cv2.GaussianBlur(picture(3, 64, 64), (0, 0), 3)
+    reference = T.Compose([T.ToImage(), *steps])
+    torch.manual_seed(0)
+    theirs = quantiles(np.stack([reference(photo) for _ in range(1500)]))
+    ours = quantiles(drawn(transforms.Augmentation(64, **settings), photo, 1500))
+    spread = (theirs[-1] - theirs[0]).mean()
+    assert np.abs(ours - theirs).mean() < 0.06 * spread + 0.5
+
+
+def test_recipes_as_a_whole_are_distributed_as_torchvisions():
+    photo = cv2.GaussianBlur(picture(3, 64, 64), (0, 0), 3)
+    study = [
+        T.Resize((73, 73)),
+        T.RandomResizedCrop(64),
+        T.RandomRotation(50),
+        T.RandomHorizontalFlip(),
+        T.ColorJitter(0.1, 0.1, 0.1, 0.1),
     ]
-    assert list(steps["Resize"].size) == [256, 256] and steps["RandomRotation"].degrees == [-50, 50]
-    assert steps["ColorJitter"].hue == (-0.1, 0.1)
-    assert transforms.augmentation("study", 64)(picture()).shape == (3, 64, 64)
+    reference = T.Compose([T.ToImage(), *study])
+    torch.manual_seed(0)
+    theirs = quantiles(np.stack([reference(photo) for _ in range(1500)]))
+    ours = quantiles(drawn(transforms.augmentation("study", 64), photo, 1500))
+    assert np.abs(ours - theirs).mean() < 0.04 * (theirs[-1] - theirs[0]).mean()
+
+
+def test_what_is_turned_over_the_edge_is_black_and_a_flip_is_exact():
+    white = np.full((40, 40, 3), 255, np.uint8)
+    turned = drawn(transforms.Augmentation(40, degrees=45.0), white, 20)
+    assert (turned[:, :, 0, 0] == 0).all(1).mean() > 0.5 and (turned[:, :, 20, 20] == 255).all()
+    photo = picture(1, 40, 40)
+    flipped = transforms.Augmentation(40, flipped=1.0)(photo, np.random.default_rng(0))
+    np.testing.assert_array_equal(flipped.permute(1, 2, 0), photo[:, ::-1])
+
+
+def test_study_resizes_to_256_for_224_and_leaves_8_percent_of_the_area():
+    study = transforms.augmentation("study", 224)
+    assert study.squashed and study.area == (0.08, 1.0) and study.degrees == 50 and study.hue == 0.1
+    square = np.zeros((256, 256, 3), np.uint8)
+    ratio = 3 / 4, 4 / 3
+    crops = [
+        transforms._crop(square, study.area, ratio, np.random.default_rng(i)) for i in range(300)
+    ]
+    shares = [crop.size / square.size for crop in crops]
+    assert min(shares) < 0.12 and max(shares) > 0.85
+    wide = np.zeros((10, 100, 3), np.uint8)
+    wide[:, 43:56] = 1
+    middle = transforms._crop(wide, (1.0, 1.0), ratio, np.random.default_rng(0))
+    assert middle.shape == (10, 13, 3) and middle.all()
 
 
 @pytest.mark.parametrize(("share", "height", "width"), [(1, 40, 60), (0.5, 20, 30), (1e-6, 1, 1)])
@@ -493,7 +585,7 @@ def test_a_zoom_that_is_no_share_is_refused(share):
 
 
 def test_photos_are_zoomed_row_by_row_before_their_transform(toy_data):
-    store, show = toy_data[1], transforms.eval_transform(32)
+    store, show = toy_data[1], transforms.Evaluation(32)
     photos = Photos(store, [3, 4], show, zoom=[0.5, 1.0])
     torch.testing.assert_close(photos[0][0], torch.as_tensor(show(store[3][24:72, 24:72])))
     torch.testing.assert_close(photos[1][0], torch.as_tensor(show(store[4])))
@@ -525,8 +617,8 @@ def test_only_shop_photos_are_made_customer_like_and_the_same_in_every_order(toy
     photos, store = toy_data
     rows, shop = photos.index[:12], (photos.domain[:12] == "shop").to_numpy()
     assert 0 < shop.sum() < 12
-    plain = Photos(store, rows, transforms.eval_transform(32))
-    made = Photos(store, rows, transforms.eval_transform(32), shop=shop, clutter=1.0)
+    plain = Photos(store, rows, transforms.Evaluation(32))
+    made = Photos(store, rows, transforms.Evaluation(32), shop=shop, clutter=1.0)
     changed = [not torch.equal(plain[i][0], made[i][0]) for i in range(12)]
     assert changed == shop.tolist()
     assert torch.equal(made[int(shop.argmax())][0], made[int(shop.argmax())][0])
@@ -574,8 +666,8 @@ def test_shop_photos_alone_are_laid_on_another_photo(toy_data, n):
 
     for i in range(n):
         store = Seen()
-        made = Photos(store, np.arange(n), transforms.eval_transform(32), shop=True, clutter=1.0)
-        plain = Photos(toy_data[1], np.arange(n), transforms.eval_transform(32))
+        made = Photos(store, np.arange(n), transforms.Evaluation(32), shop=True, clutter=1.0)
+        plain = Photos(toy_data[1], np.arange(n), transforms.Evaluation(32))
         assert not torch.equal(made[i][0], plain[i][0])
         assert len(store) == min(n, 2)
 

@@ -123,13 +123,6 @@ def test_a_curve_may_be_a_single_point():
     assert "x from 0.50 at 2 to 0.50 at 2" in figure.alt
 
 
-def test_denormalised_picture_is_the_one_that_was_normalised():
-    image = picture(4, 8, 8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    x = ((image / 255 - mean) / std).transpose(2, 0, 1)
-    np.testing.assert_array_equal(plots.denormalised(x, mean=mean, std=std), image)
-
-
 def test_histogram_draws_a_series_in_the_colour_it_is_given():
     red = plots.histogram({"x": np.ones(9)}, xlabel="red", colours=[plots.RED], **WORDS)
     pixels = np.asarray(Image.open(io.BytesIO(red.png)).convert("RGB")).astype(int)

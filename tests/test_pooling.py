@@ -187,7 +187,7 @@ def test_fitted_region_whitening_gives_round_regions(toy_data, rmac):
     rows = photos.index[:40]
     fitted = embedding.fit_region_whitening(rmac, store, rows, image_size=96, precision="float32")
     assert fitted is rmac
-    transform = transforms.eval_transform(96, mean=rmac.record["mean"], std=rmac.record["std"])
+    transform = transforms.Evaluation(96)
     batch = torch.stack([Photos(store, rows, transform)[i][0] for i in range(40)])
     with torch.inference_mode():
         regions = rmac.pooling.whitening(rmac.pooling.regions(rmac.maps(batch))).flatten(0, 1)

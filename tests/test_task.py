@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from vipr_utils.data import catalog
 from vipr_utils.data.store import open_data
@@ -276,7 +277,7 @@ def test_products_of_a_sample_are_the_same_everywhere():
 
 
 def test_training_photos_carry_labels_from_zero(task):
-    photos = task.training_photos(lambda image: np.zeros((3, 2, 2), np.float32))
+    photos = task.training_photos(lambda image, rng: torch.zeros(3, 2, 2, dtype=torch.uint8))
     assert np.array_equal(photos.labels, catalog.with_labels(task.fit))
     some = task.fit[task.fit["product_id"].isin(task.fit["product_id"].unique()[:2])]
     assert set(task.training_photos(None, some).labels) == {0, 1}

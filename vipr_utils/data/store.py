@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ SMALL_PX = 200  # networks under this see too little for an enlarged crop to mat
 # .002) at 41 kB a photo; at 90 by +.002 (.003) and 31 kB
 QUALITY = 95
 MOST_BYTES = 0.5  # for each pixel of the store's square, of a photo that is kept as it is
+PART = 8  # photos of a batch that a thread looks at in one go
+AHEAD = 1  # batches that threads load beside the one in use
 SAMPLE = 200  # photos that tell how large a store will be
 
 
@@ -114,6 +117,7 @@ class Store:
         self.problems = self.files.loc[~self.readable, ["file", "problem"]]
         self._block_of = np.repeat(range(len(tables)), [len(table) for table in tables])
         self._ends = np.concatenate([table["bytes"].cumsum() for table in tables])
+        self._starts = self._ends - self.files["bytes"].to_numpy()
 
     def __reduce__(self) -> tuple:
         return Store, self.folders  # another process maps the files itself
@@ -125,9 +129,8 @@ class Store:
                 "(store.readable)"
             )
         jpegs = self.blocks[self._block_of[row]].get_slice("jpegs")
-        end = int(self._ends[row])
-        photo = jpegs[end - int(self.files["bytes"].iat[row]) : end]
-        return cv2.cvtColor(cv2.imdecode(photo, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        photo = jpegs[int(self._starts[row]) : int(self._ends[row])]
+        return cv2.imdecode(photo, cv2.IMREAD_COLOR_RGB)
 
     def layouts(self, rows) -> np.ndarray:
         """(N, 256) uint16: the `audit.colour_layout` of these rows' own files.
@@ -275,7 +278,9 @@ def _packed(root: Path, store_px: int, path: str) -> tuple[bytes, np.ndarray, di
 
 @dataclass(eq=False)
 class Photos(Dataset):
-    """Items (image (3, S, S), label, row) of the catalog rows given.
+    """Items (image (3, S, S) uint8, label, row) of the catalog rows given.
+
+    transform(photo, rng) -> image: what is random in it comes from rng.
 
     labels (N,) int, shop (N,) bool, or one for all. An item is asked for by its position, or by
     (position, occurrence) where an epoch shows it more than once. Random transforms are seeded by
@@ -316,11 +321,7 @@ class Photos(Dataset):
         rng = np.random.default_rng(drawn)
         if self.shop[i] and rng.random() < self.clutter:
             photo = customer_like(photo, self.store[rng.choice(self._grounds(i))], rng)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed every kind of device, slower than the transform itself
-            torch.default_generator.manual_seed(drawn.generate_state(1, np.uint64).item() >> 1)
-            image = self.transform(zoomed(photo, self.zoom[i]))
-        return torch.as_tensor(image), int(self.labels[i]), row
+        return self.transform(zoomed(photo, self.zoom[i]), rng), int(self.labels[i]), row
 
     def _grounds(self, i: int) -> np.ndarray:
         """Rows of photos to lay item i on: customers' photos, else all but its own."""
@@ -330,24 +331,54 @@ class Photos(Dataset):
 
 
 def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, workers: int = -1):
-    """A DataLoader in order (batch_size) or by batch_sampler (a list of lists of items).
+    """Batches (images (B, 3, S, S) uint8, channels last; labels; rows) in order (batch_size) or by
+    batch_sampler (a list of lists of items), loaded while the one before is used.
 
-    workers -1: on a GPU one process per core, at most 8; on a CPU none, as the cores are busy with
-    the network, nor for a single batch.
+    workers: processes. -1: on a GPU one a core, at most 8. 0, and -1 on a CPU: threads, which the
+    network's own leave time to.
     """
     if batch_sampler is None:
         batch_sampler = BatchSampler(range(len(photos)), batch_size, False)
     on_gpu = torch.device(device).type == "cuda"
     if workers < 0:
         workers = min(cores(), 8) if on_gpu and len(batch_sampler) > 1 else 0
+    if not workers:
+        return _in_threads(photos, batch_sampler)
     return DataLoader(
         photos,
         batch_sampler=batch_sampler,
         num_workers=workers,
+        collate_fn=_batch,
         pin_memory=on_gpu,
         generator=torch.Generator(),  # it draws a number: from the global state all would shift
         worker_init_fn=_one_thread,
     )
+
+
+def _in_threads(photos: Photos, batches) -> Iterator[tuple]:
+    with ThreadPoolExecutor(cores()) as pool:
+        coming = deque()
+        for batch in batches:
+            parts = [batch[i : i + PART] for i in range(0, len(batch), PART)]
+            coming.append(pool.map(partial(_looked_at, photos), parts))  # begins at once
+            if len(coming) > AHEAD:
+                yield _joined(coming.popleft())
+        while coming:
+            yield _joined(coming.popleft())
+
+
+def _looked_at(photos: Photos, items) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _batch([photos[item] for item in items])
+
+
+def _joined(parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def _batch(items) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, labels, rows = zip(*items)
+    pixels = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return pixels, torch.tensor(labels), torch.tensor(rows)
 
 
 def _one_thread(worker: int) -> None:

@@ -271,12 +271,6 @@ def lines(
     return _picture(ax.figure, title, caption, alt)
 
 
-def denormalised(image, *, mean, std) -> np.ndarray:
-    """A network input (3, S, S) back to (S, S, 3) uint8."""
-    pixels = np.asarray(image).transpose(1, 2, 0) * np.asarray(std) + np.asarray(mean)
-    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-
-
 def _grid(tiles: list, columns: int, side: float) -> Figure:
     """Photos of `side` inches in rows.
 

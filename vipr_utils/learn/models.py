@@ -20,6 +20,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
+from vipr_utils.data.transforms import normalised
 from vipr_utils.host import platform
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn.pooling import POOLINGS
@@ -113,12 +114,22 @@ class Embedder(nn.Module):
         }
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Pooled backbone output before the neck, (B, 3, S, S) -> (B, C)."""
-        return self.backbone(x) if self.pooling is None else self.pooling(self.maps(x))
+        """Pooled backbone output before the neck, (B, 3, S, S) -> (B, C).
+
+        x: uint8, or float that is normalised as the record says.
+        """
+        if self.pooling is not None:
+            return self.pooling(self.maps(x))
+        return self.backbone(self._normalised(x))
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.uint8:
+            return x
+        return normalised(x, mean=self.record["mean"], std=self.record["std"])
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
         """What the pooling receives, (B, 3, S, S) -> (B, C, H, W)."""
-        maps = self.backbone.forward_features(x)
+        maps = self.backbone.forward_features(self._normalised(x))
         if getattr(self.backbone, "output_fmt", None) == "NHWC":
             maps = maps.permute(0, 3, 1, 2)
         if maps.ndim != 4:

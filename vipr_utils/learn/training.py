@@ -41,7 +41,7 @@ from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler, with_occurrences
 
-VERSION = 2  # of the training: rises with code that changes what is learned
+VERSION = 3  # of the training: rises with code that changes what is learned
 SAVED = (
     "epoch",
     "batch",

@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from vipr_utils.data import transforms
 from vipr_utils.data.store import Photos, loader
+from vipr_utils.data.transforms import Evaluation
 from vipr_utils.host.device import autocast, compute_dtype
 from vipr_utils.learn import models
 from vipr_utils.learn.pooling import RMAC
@@ -50,7 +50,7 @@ def embed(
     readable = store.readable[rows]
     if not readable.any():
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
-    transform = _transform(model, size, fit)
+    transform = Evaluation(size, fit, model.record["interpolation"])
 
     def pooled(rows: np.ndarray) -> np.ndarray:
         photos = Photos(store, rows, transform, zoom=zoom)
@@ -114,7 +114,8 @@ def fit_region_whitening(
             "pooling='rmac'"
         )
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
-    photos = Photos(store, rows[store.readable[rows]], _transform(model, size, fit))
+    seen = Evaluation(size, fit, model.record["interpolation"])
+    photos = Photos(store, rows[store.readable[rows]], seen)
 
     def regions(model, pixels: torch.Tensor) -> torch.Tensor:
         return model.pooling.regions(model.maps(pixels)).flatten(0, -2)
@@ -139,17 +140,6 @@ def with_learned_whitening(model, store, rows: pd.DataFrame, dim: int, **setting
     seen = ~np.isnan(features).any(1)
     fitted = rerank.fit_learned_whitening(features[seen], rows["product_id"][seen], dim)
     return models.with_projection(model, fitted.mean, fitted.matrix)
-
-
-def _transform(model, size: int, fit: str):
-    record = model.record
-    return transforms.eval_transform(
-        size,
-        mean=record["mean"],
-        std=record["std"],
-        interpolation=record["interpolation"],
-        fit=fit,
-    )
 
 
 def _forwarded(model, forward, photos: Photos, *, batch_size: int, device, dtype) -> np.ndarray:
