@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps processors $(PROCESSORS) rehearsal fiftieth test-kaggle test-colab stamp notebooks results picture clean
+.PHONY: demo test lint unit smoke nbval sweeps processors $(PROCESSORS) rehearsal fiftieth bench test-kaggle test-colab stamp notebooks results picture clean
 
 demo: .venv/demo.stamp
 	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
@@ -65,6 +65,11 @@ processors: $(PROCESSORS)
 
 $(PROCESSORS): .venv/test.stamp
 	$(BIN)/python tests/processors.py $@
+
+# The kit beside its rivals and the floor below it: benchmarks/results.json, then its table in RESULTS.md.
+bench: .venv/bench.stamp
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(abspath $(DATA)))
+	$(BIN)/python tests/tables.py
 
 # The series, nbval and the tests in the package versions of Kaggle's and of Colab's image (5 GB each, in .lanes).
 # Named Pythons: make test-kaggle PYTHON312=/path/to/python3.12
@@ -117,6 +122,10 @@ picture: .venv/demo.stamp
 .venv/test.stamp: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ .venv/demo.stamp
+
+.venv/bench.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,bench]'
+	touch $@
 
 clean:
 	rm -rf .venv .lanes

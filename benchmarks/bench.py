@@ -34,7 +34,6 @@ PACKAGES = (
     "usearch",
     "scikit-learn",
     "pytorch-metric-learning",
-    "open-metric-learning",
     "torchmetrics",
     "ranx",
 )
@@ -383,6 +382,8 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    import torch
+
     from vipr_utils.data import toy
     from vipr_utils.host.device import cores, hardware
     from vipr_utils.host.files import whole_file
@@ -417,6 +418,7 @@ def main() -> None:
             pipe.send(None)
     record = {
         "hardware": hardware(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
         "threads": cores(),
         "data": given.data.name if given.data else "toy, 100 products, 400 px",
         "versions": versions(),

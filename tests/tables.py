@@ -14,6 +14,7 @@ from vipr_utils.judge import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "submissions" / "reference"
+BENCH = ROOT / "benchmarks" / "results.json"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 FOLD = 12  # rows of a table that are still shown open
 REMOVED = "cross_domain|cut_to_object|centred|-all"  # levers tried at v0.1 and removed
@@ -316,6 +317,39 @@ def at_full_size(folder: Path) -> str:
     return "\n\n".join(sections)
 
 
+def beside_rivals(path: Path) -> str:
+    """One row a comparison: the kit, the floor below it, and what rivals take beside it."""
+    record, shown = json.loads(path.read_text(encoding="utf-8")), []
+    for what, group in pd.DataFrame(record["rows"]).groupby("what", sort=False):
+        seconds = group.set_index("contestant")["seconds"]
+        kit, floor = seconds["kit"], seconds[seconds.index.str.startswith("floor: ")]
+        rivals = seconds.drop(["kit", *floor.index])
+        shown.append(
+            {
+                "what": what,
+                "kit, ms": f"{1000 * kit:,.1f}",
+                "floor": ", ".join(name.removeprefix("floor: ") for name in floor.index)
+                or NO_VALUE,
+                "kit / floor": ", ".join(f"{kit / value:.2f}" for value in floor) or NO_VALUE,
+                "rivals, times as long as the kit": "; ".join(
+                    f"{name} {value / kit:.2f}" for name, value in rivals.items()
+                )
+                or NO_VALUE,
+            }
+        )
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in record["versions"].items()
+        if version != "not installed"
+    )
+    machine = f"{record['hardware']}, {record['processor']}, {record['threads']} threads"
+    text = (
+        f"`make bench`: medians of {len(record['rows'][0]['runs'])} runs in turn, kit and rivals "
+        f"in two processes on the same data; {machine}, photos: {record['data']}. {versions}."
+    )
+    return section("Beside rivals and floors", text, pd.DataFrame(shown))
+
+
 def results(folder: Path = REFERENCE) -> str:
     """The tables of RESULTS.md."""
     table = rows(folder)
@@ -324,6 +358,8 @@ def results(folder: Path = REFERENCE) -> str:
     sections = [regret(folder / "series")] if (folder / "series").is_dir() else []
     if (folder / "drawn.json").is_file():
         sections.append(drawn(folder / "drawn.json"))
+    if folder == REFERENCE and BENCH.is_file():
+        sections.append(beside_rivals(BENCH))
     if (folder / "rehearsal.json").is_file():
         sections.append(at_full_size(folder))
     sections += tasks(table[~removed & ~on_subset])

@@ -464,3 +464,19 @@ def test_run_by_hand_after_a_failed_one_is_finished(tmp_path):
     assert runs.unfinished(tmp_path) == [] and runs.load(tmp_path / "a")
     runs.settle(tmp_path / "a")
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["run.json"]
+
+
+def test_table_of_rivals_has_the_kits_share_of_the_floor_and_the_rivals_of_the_kit(tmp_path):
+    seconds = {"kit": 0.2, "floor: bare product": 0.16, "FAISS flat": 0.3, "scikit-learn": 2.0}
+    rows = [
+        {"what": "search", "contestant": name, "seconds": value, "runs": [value] * 5}
+        for name, value in seconds.items()
+    ]
+    rows.append({"what": "metric", "contestant": "kit", "seconds": 0.05, "runs": [0.05] * 5})
+    record = {"rows": rows, "hardware": "2 cores, 25 GB", "processor": "AVX512", "threads": 2}
+    record |= {"data": "toy", "versions": {"torch": "2.10", "ranx": "not installed"}}
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    shown = tables.beside_rivals(tmp_path / "results.json")
+    assert "| search | 200.0 | bare product | 1.25 | FAISS flat 1.50; scikit-learn 10.00 |" in shown
+    assert "| metric | 50.0 | – | – | – |" in shown
+    assert "torch 2.10." in shown and "ranx" not in shown
