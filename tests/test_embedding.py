@@ -9,7 +9,7 @@ import torch
 from vipr_utils.data import transforms
 from vipr_utils.host import progress
 from vipr_utils.learn import models
-from vipr_utils.retrieve import embedding, rerank
+from vipr_utils.retrieve import embedding, engine, rerank
 
 
 @pytest.fixture
@@ -240,3 +240,61 @@ def test_features_are_what_the_neck_receives(toy_data, network):
     np.testing.assert_allclose(
         again, embedding.embed(network, toy_data[1], rows, image_size=32), atol=2e-2
     )
+
+
+# -------------------------------------------------------------------------------------- openvino
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Stores of any size are embedded by OpenVINO; what was compiled is listed."""
+    pytest.importorskip("openvino")
+    made, compiled = [], engine.compiled
+    monkeypatch.setattr(engine, "LEAST_PHOTOS", 1)
+    monkeypatch.setattr(engine, "compiled", lambda *a: made.append(compiled(*a)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("name", ["siamese_small", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("precision, apart", [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_compiled_network_embeds_as_torch_does(
+    toy_data, compiled, monkeypatch, name, precision, apart
+):
+    torch.manual_seed(0)
+    model = models.create(name, weights="none", embedding_dim=16)
+    rows = toy_data[0].index[:20]
+    size = model.record["image_size"] if name.startswith("vit") else 64
+    settings = {"image_size": size, "precision": precision, "batch_size": 7}
+    found = embedding.embed(model, toy_data[1], rows, **settings)
+    assert len(compiled) == 1 and compiled[0] is not None
+    monkeypatch.setattr(engine, "LEAST_PHOTOS", 10**9)
+    expected = embedding.embed(model, toy_data[1], rows, **settings)
+    np.testing.assert_allclose(found, expected, atol=apart)
+    assert len(compiled) == 1
+
+
+def test_network_is_compiled_once_and_only_where_something_is_computed(
+    toy_data, compiled, network, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embedding, "BLOCK", 4)
+    settings = {"image_size": 32, "precision": "float32", "cache_dir": tmp_path}
+    for _ in range(2):
+        embedding.embed(network, toy_data[1], toy_data[0].index[:10], **settings)
+    assert len(compiled) == 1
+
+
+def test_torch_embeds_where_a_network_cannot_be_compiled(toy_data, compiled, network, monkeypatch):
+    monkeypatch.setitem(engine.NEAR, torch.float32, -1.0)  # nothing is as near
+    with pytest.warns(UserWarning, match="torch embeds, not OpenVINO: embeddings are"):
+        found = embedding.embed(network, toy_data[1], [0, 1], image_size=32, precision="float32")
+    assert compiled == [None] and np.isfinite(found).all()
+
+
+def test_half_precision_and_gpus_know_what_pays(monkeypatch):
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    cpu = torch.device("cpu")
+    assert engine.pays(cpu, torch.bfloat16, 5000) and not engine.pays(cpu, torch.float16, 5000)
+    assert not engine.pays(torch.device("cuda"), torch.float32, 5000)
+    assert not engine.pays(cpu, torch.float32, 100)
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    assert not engine.pays(cpu, torch.float32, 5000)

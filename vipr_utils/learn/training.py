@@ -36,7 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vipr_utils.data import store
 from vipr_utils.data.store import Photos
 from vipr_utils.host import platform, progress
-from vipr_utils.host.device import autocast, compute_dtype, cores, tune
+from vipr_utils.host.device import DepthwiseInFloat32, autocast, compute_dtype, cores, tune
 from vipr_utils.host.files import whole_file
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler, with_occurrences
@@ -175,7 +175,7 @@ class _Network(nn.Module):
 
     def forward(self, pixels: torch.Tensor, labels: torch.Tensor):
         """(loss, share of active pairs or accuracy, embeddings without gradient)."""
-        with autocast(pixels.device, self.dtype):
+        with autocast(pixels.device, self.dtype), DepthwiseInFloat32():
             embeddings = self.model(pixels)
         if distributed.is_initialized():
             # The gradient that comes back is summed over the processes' equal losses, and

@@ -17,7 +17,7 @@ from vipr_utils.data.transforms import Evaluation
 from vipr_utils.host.device import autocast, compute_dtype
 from vipr_utils.learn import models
 from vipr_utils.learn.pooling import RMAC
-from vipr_utils.retrieve import rerank
+from vipr_utils.retrieve import engine, rerank
 from vipr_utils.retrieve.cache import kept
 
 VERSION = 1  # of the cached features: rises with the code that computes them
@@ -44,20 +44,21 @@ def embed(
     share of each side that is seen. precision: see `compute_dtype`. With cache_dir a photo passes
     the backbone once, whatever rows and necks are asked for. A row without photo gets NaN.
     """
-    size = image_size or model.record["image_size"]
-    dtype = compute_dtype(precision, device)
+    size, dtype = image_size or model.record["image_size"], compute_dtype(precision, device)
     rows = np.asarray(rows, np.int64)
     readable = store.readable[rows]
     if not readable.any():
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
     transform = Evaluation(size, fit, model.record["interpolation"])
+    fast = engine.pays(device, dtype, len(store.readable))
+    forward = engine.compiled_later(model, size, dtype) if fast else type(model).features
 
     def pooled(rows: np.ndarray) -> np.ndarray:
         photos = Photos(store, rows, transform, zoom=zoom)
-        settings = {"batch_size": batch_size, "device": device, "dtype": dtype}
-        return _forwarded(model, type(model).features, photos, **settings)
+        return _forwarded(model, forward, photos, batch_size=batch_size, device=device, dtype=dtype)
 
-    folder = cache_dir and Path(cache_dir) / "pooled" / _key(model, store, size, fit, zoom, dtype)
+    names = "pooled", _key(model, store, size, fit, zoom, dtype, fast)
+    folder = cache_dir and Path(cache_dir, *names)
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
@@ -169,10 +170,11 @@ def _places(device: torch.device) -> list[torch.device]:
     return [device, *(torch.device("cuda", i) for i in range(1, torch.cuda.device_count()))]
 
 
-def _key(model, store, size: int, fit: str, zoom: float, dtype) -> str:
+def _key(model, store, size: int, fit: str, zoom: float, dtype, fast: bool) -> str:
     """What a photo's features depend on beside its pixels; the neck has no part in them."""
     transform = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
     settings = [VERSION, *transform, size, fit, zoom, str(dtype), store.key]
+    settings += ["openvino"] if fast else []
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith("neck."):

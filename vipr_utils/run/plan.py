@@ -14,6 +14,7 @@ where it does not fit into max_minutes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -29,6 +30,7 @@ from vipr_utils.data import catalog, toy, transforms
 from vipr_utils.data.store import Photos, build_store, packed_px
 from vipr_utils.host import platform
 from vipr_utils.host.device import (
+    DepthwiseInFloat32,
     autocast,
     compute_dtype,
     cores,
@@ -129,7 +131,8 @@ def network_cost(name: str, px: int, device: torch.device, trained: bool) -> Net
     pixels = torch.rand(max(2, n), 3, px, px, device=device).to(memory_format=torch.channels_last)
 
     def forward(images):
-        with autocast(device, compute_dtype("auto", device, training=model.training)):
+        exact = DepthwiseInFloat32() if model.training else nullcontext()
+        with autocast(device, compute_dtype("auto", device, training=model.training)), exact:
             return model(images).sum()
 
     def step():
