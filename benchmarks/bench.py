@@ -406,26 +406,26 @@ def main() -> None:
             context = multiprocessing.get_context("spawn")
             context.Process(target=side, args=(kit, theirs), daemon=False).start()
             sides.append(ours)
-        rows = []
+        record = {
+            "hardware": hardware(),
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "threads": cores(),
+            "data": given.data.name if given.data else "toy, 100 products, 400 px",
+            "versions": versions(),
+            "rows": [],
+        }
         for group, what, settings in comparisons(root):
             if given.only and group.__name__ not in given.only.split(","):
                 continue
             for name, taken in compared(sides, group, settings, given.runs).items():
                 row = {"group": group.__name__, "what": what, "contestant": name}
-                rows.append(row | {"seconds": statistics.median(taken), "runs": taken})
-                print(f"{what:50} {name:42} {rows[-1]['seconds']:9.4f} s", flush=True)
+                row |= {"seconds": statistics.median(taken), "runs": taken}
+                record["rows"].append(row)
+                print(f"{what:50} {name:42} {row['seconds']:9.4f} s", flush=True)
+            with whole_file(given.out) as part:  # as far as it has come
+                part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for pipe in sides:
             pipe.send(None)
-    record = {
-        "hardware": hardware(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": cores(),
-        "data": given.data.name if given.data else "toy, 100 products, 400 px",
-        "versions": versions(),
-        "rows": rows,
-    }
-    with whole_file(given.out) as part:
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
