@@ -18,10 +18,15 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from vipr_utils.data.store import Store
 
 PAUSE = 0.3  # seconds between two runs: threads of the other process come to rest
 PACKAGES = (
@@ -184,6 +189,22 @@ def pipeline(kit: bool, root: Path, n: int, px: int, augmentation: str, **_) -> 
     return {"ImageFolder + DataLoader, 800 px": lambda: list(map(len, epoch))}
 
 
+@dataclass
+class Plain:
+    """A dataset as notebooks write it, of photos that are packed already."""
+
+    store: Store
+    rows: np.ndarray
+    labels: np.ndarray
+    transform: Callable
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int):
+        return self.transform(Image.fromarray(self.store[self.rows[i]])), int(self.labels[i])
+
+
 def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: str, **_) -> dict:
     """The photos through a frozen backbone, from the packed store; rivals from the same photos."""
     import torch
@@ -207,7 +228,6 @@ def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: s
 
         kits = partial(embed, model, store, rows, image_size=px, precision=precision)
         return {"kit": kits, "floor: bare forward": bare}
-    from PIL import Image
     from torchvision import transforms as T
 
     transform = T.Compose(
@@ -218,17 +238,12 @@ def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: s
         ]
     )
 
-    class Plain(torch.utils.data.Dataset):
-        def __len__(self):
-            return n
-
-        def __getitem__(self, i):
-            return transform(Image.fromarray(store[rows[i]])), 0
+    plain = Plain(store, rows, np.zeros(n, int), transform)
 
     @torch.no_grad()
     def naive():
         return torch.cat(
-            [model(torch.stack([Plain()[j][0] for j in range(i, i + 64)])) for i in range(0, n, 64)]
+            [model(torch.stack([plain[j][0] for j in range(i, i + 64)])) for i in range(0, n, 64)]
         )
 
     from pytorch_metric_learning.testers import BaseTester
@@ -236,7 +251,7 @@ def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: s
     tester = BaseTester(batch_size=64, dataloader_num_workers=2, data_device=torch.device("cpu"))
     return {
         "naive loop": naive,
-        "pytorch-metric-learning": lambda: tester.get_all_embeddings(Plain(), model),
+        "pytorch-metric-learning": lambda: tester.get_all_embeddings(plain, model),
     }
 
 
@@ -275,7 +290,6 @@ def training(kit: bool, root: Path, n: int, px: int, network: str, precision: st
                 state.step(images, wanted)
 
         return {"kit": epoch, "floor: forward and backward": bare}
-    from PIL import Image
     from pytorch_metric_learning.losses import ArcFaceLoss
     from torchvision import transforms as T
 
@@ -289,18 +303,13 @@ def training(kit: bool, root: Path, n: int, px: int, network: str, precision: st
     ]
     transform = T.Compose(steps)
 
-    class Plain(torch.utils.data.Dataset):
-        def __len__(self):
-            return n
-
-        def __getitem__(self, i):
-            return transform(Image.fromarray(store[rows[i]])), int(labels[i])
+    plain = Plain(store, rows, labels, transform)
 
     loss = ArcFaceLoss(int(labels.max()) + 1, 256)
     optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=1e-4)
 
     def naive():
-        epoch = torch.utils.data.DataLoader(Plain(), batch_size=32, shuffle=True, num_workers=2)
+        epoch = torch.utils.data.DataLoader(plain, batch_size=32, shuffle=True, num_workers=2)
         for images, wanted in epoch:
             optimizer.zero_grad()
             loss(model(images), wanted).backward()
