@@ -130,7 +130,7 @@ def photos_of(root: Path, n: int, px: int):
 
 
 def large_jpegs(root: Path, n: int) -> Path:
-    """A folder for torchvision's ImageFolder: the same photos as JPEGs of 800 px, as they come."""
+    """A folder for torchvision's ImageFolder: the same photos, enlarged to JPEGs of 800 px."""
     import cv2
 
     folder = root.parent / f"large-{n}"

@@ -334,8 +334,8 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
     """Batches (images (B, 3, S, S) uint8, channels last; labels; rows) in order (batch_size) or by
     batch_sampler (a list of lists of items), loaded while the one before is used.
 
-    workers: processes. -1: on a GPU one a core, at most 8. 0, and -1 on a CPU: threads, which the
-    network's own leave time to.
+    workers: processes. -1: on a GPU one a core, at most 8. 0, and -1 on a CPU: as many threads as
+    torch has, in this process.
     """
     if batch_sampler is None:
         batch_sampler = BatchSampler(range(len(photos)), batch_size, False)
@@ -356,7 +356,7 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
 
 
 def _in_threads(photos: Photos, batches) -> Iterator[tuple]:
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         coming = deque()
         for batch in batches:
             parts = [batch[i : i + PART] for i in range(0, len(batch), PART)]
