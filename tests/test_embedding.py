@@ -1,6 +1,7 @@
 """Photos to embeddings to scores, on the toy set and, where it is there, on real photos."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -249,6 +250,8 @@ def test_features_are_what_the_neck_receives(toy_data, network):
 def compiled(monkeypatch):
     """Stores of any size are embedded by OpenVINO; what was compiled is listed."""
     pytest.importorskip("openvino")
+    if engine.LIMIT in os.environ:
+        pytest.skip("OpenVINO is not used under a limit on instruction sets")
     made, compiled = [], engine.compiled
     monkeypatch.setattr(engine, "LEAST_PHOTOS", 1)
     monkeypatch.setattr(engine, "compiled", lambda *a: made.append(compiled(*a)) or made[-1])
@@ -292,9 +295,13 @@ def test_torch_embeds_where_a_network_cannot_be_compiled(toy_data, compiled, net
 
 def test_half_precision_and_gpus_know_what_pays(monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv(engine.LIMIT, raising=False)
     cpu = torch.device("cpu")
     assert engine.pays(cpu, torch.bfloat16, 5000) and not engine.pays(cpu, torch.float16, 5000)
     assert not engine.pays(torch.device("cuda"), torch.float32, 5000)
     assert not engine.pays(cpu, torch.float32, 100)
+    monkeypatch.setenv(engine.LIMIT, "AVX2")
+    assert not engine.pays(cpu, torch.float32, 5000)
+    monkeypatch.delenv(engine.LIMIT)
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     assert not engine.pays(cpu, torch.float32, 5000)
