@@ -265,3 +265,20 @@ def test_long_search_tells_how_far_it_is(monkeypatch, caplog):
         search.top_k(np.eye(9), np.eye(9), 2)
     told = [line.partition(",")[0] for line in caplog.messages]
     assert told == [f"gallery rows searched: {done} of 9" for done in (4, 8, 9)]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "manhattan"])
+def test_gallery_prepared_once_answers_as_its_embeddings_do(distance):
+    rng = np.random.default_rng(0)
+    queries, rows = (rng.standard_normal((n, 7)).astype(np.float32) for n in (5, 400))
+    ids = {"query_ids": np.arange(5), "gallery_ids": np.arange(400)}
+    prepared = search.Prepared(rows)
+    assert len(prepared.rows) == 400 and np.shares_memory(prepared.rows.numpy(), rows)
+    for given in ({}, ids):
+        expected = search.top_k(queries, rows, 9, distance=distance, **given)
+        found = search.top_k(queries, prepared, 9, distance=distance, **given)
+        for one, other in zip(found, expected):
+            np.testing.assert_array_equal(one, other)
+    rows[3, 3] = np.nan
+    with pytest.raises(ValueError, match="1 of 400 gallery embeddings hold NaN"):
+        search.Prepared(rows)

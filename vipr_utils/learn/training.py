@@ -477,12 +477,14 @@ def _optimizer(network: _Network, recipe: Recipe) -> torch.optim.Optimizer:
     """
     model = network.model
     model.requires_grad_(True)  # a training that was stopped may have left the backbone frozen
+    fused = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}  # one kernel for all
     optimizer = create_optimizer_v2(
         model.backbone,
         opt=recipe.optimizer,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         layer_decay=None if recipe.layer_decay == 1.0 else recipe.layer_decay,
+        **fused,
     )
     head_lr = recipe.head_lr or recipe.lr
     parts = (model.pooling, recipe.lr), (model.neck, head_lr), (network.criterion, head_lr)
@@ -723,7 +725,7 @@ def fit_head(
         raise ValueError("fit_head trains a neck and the model has none: give it an embedding_dim")
     home = next(model.parameters()).device
     learned = nn.ModuleList([model.neck.train(), criterion]).to(device)
-    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, weight_decay=1e-4, fused=True)
     inputs = torch.as_tensor(features, dtype=torch.float32, device=device)
     targets = torch.as_tensor(labels, device=device)
     sampler = ShuffledSampler(np.arange(len(inputs)), batch_size=batch_size, seed=seed)

@@ -16,7 +16,7 @@ from functools import partial
 from time import perf_counter
 
 from vipr_utils.retrieve import rerank, verification
-from vipr_utils.retrieve.search import Search, checked
+from vipr_utils.retrieve.search import Prepared, Search
 
 METHODS = {  # step -> what it is called in tables
     rerank.centring: "centring",
@@ -111,8 +111,8 @@ def apply(
         looks = [step.func in ON_PHOTOS for step in bound]
         plan.insert((looks + [True]).index(True), ("narrow", Search.narrowed))
     plan.insert(len(bound) - len(on_lists), ("search", find))
-    queries = rerank.unit(checked(search.queries, "query"))
-    gallery = rerank.unit(checked(search.gallery, "gallery"))
+    queries = rerank.unit(Prepared(search.queries, "query").rows)
+    gallery = rerank.unit(Prepared(search.gallery).rows)
     search = replace(search, queries=queries, gallery=gallery)
     seconds = []
     for name, step in plan:

@@ -28,6 +28,18 @@ SPARE = 8
 UNIT = 1e-6
 
 
+class Prepared:
+    """Embeddings (N, D) for any number of searches: their check and their lengths, half of the time
+    of a search for one photo in a gallery, are had once. No copy of float32 is made.
+
+    Raises ValueError for NaN and infinity, and for another shape.
+    """
+
+    def __init__(self, embeddings, what: str = "gallery") -> None:
+        self.rows = _matrix(embeddings, what)
+        self.lengths = _lengths(self.rows, self.rows, what)  # (N,)
+
+
 def top_k(
     queries,
     gallery,
@@ -40,33 +52,30 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores, ranks), both (Q, k): the k most similar gallery rows of each query, best first.
 
-    queries (Q, D), gallery (G, D). Scores are similarities: the cosine, or minus the distance. A
-    query never meets itself: gallery rows whose id equals the query's id are left out wherever they
-    rank. Where fewer than k rows remain, ranks are -1 and scores -inf. Equal scores stand in
-    gallery order. The gallery passes the device once, a section at a time: no copy of it is made.
+    queries (Q, D), gallery (G, D), `Prepared` where it is searched again. Scores are similarities:
+    the cosine, or minus the distance. A query never meets itself: gallery rows whose id equals the
+    query's id are left out wherever they rank. Where fewer than k rows remain, ranks are -1 and
+    scores -inf. Equal scores stand in gallery order. The gallery passes the device once, a section
+    at a time: no copy of it is made.
     Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
     """
-    q = _matrix(queries, "query")
-    g = _matrix(gallery, "gallery")
+    given = Prepared(queries, "query")
+    q, known = given.rows, None
+    if isinstance(gallery, Prepared):
+        g, known = gallery.rows, gallery.lengths
+    else:
+        g = _matrix(gallery, "gallery")
     _check_sizes(q, g, k, distance)
     ids = _numbered(query_ids, gallery_ids, q, g)
-    lengths = _lengths(q, q, "query")
     if distance == "cosine":
-        q = _unit(q, lengths).to(device)
-        best, rows = _running(q, g, k, ids, lambda *section: _unit(*section).T, torch.mm)
+        q = _unit(q, given.lengths).to(device)
+        best, rows = _running(q, g, known, k, ids, lambda *section: _unit(*section).T, torch.mm)
     elif distance == "euclidean":
-        best, rows = _by_euclid(q.to(device), g, k, ids)
+        best, rows = _by_euclid(q.to(device), g, known, k, ids)
     else:
-        best, rows = _directly(q.to(device), g, k, ids, distance)
+        best, rows = _directly(q.to(device), g, known, k, ids, distance)
     order = best.argsort(dim=1, descending=True, stable=True)
     return best.gather(1, order).cpu().numpy(), rows.gather(1, order).cpu().numpy()
-
-
-def checked(embeddings, what: str) -> torch.Tensor:
-    """(N, D) float32 on the CPU. Raises ValueError for another shape, NaN and infinity."""
-    x = _matrix(embeddings, what)
-    _lengths(x, x, what)
-    return x
 
 
 def _matrix(embeddings, what: str) -> torch.Tensor:
@@ -112,7 +121,7 @@ def _numbered(query_ids, gallery_ids, q: torch.Tensor, g: torch.Tensor) -> list[
     are equal.
     """
     if query_ids is None or gallery_ids is None:
-        query_ids, gallery_ids = np.zeros(len(q)), np.ones(len(g))
+        return [np.full(len(q), -1), np.full(len(g), -2)]
     if len(query_ids) != len(q) or len(gallery_ids) != len(g):
         raise ValueError(
             f"ids do not match: {len(query_ids)} ids for {len(q)} queries, {len(gallery_ids)} for "
@@ -128,18 +137,15 @@ def _unit(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return x / lengths.clamp_min(1e-12)[:, None]
 
 
-def _directly(q, g, k: int, ids, distance: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _directly(q, g, known, k: int, ids, distance: str) -> tuple[torch.Tensor, torch.Tensor]:
     """By distances of all pairs, each computed for itself: no digits are lost to the lengths of the
     vectors, and it is many times slower than a product of matrices.
     """
-
-    def nearness(block: torch.Tensor, section: torch.Tensor) -> torch.Tensor:
-        return -distance_matrix(block, section, distance)
-
-    return _running(q, g, k, ids, lambda section, _: section, nearness)
+    given = q, g, known, k, ids, lambda section, _: section
+    return _running(*given, lambda block, rows: -distance_matrix(block, rows, distance))
 
 
-def _by_euclid(q, g, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_euclid(q, g, known, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
     """By |q - g|^2 = |q|^2 - 2 (q g - |g|^2 / 2), where q g is a product of matrices.
 
     Rounding takes its last digits: it names k + SPARE rows, of which exact distances choose.
@@ -163,7 +169,7 @@ def _by_euclid(q, g, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
         rows, halves = section
         return (block @ rows).sub_(halves)
 
-    near, named = _running(moved, g, k + SPARE, ids, prepared, nearness)
+    near, named = _running(moved, g, known, k + SPARE, ids, prepared, nearness)
     exact = _exactly(q, g, named)
     at = _largest(exact, k)
     best = exact.gather(1, at)
@@ -176,7 +182,7 @@ def _by_euclid(q, g, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
     unsure = (best.amin(dim=1).square() >= others) & others.isfinite()
     if unsure.any():
         asked = ids[0][unsure.cpu().numpy()], ids[1]
-        best[unsure], rows[unsure] = _directly(q[unsure], g, k, asked, "euclidean")
+        best[unsure], rows[unsure] = _directly(q[unsure], g, known, k, asked, "euclidean")
     return best, rows
 
 
@@ -202,9 +208,10 @@ def _centre(g: torch.Tensor) -> torch.Tensor:
 
 
 def _running(
-    q: torch.Tensor, g: torch.Tensor, k: int, ids, prepared: Callable, similarity: Callable
+    q: torch.Tensor, g, known, k: int, ids, prepared: Callable, similarity: Callable
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores, rows) (Q, k) on the device of q, in gallery order: the k best of all sections of g.
+    """(scores, rows) (Q, k) on the device of q, in gallery order: the k best of all sections of
+    the gallery g (G, D), whose lengths (G,) are known or None.
 
     prepared(section (n, D), lengths (n,)) is called once for each, and similarity(block (b, D),
     what that gave) -> (b, n), larger is nearer, for each block of queries.
@@ -221,7 +228,10 @@ def _running(
     for left in range(0, len(g), step):
         section = g[left : left + step].to(q.device)
         numbers = ids[1][left : left + step]
-        lengths = _lengths(section, g, "gallery")
+        if known is None:
+            lengths = _lengths(section, g, "gallery")
+        else:
+            lengths = known[left : left + step].to(q.device)
         section = prepared(section, lengths)
         for block, best_of, rows_of, ids_of in blocks:
             part = similarity(block, section)
