@@ -87,15 +87,17 @@ def test_infinite_embeddings_are_refused_however_they_add_up(value):
 
 @pytest.mark.parametrize("distance", ["cosine", "manhattan"])
 def test_gallery_passes_once_however_many_blocks_of_queries_meet_it(monkeypatch, distance):
-    seen, lengths = [], search._lengths
-    monkeypatch.setattr(search, "_lengths", lambda x, *a: seen.append(len(x)) or lengths(x, *a))
+    checked, met = [], []
+    lengths, merge = search._lengths, search._merge
+    monkeypatch.setattr(search, "_lengths", lambda x, *a: checked.append(len(x)) or lengths(x, *a))
+    monkeypatch.setattr(search, "_merge", lambda *a: met.append(a[3]) or merge(*a))
     queries, gallery = vectors(100), vectors(170, seed=1)
     want = search.top_k(queries, gallery, 4, distance=distance)
     monkeypatch.setattr(search, "QUERY_CHUNK", 30)
     monkeypatch.setattr(search, "GALLERY_CHUNK", 80)
-    seen.clear()
+    checked.clear(), met.clear()
     found = search.top_k(queries, gallery, 4, distance=distance)
-    assert seen == [100, 80, 80, 10]
+    assert checked == [100, 170] and met == 4 * [0] + 4 * [80] + 4 * [160]
     np.testing.assert_array_equal(found[1], want[1])
 
 

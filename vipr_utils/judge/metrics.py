@@ -127,15 +127,14 @@ def bootstrap_interval(
     """
     queries = pd.DataFrame({"value": np.asarray(values, float), "product": np.asarray(products)})
     totals = queries.dropna().groupby("product")["value"].agg(["sum", "size"])  # (P, 2)
-    if len(totals) < 2:
+    n = len(totals)
+    if n < 2:
         return np.nan, np.nan
     table, rng = totals.to_numpy(float), np.random.default_rng(seed)
-    drawn = np.empty((n_boot, 2))  # sum and number of values
-    for row in drawn:
-        times = np.bincount(rng.integers(0, len(totals), len(totals)), minlength=len(totals))
-        row[:] = times @ table
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return float(low), float(high)
+    # each product counts as often as it is drawn
+    drawn = [np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(n_boot)]
+    sums, sizes = np.transpose(drawn)
+    return tuple(np.quantile(sums / sizes, [0.025, 0.975]).tolist())
 
 
 def _mean(values: np.ndarray) -> float:

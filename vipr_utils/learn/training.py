@@ -477,14 +477,14 @@ def _optimizer(network: _Network, recipe: Recipe) -> torch.optim.Optimizer:
     """
     model = network.model
     model.requires_grad_(True)  # a training that was stopped may have left the backbone frozen
-    fused = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}  # one kernel for all
+    one_kernel = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
     optimizer = create_optimizer_v2(
         model.backbone,
         opt=recipe.optimizer,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         layer_decay=None if recipe.layer_decay == 1.0 else recipe.layer_decay,
-        **fused,
+        **one_kernel,
     )
     head_lr = recipe.head_lr or recipe.lr
     parts = (model.pooling, recipe.lr), (model.neck, head_lr), (network.criterion, head_lr)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vipr_utils.host.device import autocast
+
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 LEAST_PHOTOS = 1500  # of a store: fewer are embedded before a network is compiled
 
@@ -26,8 +28,9 @@ NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 def pays(device: torch.device, dtype: torch.dtype, n_photos: int) -> bool:
     """Whether networks are compiled here."""
-    found = importlib.util.find_spec("openvino") is not None and LIMIT not in os.environ
-    return found and device.type == "cpu" and dtype in NAMES and n_photos >= LEAST_PHOTOS
+    if LIMIT in os.environ or n_photos < LEAST_PHOTOS or device.type != "cpu":
+        return False
+    return dtype in NAMES and importlib.util.find_spec("openvino") is not None
 
 
 def compiled_later(model, size: int, dtype: torch.dtype) -> Callable:
@@ -50,10 +53,7 @@ class _Bytes(nn.Module):
         self.model = model
 
     def forward(self, photos: torch.Tensor) -> torch.Tensor:
-        mean = 255 * torch.tensor(self.model.record["mean"])
-        std = 255 * torch.tensor(self.model.record["std"])
-        pixels = (photos.float() - mean) / std
-        return self.model.features(pixels.permute(0, 3, 1, 2))
+        return self.model.features(photos.permute(0, 3, 1, 2))
 
 
 def compiled(model, size: int, dtype: torch.dtype) -> Callable | None:
@@ -70,7 +70,7 @@ def compiled(model, size: int, dtype: torch.dtype) -> Callable | None:
     photos = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     try:
         network, example = _Bytes(model.eval()), torch.from_numpy(photos)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32), torch.no_grad():
+        with autocast(torch.device("cpu"), dtype), torch.no_grad():
             expected = network(example).float()
         with torch.autocast("cpu", enabled=False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing

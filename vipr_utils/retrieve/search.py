@@ -37,7 +37,7 @@ class Prepared:
 
     def __init__(self, embeddings, what: str = "gallery") -> None:
         self.rows = _matrix(embeddings, what)
-        self.lengths = _lengths(self.rows, self.rows, what)  # (N,)
+        self.lengths = _lengths(self.rows, what)  # (N,)
 
 
 def top_k(
@@ -55,25 +55,22 @@ def top_k(
     queries (Q, D), gallery (G, D), `Prepared` where it is searched again. Scores are similarities:
     the cosine, or minus the distance. A query never meets itself: gallery rows whose id equals the
     query's id are left out wherever they rank. Where fewer than k rows remain, ranks are -1 and
-    scores -inf. Equal scores stand in gallery order. The gallery passes the device once, a section
-    at a time: no copy of it is made.
+    scores -inf. Equal scores stand in gallery order. No copy of the gallery is made: it passes the
+    device a section at a time.
     Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
     """
     given = Prepared(queries, "query")
-    q, known = given.rows, None
-    if isinstance(gallery, Prepared):
-        g, known = gallery.rows, gallery.lengths
-    else:
-        g = _matrix(gallery, "gallery")
-    _check_sizes(q, g, k, distance)
-    ids = _numbered(query_ids, gallery_ids, q, g)
+    g = gallery if isinstance(gallery, Prepared) else Prepared(gallery)
+    _check_sizes(given.rows, g.rows, k, distance)
+    ids = _numbered(query_ids, gallery_ids, given.rows, g.rows)
+    q = given.rows.to(device)
     if distance == "cosine":
-        q = _unit(q, given.lengths).to(device)
-        best, rows = _running(q, g, known, k, ids, lambda *section: _unit(*section).T, torch.mm)
+        q = _unit(q, given.lengths.to(device))
+        best, rows = _running(q, g, k, ids, lambda *section: _unit(*section).T, torch.mm)
     elif distance == "euclidean":
-        best, rows = _by_euclid(q.to(device), g, known, k, ids)
+        best, rows = _by_euclid(q, g, k, ids)
     else:
-        best, rows = _directly(q.to(device), g, known, k, ids, distance)
+        best, rows = _directly(q, g, k, ids, distance)
     order = best.argsort(dim=1, descending=True, stable=True)
     return best.gather(1, order).cpu().numpy(), rows.gather(1, order).cpu().numpy()
 
@@ -86,9 +83,9 @@ def _matrix(embeddings, what: str) -> torch.Tensor:
     return x
 
 
-def _lengths(part: torch.Tensor, x: torch.Tensor, what: str) -> torch.Tensor:
-    """(n,) of a part of x (N, D). Raises ValueError where x holds NaN or infinity."""
-    lengths = torch.linalg.vector_norm(part, dim=1)
+def _lengths(x: torch.Tensor, what: str) -> torch.Tensor:
+    """(N,) of x (N, D). Raises ValueError where x holds NaN or infinity."""
+    lengths = torch.linalg.vector_norm(x, dim=1)
     if lengths.isfinite().all():
         return lengths
     bad = (~x.isfinite()).any(dim=1).nonzero().flatten()
@@ -137,22 +134,23 @@ def _unit(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return x / lengths.clamp_min(1e-12)[:, None]
 
 
-def _directly(q, g, known, k: int, ids, distance: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _directly(q, g: Prepared, k: int, ids, distance: str) -> tuple[torch.Tensor, torch.Tensor]:
     """By distances of all pairs, each computed for itself: no digits are lost to the lengths of the
     vectors, and it is many times slower than a product of matrices.
     """
-    given = q, g, known, k, ids, lambda section, _: section
-    return _running(*given, lambda block, rows: -distance_matrix(block, rows, distance))
+    return _running(
+        q, g, k, ids, lambda section, _: section, lambda *pair: -distance_matrix(*pair, distance)
+    )
 
 
-def _by_euclid(q, g, known, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_euclid(q, g: Prepared, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
     """By |q - g|^2 = |q|^2 - 2 (q g - |g|^2 / 2), where q g is a product of matrices.
 
     Rounding takes its last digits: it names k + SPARE rows, of which exact distances choose.
     Queries for which another row might be as near, by the worst case of rounding, are searched
     directly.
     """
-    centre = _centre(g).to(q.device)
+    centre = _centre(g.rows).to(q.device)
     moved = q - centre
     longest = []  # of each section
 
@@ -169,8 +167,8 @@ def _by_euclid(q, g, known, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
         rows, halves = section
         return (block @ rows).sub_(halves)
 
-    near, named = _running(moved, g, known, k + SPARE, ids, prepared, nearness)
-    exact = _exactly(q, g, named)
+    near, named = _running(moved, g, k + SPARE, ids, prepared, nearness)
+    exact = _exactly(q, g.rows, named)
     at = _largest(exact, k)
     best = exact.gather(1, at)
     rows = named.gather(1, at)
@@ -182,7 +180,7 @@ def _by_euclid(q, g, known, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]:
     unsure = (best.amin(dim=1).square() >= others) & others.isfinite()
     if unsure.any():
         asked = ids[0][unsure.cpu().numpy()], ids[1]
-        best[unsure], rows[unsure] = _directly(q[unsure], g, known, k, asked, "euclidean")
+        best[unsure], rows[unsure] = _directly(q[unsure], g, k, asked, "euclidean")
     return best, rows
 
 
@@ -208,10 +206,9 @@ def _centre(g: torch.Tensor) -> torch.Tensor:
 
 
 def _running(
-    q: torch.Tensor, g, known, k: int, ids, prepared: Callable, similarity: Callable
+    q: torch.Tensor, g: Prepared, k: int, ids, prepared: Callable, similarity: Callable
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores, rows) (Q, k) on the device of q, in gallery order: the k best of all sections of
-    the gallery g (G, D), whose lengths (G,) are known or None.
+    """(scores, rows) (Q, k) on the device of q, in gallery order: the k best of all sections of g.
 
     prepared(section (n, D), lengths (n,)) is called once for each, and similarity(block (b, D),
     what that gave) -> (b, n), larger is nearer, for each block of queries.
@@ -222,22 +219,18 @@ def _running(
     in_gallery = torch.from_numpy(np.where(np.isin(*ids), ids[0], -1))
     parts = [x.split(QUERY_CHUNK) for x in (q, best, rows, in_gallery)]
     blocks = list(zip(*parts))
-    reached = reporter("gallery rows searched", len(g))
+    reached = reporter("gallery rows searched", len(g.rows))
     # few queries wait for memory, not for the product: larger sections, fewer calls
     step = GALLERY_CHUNK * (1 if len(q) > QUERY_CHUNK // 4 else 4)
-    for left in range(0, len(g), step):
-        section = g[left : left + step].to(q.device)
-        numbers = ids[1][left : left + step]
-        if known is None:
-            lengths = _lengths(section, g, "gallery")
-        else:
-            lengths = known[left : left + step].to(q.device)
-        section = prepared(section, lengths)
+    for left in range(0, len(g.rows), step):
+        part = slice(left, left + step)
+        numbers = ids[1][part]
+        section = prepared(g.rows[part].to(q.device), g.lengths[part].to(q.device))
         for block, best_of, rows_of, ids_of in blocks:
-            part = similarity(block, section)
+            scores = similarity(block, section)
             if (ids_of >= 0).any() and np.isin(ids_of, numbers).any():  # to compare all takes long
-                part[ids_of[:, None] == torch.from_numpy(numbers)] = -torch.inf
-            _merge(best_of, rows_of, part, left)
+                scores[ids_of[:, None] == torch.from_numpy(numbers)] = -torch.inf
+            _merge(best_of, rows_of, scores, left)
         reached(left + len(numbers))
     return best, rows
 
