@@ -11,15 +11,21 @@ left out and named.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
+import itertools
 import json
+import logging
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +47,9 @@ PACKAGES = (
     "pytorch-metric-learning",
     "torchmetrics",
     "ranx",
+    "open-metric-learning",
+    "onnxruntime",
+    "openvino",
 )
 DIM, K = 512, 5
 
@@ -82,7 +91,17 @@ def search(kit: bool, rows: int, queries: int, distance: str = "cosine", **_) ->
     if rows * queries <= 2e8:  # minutes otherwise
         calls["usearch exact"] = lambda: usearch(g, q, K, kind, exact=True)
         calls["scikit-learn"] = lambda: neighbours.kneighbors(q)
+        calls["pytorch-metric-learning"] = partial(pml_search, q, g, distance)
     return calls
+
+
+def pml_search(q: np.ndarray, g: np.ndarray, distance: str):
+    import torch
+    from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    measure = CosineSimilarity() if distance == "cosine" else LpDistance(normalize_embeddings=False)
+    return CustomKNN(measure, batch_size=1024)(torch.from_numpy(q), K, torch.from_numpy(g))
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -185,9 +204,46 @@ def pipeline(kit: bool, root: Path, n: int, px: int, augmentation: str, **_) -> 
             T.ToTensor(),
         ]
     )
-    folder = ImageFolder(large_jpegs(root, n), study)
-    epoch = DataLoader(folder, batch_size=64, num_workers=torch.get_num_threads())
-    return {"ImageFolder + DataLoader, 800 px": lambda: list(map(len, epoch))}
+    folder, threads = large_jpegs(root, n), torch.get_num_threads()
+
+    def read(dataset):
+        return partial(
+            lambda batches: list(map(len, batches)), DataLoader(dataset, 64, num_workers=threads)
+        )
+
+    import timm.data
+
+    timms = timm.data.create_loader(
+        timm.data.create_dataset("", root=str(folder)),
+        input_size=(3, px, px),
+        batch_size=64,
+        is_training=True,
+        color_jitter=0.1,
+        num_workers=threads,
+        device=torch.device("cpu"),
+        use_prefetcher=False,
+        persistent_workers=False,
+    )
+    calls = {
+        "ImageFolder + DataLoader, 800 px": read(ImageFolder(folder, study)),
+        "timm's loader, its own augmentations": lambda: list(map(len, timms)),
+    }
+    if importable("oml"):
+        from oml.datasets import ImageBaseDataset
+
+        files = sorted(folder.rglob("*.jpg"))
+        calls["open-metric-learning"] = read(ImageBaseDataset(files, transform=study))
+    return calls
+
+
+def importable(module: str) -> bool:
+    """Whether a rival that may be absent can be used; a broken installation is named."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(f"left out: {module}, {error}", flush=True)
+        return False
+    return True
 
 
 @dataclass
@@ -206,6 +262,21 @@ class Plain:
         return self.transform(Image.fromarray(self.store[self.rows[i]])), int(self.labels[i])
 
 
+@dataclass
+class Named:
+    """The same for open-metric-learning, which wants names."""
+
+    plain: Plain
+    input_tensors_key = "images"
+    index_key = "index"
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"images": self.plain[i][0], "index": i}
+
+
 def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: str, **_) -> dict:
     """The photos through a frozen backbone, from the packed store; rivals from the same photos."""
     import torch
@@ -216,19 +287,28 @@ def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: s
     store, rows, _ = photos_of(root, n, px)
     if kit:
         from vipr_utils.host.device import autocast, compute_dtype
+        from vipr_utils.retrieve import engine
         from vipr_utils.retrieve.embedding import embed
 
         cpu = torch.device("cpu")
+        dtype = compute_dtype(precision, cpu)
         batch = torch.rand(64, 3, px, px).to(memory_format=torch.channels_last)
         model.to(memory_format=torch.channels_last)
 
         def bare():
-            with torch.inference_mode(), autocast(cpu, compute_dtype(precision, cpu)):
+            with torch.inference_mode(), autocast(cpu, dtype):
                 for _ in range(n // 64):
                     model(batch)
 
         kits = partial(embed, model, store, rows, image_size=px, precision=precision)
-        return {"kit": kits, "floor: bare forward": bare}
+
+        def by_torch():
+            with unittest.mock.patch.object(engine, "pays", lambda *given: False):
+                kits()
+
+        name = "kit, by torch" if engine.pays(cpu, dtype, len(store.readable)) else "kit"
+        calls = {name: by_torch, "floor: bare forward": bare}
+        return calls if name == "kit" else {"kit": kits, **calls}
     from torchvision import transforms as T
 
     transform = T.Compose(
@@ -250,10 +330,46 @@ def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: s
     from pytorch_metric_learning.testers import BaseTester
 
     tester = BaseTester(batch_size=64, dataloader_num_workers=2, data_device=torch.device("cpu"))
-    return {
+    calls = {
         "naive loop": naive,
         "pytorch-metric-learning": lambda: tester.get_all_embeddings(plain, model),
     }
+    if importable("oml"):
+        from oml.inference import inference
+
+        settings = {"batch_size": 64, "num_workers": 2}
+        calls["open-metric-learning"] = partial(inference, model, Named(plain), **settings)
+    ready = torch.rand(64, 3, px, px)
+    for name, make in {"ONNX Runtime": onnx_forward, "OpenVINO": openvino_forward}.items():
+        if importable(name.lower().replace(" ", "")):
+            forward = make(model, ready)
+            calls[f"{name}, ready photos, float32"] = partial(repeated, forward, n // 64)
+    return calls
+
+
+def repeated(function: Callable, times: int) -> None:
+    for _ in range(times):
+        function()
+
+
+def onnx_forward(model, images) -> Callable:
+    """The network by ONNX Runtime, as its own exporter and defaults have it."""
+    import onnxruntime
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "network.onnx")
+        torch.onnx.export(model, (images,), file, input_names=["images"], dynamo=False)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {"images": images.numpy()})
+
+
+def openvino_forward(model, images) -> Callable:
+    import openvino
+
+    converted = openvino.convert_model(model, example_input=images)
+    network = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return partial(network, images.numpy())
 
 
 def training(kit: bool, root: Path, n: int, px: int, network: str, precision: str, **_) -> dict:
@@ -316,35 +432,171 @@ def training(kit: bool, root: Path, n: int, px: int, network: str, precision: st
             loss(model(images), wanted).backward()
             optimizer.step()
 
-    return {"naive loop with pytorch-metric-learning": naive}
+    from pytorch_metric_learning.trainers import MetricLossOnly
+
+    trainer = MetricLossOnly(
+        models={"trunk": model},
+        optimizers={"trunk_optimizer": optimizer},
+        batch_size=32,
+        loss_funcs={"metric_loss": loss},
+        dataset=plain,
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=2,
+        iterations_per_epoch=n // 32,
+    )
+    logging.getLogger("pytorch-metric-learning").setLevel(logging.WARNING)
+    return {"naive loop": naive, "pytorch-metric-learning's trainer": trainer.train}
+
+
+# ---------------------------------------------------------------------------- steps and notebooks
+
+
+def k_reciprocal(kit: bool, rows: int, queries: int, **_) -> dict:
+    """Re-ranking as published, k1 20, k2 6, of planted embeddings, a dozen photos a product."""
+    rng = np.random.default_rng(0)
+    products = rng.integers(0, rows // 12, rows + queries)
+    x = vectors(rows // 12, 0)[products] + 0.06 * rng.standard_normal((rows + queries, DIM))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    if not kit:
+        return {"published, dense numpy": lambda: published_k_reciprocal(x, queries)}
+    import pandas as pd
+    import torch
+
+    from vipr_utils.retrieve import pipeline
+    from vipr_utils.retrieve.search import Search
+
+    table = pd.DataFrame({"image_id": np.arange(len(x)), "product_id": products})
+    asked = Search(x[:queries], x[queries:], table[:queries], table[queries:])
+    step = "transductive_k_reciprocal(k1=20, k2=6, weight=0.3)"
+    everything = torch.from_numpy(x)
+    return {
+        "kit": lambda: pipeline.apply([step], asked, k=K),
+        "floor: bare product": lambda: everything @ everything.T,
+    }
+
+
+def published_k_reciprocal(x: np.ndarray, queries: int, k1=20, k2=6, weight=0.3) -> np.ndarray:
+    """Lists (Q, K) by the algorithm of Zhong et al. 2017, arXiv:1701.08398, as it is usually run:
+    dense matrices of all photos by all photos, a loop over photos.
+    """
+    distances = 2 - 2 * x @ x.T
+    distances /= distances.max(axis=0)
+    order = np.argsort(distances, axis=1)
+
+    def reciprocal(i: int, k: int) -> np.ndarray:
+        forward = order[i, : k + 1]
+        return forward[(order[forward, : k + 1] == i).any(axis=1)]
+
+    weights = np.zeros_like(distances)
+    for i in range(len(x)):
+        near = joined = reciprocal(i, k1)
+        for j in near:
+            others = reciprocal(j, round(k1 / 2))
+            if len(np.intersect1d(others, near)) > 2 / 3 * len(others):
+                joined = np.append(joined, others)
+        joined = np.unique(joined)
+        shares = np.exp(-distances[i, joined])
+        weights[i, joined] = shares / shares.sum()
+    weights = np.stack([weights[order[i, :k2]].mean(axis=0) for i in range(len(x))])
+    holders = [np.flatnonzero(column) for column in weights.T]
+    jaccard = np.empty((queries, len(x)), np.float32)
+    for i in range(queries):
+        shared = np.zeros(len(x), np.float32)
+        for j in np.flatnonzero(weights[i]):
+            shared[holders[j]] += np.minimum(weights[i, j], weights[holders[j], j])
+        jaccard[i] = 1 - shared / (2 - shared)
+    mixed = (1 - weight) * jaccard + weight * distances[:queries]
+    return np.argsort(mixed[:, queries:], axis=1)[:, :K]
+
+
+def notebooks(kit: bool, **_) -> dict:
+    """The series on the toy set by `vipr run params/smoke`, kernels and figures included."""
+    if not kit:
+        return {}
+
+    def series():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "vipr_utils", "run", "params/smoke"]
+            command += ["--output-dir", folder]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    return {"kit": series}
 
 
 # --------------------------------------------------------------------------------------------- run
 
 
-def comparisons(root: Path) -> list[tuple]:
-    """(group, what, settings, repetitions of the runs asked for)."""
-    sizes = [(10_000, 1), (10_000, 1000), (142_000, 1), (142_000, 1000), (142_000, 8192)]
-    listed = [
-        (search, f"{q:,} queries in {g:,} x {DIM}", {"rows": g, "queries": q}) for g, q in sizes
-    ]
-    large = {"rows": 1_000_000, "queries": 1000}
-    listed.append((search, f"1,000 queries in 1,000,000 x {DIM}", large))
-    euclid = {"rows": 142_000, "queries": 1000, "distance": "euclidean"}
-    listed.append((search, f"1,000 queries in 142,000 x {DIM}, euclidean", euclid))
-    listed.append((metrics, "mAP@5 of 55,000 queries", {"queries": 55_000}))
-    for name in ("reading", "study"):
+@dataclass
+class Comparison:
+    """What both processes do, and what is asked of the kit: at most so many times the floor, and
+    of rivals to take at least so many times as long.
+    """
+
+    group: Callable
+    what: str
+    settings: dict
+    of_floor: float | None = None
+    rivals: dict[str, float] = field(default_factory=dict)
+    long: bool = False  # a run takes minutes: one, and none before it
+
+
+def comparisons(root: Path) -> list[Comparison]:
+    listed = []
+    for rows, queries in itertools.product((10_000, 142_000, 1_000_000), (1, 1000, 55_000)):
+        asked = (None, {"usearch exact": 1.0, "scikit-learn": 10.0})
+        if queries > 1:
+            asked = (1.15, {"FAISS flat": 1.0, "scikit-learn": 10.0})
+        what = f"{queries:,} queries in {rows:,} x {DIM}"
+        listed.append(
+            Comparison(
+                search,
+                what,
+                {"rows": rows, "queries": queries},
+                *asked,
+                long=rows * queries > 1e10,
+            )
+        )
+    what = f"1,000 queries in 142,000 x {DIM}, euclidean"
+    settings = {"rows": 142_000, "queries": 1000, "distance": "euclidean"}
+    listed.append(Comparison(search, what, settings, None, {"FAISS flat": 1.0}))
+    what, settings = "mAP@5 of 55,000 queries", {"queries": 55_000}
+    rivals = {"torchmetrics, no interval": 50.0}
+    listed.append(Comparison(metrics, what, settings, None, rivals))
+    what, settings = "k-reciprocal, 500 queries in 4,500", {"rows": 4500, "queries": 500}
+    listed.append(Comparison(k_reciprocal, what, settings))
+    asked = {
+        "reading": (1.3, {}),
+        "study": (None, {"ImageFolder + DataLoader, 800 px": 8.0}),
+    }
+    for name, marks in asked.items():
         settings = {"root": root, "n": 512, "px": 224, "augmentation": name}
-        listed.append((pipeline, f"512 photos of 352 px, {name}, 224 px", settings))
+        what = f"512 photos of 352 px, {name}, 224 px"
+        listed.append(Comparison(pipeline, what, settings, *marks))
     for precision in ("auto", "float32"):
         settings = {"root": root, "network": "tf_efficientnet_lite0", "precision": precision}
-        listed.append(
-            (embedding, f"512 photos, Lite0, 224 px, {precision}", settings | {"n": 512, "px": 224})
-        )
-        listed.append(
-            (training, f"128 photos, Lite0, 160 px, {precision}", settings | {"n": 128, "px": 160})
-        )
+        rivals = {"naive loop": 3.0, "pytorch-metric-learning": 1.5, "open-metric-learning": 1.5}
+        what = f"512 photos, Lite0, 224 px, {precision}"
+        listed.append(Comparison(embedding, what, settings | {"n": 512, "px": 224}, 1.1, rivals))
+        rivals = {"naive loop": 1.5}
+        what = f"128 photos, Lite0, 160 px, {precision}"
+        listed.append(Comparison(training, what, settings | {"n": 128, "px": 160}, 1.15, rivals))
+    listed.append(Comparison(notebooks, "eight notebooks on the toy set", {}))
     return listed
+
+
+def reset_peak() -> float | None:
+    """Memory of this process in MB, its peak being forgotten; None where Linux does not say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return peak()
+
+
+def peak() -> float:
+    """The largest memory of this process in MB since the last `reset_peak`."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 
 def side(kit: bool, pipe) -> None:
@@ -362,23 +614,29 @@ def side(kit: bool, pipe) -> None:
             calls = group(kit, **settings)
             pipe.send(list(calls))
         else:
+            before = reset_peak()
             began = time.perf_counter()
             calls[given[0]]()
-            pipe.send(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            pipe.send((seconds, None if before is None else peak() - before))
 
 
-def compared(sides, group, settings: dict, runs: int) -> dict[str, list[float]]:
-    """Seconds of each run of each contestant, in turn, the first of each not counted."""
-    seconds = {}
+def compared(sides, asked: Comparison, runs: int) -> dict[str, list[tuple]]:
+    """(seconds, MB beyond what it began with) of each run of each contestant, in turn, the first of
+    each not counted.
+    """
+    taken, pipes = {}, {}
     for pipe in sides:
-        pipe.send(("make", group, settings))
-        seconds |= {name: (pipe, []) for name in pipe.recv()}
-    for _ in range(runs + 1):
-        for name, (pipe, taken) in seconds.items():
+        pipe.send(("make", asked.group, asked.settings))
+        pipes |= dict.fromkeys(pipe.recv(), pipe)
+    for run in range(1 if asked.long else runs + 1):
+        for name, pipe in pipes.items():
             time.sleep(PAUSE)
             pipe.send(("run", name))
-            taken.append(pipe.recv())
-    return {name: taken[1:] for name, (_, taken) in seconds.items()}
+            figures = pipe.recv()
+            if run or asked.long:
+                taken.setdefault(name, []).append(figures)
+    return taken
 
 
 def versions() -> dict[str, str]:
@@ -424,14 +682,19 @@ def main() -> None:
             "versions": versions(),
             "rows": [],
         }
-        for group, what, settings in comparisons(root):
-            if given.only and group.__name__ not in given.only.split(","):
+        for asked in comparisons(root):
+            if given.only and asked.group.__name__ not in given.only.split(","):
                 continue
-            for name, taken in compared(sides, group, settings, given.runs).items():
-                row = {"group": group.__name__, "what": what, "contestant": name}
-                row |= {"seconds": statistics.median(taken), "runs": taken}
+            for name, taken in compared(sides, asked, given.runs).items():
+                seconds, megabytes = zip(*taken)
+                row = {"group": asked.group.__name__, "what": asked.what, "contestant": name}
+                row |= {"seconds": statistics.median(seconds), "runs": seconds}
+                if None not in megabytes:
+                    row["peak_mb"] = round(max(megabytes))
+                if name == "kit":
+                    row |= {"of_floor": asked.of_floor, "rivals": asked.rivals}
                 record["rows"].append(row)
-                print(f"{what:50} {name:42} {row['seconds']:9.4f} s", flush=True)
+                print(f"{asked.what:50} {name:42} {row['seconds']:9.4f} s", flush=True)
             with whole_file(given.out) as part:  # as far as it has come
                 part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for pipe in sides:

@@ -15,7 +15,6 @@ MODULES = sorted(
 NOT_IN_THE_PACKAGE = {
     "nbval",
     "pytest",
-    "faiss",
     "torchmetrics",
     "pytorch_metric_learning",
     "ranx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from vipr_utils.host.progress import reporter
 from vipr_utils.learn.losses import DISTANCES, distance_matrix
+from vipr_utils.retrieve import index
 
 # Rows of either side that meet in one product. Its scores take 16 MB, which stay in the caches of
 # the cores until their best are found. The products of 1,000 queries with 142,000 x 512 took 0.40 s
@@ -49,35 +51,43 @@ def top_k(
     query_ids=None,
     gallery_ids=None,
     device="cpu",
+    engine: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores, ranks), both (Q, k): the k most similar gallery rows of each query, best first.
 
-    queries (Q, D), gallery (G, D), `Prepared` where it is searched again. Scores are similarities:
-    the cosine, or minus the distance. A query never meets itself: gallery rows whose id equals the
-    query's id are left out wherever they rank. Where fewer than k rows remain, ranks are -1 and
-    scores -inf. Equal scores stand in gallery order. No copy of the gallery is made: it passes the
-    device a section at a time.
+    queries (Q, D), gallery (G, D), `Prepared` where it is searched again; no copy of it is made.
+    Scores are similarities: the cosine, or minus the distance. A query never meets itself: gallery
+    rows whose id equals the query's id are left out wherever they rank. Where fewer than k rows
+    remain, ranks are -1 and scores -inf. Equal scores stand in gallery order.
+    engine: 'torch', 'faiss' or 'ivfpq', see `index`; None takes $VIPR_SEARCH, else 'torch'. FAISS
+    has no part in manhattan distances.
     Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
     """
     given = Prepared(queries, "query")
     g = gallery if isinstance(gallery, Prepared) else Prepared(gallery)
     _check_sizes(given.rows, g.rows, k, distance)
     ids = _numbered(query_ids, gallery_ids, given.rows, g.rows)
-    q = given.rows.to(device)
-    if distance == "cosine":
+    q, unit = given.rows.to(device), distance == "cosine"
+    if unit:
         q = _unit(q, given.lengths.to(device))
+    if index.engine(engine) != "torch" and distance != "manhattan":
+        rows = _unit(g.rows, g.lengths) if unit else g.rows
+        best, rows = index.nearest(q, rows, k, ids, distance, index.engine(engine))
+    elif unit:
         best, rows = _running(q, g, k, ids, lambda *section: _unit(*section).T, torch.mm)
     elif distance == "euclidean":
         best, rows = _by_euclid(q, g, k, ids)
     else:
         best, rows = _directly(q, g, k, ids, distance)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
     return best.gather(1, order).cpu().numpy(), rows.gather(1, order).cpu().numpy()
 
 
 def _matrix(embeddings, what: str) -> torch.Tensor:
     """(N, D) float32 on the CPU; of such an array it is a view."""
-    x = torch.as_tensor(np.asarray(embeddings, dtype=np.float32))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")  # nothing is written
+        x = torch.as_tensor(np.asarray(embeddings, dtype=np.float32))
     if x.ndim != 2:
         raise ValueError(f"{what} embeddings must be (N, D), got shape {tuple(x.shape)}")
     return x
