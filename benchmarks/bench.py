@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
@@ -330,10 +331,10 @@ def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: s
     from pytorch_metric_learning.testers import BaseTester
 
     tester = BaseTester(batch_size=64, dataloader_num_workers=2, data_device=torch.device("cpu"))
-    calls = {
-        "naive loop": naive,
-        "pytorch-metric-learning": lambda: tester.get_all_embeddings(plain, model),
-    }
+    calls = {"naive loop": naive}
+    if precision == "auto":  # no rival has another precision: they are with float32
+        return calls
+    calls["pytorch-metric-learning"] = lambda: tester.get_all_embeddings(plain, model)
     if importable("oml"):
         from oml.inference import inference
 
@@ -341,7 +342,7 @@ def embedding(kit: bool, root: Path, n: int, px: int, network: str, precision: s
         calls["open-metric-learning"] = partial(inference, model, Named(plain), **settings)
     ready = torch.rand(64, 3, px, px)
     for name, make in {"ONNX Runtime": onnx_forward, "OpenVINO": openvino_forward}.items():
-        if importable(name.lower().replace(" ", "")):
+        if importlib.util.find_spec(name.lower().replace(" ", "")):
             forward = make(model, ready)
             calls[f"{name}, ready photos, float32"] = partial(repeated, forward, n // 64)
     return calls
@@ -365,8 +366,9 @@ def onnx_forward(model, images) -> Callable:
 
 
 def openvino_forward(model, images) -> Callable:
-    import openvino
+    from vipr_utils.retrieve.engine import without_telemetry
 
+    openvino = without_telemetry()
     converted = openvino.convert_model(model, example_input=images)
     network = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return partial(network, images.numpy())
@@ -553,7 +555,7 @@ def comparisons(root: Path) -> list[Comparison]:
                 what,
                 {"rows": rows, "queries": queries},
                 *asked,
-                long=rows * queries > 1e10,
+                long=rows * queries > 5e9,
             )
         )
     what = f"1,000 queries in 142,000 x {DIM}, euclidean"
@@ -580,7 +582,7 @@ def comparisons(root: Path) -> list[Comparison]:
         rivals = {"naive loop": 1.5}
         what = f"128 photos, Lite0, 160 px, {precision}"
         listed.append(Comparison(training, what, settings | {"n": 128, "px": 160}, 1.15, rivals))
-    listed.append(Comparison(notebooks, "eight notebooks on the toy set", {}))
+    listed.append(Comparison(notebooks, "eight notebooks on the toy set", {}, long=True))
     return listed
 
 

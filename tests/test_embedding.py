@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -284,6 +286,20 @@ def test_network_is_compiled_once_and_only_where_something_is_computed(
     for _ in range(2):
         embedding.embed(network, toy_data[1], toy_data[0].index[:10], **settings)
     assert len(compiled) == 1
+
+
+def test_openvino_sends_nothing_from_here():
+    pytest.importorskip("openvino")
+    code = """
+from vipr_utils.retrieve import engine
+import sys, torch
+openvino = engine.without_telemetry()
+openvino.convert_model(torch.nn.Linear(2, 2), example_input=torch.ones(1, 2))
+from openvino.tools.ovc import telemetry_utils
+assert telemetry_utils.tm.__name__.endswith("telemetry_stub"), telemetry_utils.tm
+assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_torch_embeds_where_a_network_cannot_be_compiled(toy_data, compiled, network, monkeypatch):

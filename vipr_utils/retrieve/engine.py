@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -31,6 +32,16 @@ def pays(device: torch.device, dtype: torch.dtype, n_photos: int) -> bool:
     if LIMIT in os.environ or n_photos < LEAST_PHOTOS or device.type != "cpu":
         return False
     return dtype in NAMES and importlib.util.find_spec("openvino") is not None
+
+
+def without_telemetry():
+    """OpenVINO, which sends nothing from here: it would report each conversion, by a process that
+    waits for the network beside the computation.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # to be found missing, as it may be
+    import openvino
+
+    return openvino
 
 
 def compiled_later(model, size: int, dtype: torch.dtype) -> Callable:
@@ -60,8 +71,7 @@ def compiled(model, size: int, dtype: torch.dtype) -> Callable | None:
     """features(model, images) for photos of this size; None, with a warning, where OpenVINO fails
     or finds something else than torch.
     """
-    import openvino
-
+    openvino = without_telemetry()
     settings = {
         "INFERENCE_PRECISION_HINT": NAMES[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
