@@ -52,7 +52,7 @@ SMALL = {  # beside the values of params/kaggle_t4
     "network": "siamese_small",
 }
 MINUTES = {"03": 1, "04": 2, "05": 1, "06": 20, "07": 10}  # of a training, or of choosing
-MINUTES_OF_SMALL = dict.fromkeys(MINUTES, 0.25)  # where a share is rehearsed
+MINUTES_OF_SMALL = dict.fromkeys(MINUTES, 0.05)  # where a share is rehearsed
 FOLDERS = {"kept": "kaggle/working", "scratch": "kaggle/temp"}
 
 

@@ -466,17 +466,25 @@ def test_run_by_hand_after_a_failed_one_is_finished(tmp_path):
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["run.json"]
 
 
-def test_table_of_rivals_has_the_kits_share_of_the_floor_and_the_rivals_of_the_kit(tmp_path):
-    seconds = {"kit": 0.2, "floor: bare product": 0.16, "FAISS flat": 0.3, "scikit-learn": 2.0}
-    rows = [
-        {"what": "search", "contestant": name, "seconds": value, "runs": [value] * 5}
-        for name, value in seconds.items()
-    ]
-    rows.append({"what": "metric", "contestant": "kit", "seconds": 0.05, "runs": [0.05] * 5})
-    record = {"rows": rows, "hardware": "2 cores, 25 GB", "processor": "AVX512", "threads": 2}
+def test_table_of_rivals_has_floor_rivals_and_what_is_missed_with_its_reason(tmp_path):
+    def rows(what, group, seconds, **kits):
+        for name, value in seconds.items():
+            row = {"what": what, "group": group, "contestant": name, "seconds": value}
+            yield row | {"runs": [value] * 5, "peak_mb": 12} | (kits if name == "kit" else {})
+
+    seconds = {"kit": 0.2, "floor: bare product": 0.16, "FAISS flat": 0.3, "scikit-learn": 1.0}
+    asked = {"of_floor": 1.15, "rivals": {"FAISS flat": 1.0, "scikit-learn": 10.0, "absent": 2.0}}
+    listed = [*rows("1,000 queries", "search", seconds, **asked)]
+    listed += rows("metric", "metrics", {"kit": 0.05}, of_floor=None, rivals={})
+    record = {"rows": listed, "hardware": "2 cores, 25 GB", "processor": "AVX512", "threads": 2}
     record |= {"data": "toy", "versions": {"torch": "2.10", "ranx": "not installed"}}
     (tmp_path / "results.json").write_text(json.dumps(record))
     shown = tables.beside_rivals(tmp_path / "results.json")
-    assert "| search | 200.0 | bare product | 1.25 | FAISS flat 1.50; scikit-learn 10.00 |" in shown
-    assert "| metric | 50.0 | – | – | – |" in shown
+    rivals = "FAISS flat 1.50; scikit-learn 5.00"
+    assert (
+        f"| 1,000 queries | 200.0 | bare product | 1.25 | {rivals} | floor, scikit-learn" in shown
+    )
+    assert "| metric | 50.0 | – | – | – | – |" in shown
+    assert "- floor, in search: the k best" in shown and "1,000 queries: 1.25 of 1.15." in shown
+    assert "1,000 queries: 5.00 of 10." in shown and "FAISS flat, in search" not in shown
     assert "torch 2.10." in shown and "ranx" not in shown

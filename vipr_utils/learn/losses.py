@@ -125,8 +125,8 @@ def triplet(
     return _mean(gap + margin, active), _share(active, gap.isfinite())
 
 
-def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(part.sum() / whole.sum().clamp(min=1))
+def _share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    return part.sum() / whole.sum().clamp(min=1)
 
 
 def _pairs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +187,7 @@ class ArcFace(nn.Module):
         loss = F.cross_entropy(logits, labels)
         if self.guide:
             loss = loss + self.guide(embeddings, labels)[0]
-        return loss, (cosines.argmax(1) == labels).float().mean().item()
+        return loss, (cosines.argmax(1) == labels).float().mean()
 
 
 def adaptive_margins(counts) -> torch.Tensor:

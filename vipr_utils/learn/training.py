@@ -306,13 +306,16 @@ class _Training:
         statistics = [buffer.clone() for buffer in buffers]
         loss, active, embeddings = self.forward(pixels, labels)
         self.scaler.scale(loss).backward()
-        if loss.isfinite():
+        half = len(embeddings) // 2  # neighbours in a P x K batch are one product
+        similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean()
+        told = [loss.detach(), torch.as_tensor(active, device=loss.device), similarity]
+        # the one wait for the device in a step: whether weights move hangs on it
+        loss, active, similarity = torch.stack([value.float() for value in told]).tolist()
+        if math.isfinite(loss):
             self._update(stepped + 1)
-            half = len(embeddings) // 2  # neighbours in a P x K batch are one product
-            similarity = (embeddings[:half] * embeddings[-half:]).sum(1).mean()
-            self.results.append((loss.item(), active, 1 - similarity.item()))
+            self.results.append((loss, active, 1 - similarity))
         else:
-            self._skip(loss.item(), statistics)
+            self._skip(loss, statistics)
         self.batch += 1
 
     def _update(self, step: int) -> None:

@@ -60,7 +60,8 @@ def top_k(
     rows whose id equals the query's id are left out wherever they rank. Where fewer than k rows
     remain, ranks are -1 and scores -inf. Equal scores stand in gallery order.
     engine: 'torch', 'faiss' or 'ivfpq', see `index`; None takes $VIPR_SEARCH, else 'torch'. FAISS
-    has no part in manhattan distances.
+    has no part in manhattan distances, which a product of matrices cannot give, and looks at the
+    whole gallery where queries share an id with many of its rows.
     Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
     """
     given = Prepared(queries, "query")
