@@ -11,6 +11,7 @@ left out and named.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -544,6 +545,7 @@ class Comparison:
     settings: dict
     of_floor: float | None = None
     rivals: dict[str, float] = field(default_factory=dict)
+    memory: bool = False  # whether its peak is measured, by one run more
     long: bool = False  # a run takes minutes: one, and none before it
 
 
@@ -560,12 +562,13 @@ def comparisons(root: Path) -> list[Comparison]:
                 what,
                 {"rows": rows, "queries": queries},
                 *asked,
+                memory=True,
                 long=rows * queries > 5e9,
             )
         )
     what = f"1,000 queries in 142,000 x {DIM}, euclidean"
     settings = {"rows": 142_000, "queries": 1000, "distance": "euclidean"}
-    listed.append(Comparison(search, what, settings, None, {"FAISS flat": 1.0}))
+    listed.append(Comparison(search, what, settings, None, {"FAISS flat": 1.0}, memory=True))
     what, settings = "mAP@5 of 55,000 queries", {"queries": 55_000}
     rivals = {"torchmetrics, no interval": 50.0}
     listed.append(Comparison(metrics, what, settings, None, rivals))
@@ -592,10 +595,13 @@ def comparisons(root: Path) -> list[Comparison]:
 
 
 def reset_peak() -> float | None:
-    """Memory of this process in MB, its peak being forgotten; None where Linux does not say."""
+    """Memory of this process in MB, what it had freed being given back and its peak forgotten; None
+    where Linux does not say.
+    """
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):
         return None
     return peak()
 
@@ -621,28 +627,32 @@ def side(kit: bool, pipe) -> None:
             calls = group(kit, **settings)
             pipe.send(list(calls))
         else:
-            before = reset_peak()
+            name, of_memory = given
+            before = reset_peak() if of_memory else None
             began = time.perf_counter()
-            calls[given[0]]()
+            calls[name]()
             seconds = time.perf_counter() - began
             pipe.send((seconds, None if before is None else peak() - before))
 
 
-def compared(sides, asked: Comparison, runs: int) -> dict[str, list[tuple]]:
-    """(seconds, MB beyond what it began with) of each run of each contestant, in turn, the first of
-    each not counted.
+def compared(sides, asked: Comparison, runs: int) -> dict[str, dict]:
+    """contestant -> seconds of each run, in turn, the first of each not counted, and MB beyond what
+    the process held before a last one, which begins without memory that was freed.
     """
-    taken, pipes = {}, {}
+    pipes = {}
     for pipe in sides:
         pipe.send(("make", asked.group, asked.settings))
         pipes |= dict.fromkeys(pipe.recv(), pipe)
-    for run in range(1 if asked.long else runs + 1):
-        for name, pipe in pipes.items():
-            time.sleep(PAUSE)
-            pipe.send(("run", name))
-            figures = pipe.recv()
-            if run or asked.long:
-                taken.setdefault(name, []).append(figures)
+    order = ["memory"] if asked.long else [None] + ["time"] * runs + ["memory"] * asked.memory
+    taken = {name: {"runs": []} for name in pipes}
+    for use, (name, pipe) in itertools.product(order, pipes.items()):
+        time.sleep(PAUSE)
+        pipe.send(("run", name, use == "memory"))
+        seconds, megabytes = pipe.recv()
+        if use == "time" or asked.long:
+            taken[name]["runs"].append(seconds)
+        if megabytes is not None:
+            taken[name]["peak_mb"] = round(megabytes)
     return taken
 
 
@@ -693,11 +703,8 @@ def main() -> None:
             if given.only and asked.group.__name__ not in given.only.split(","):
                 continue
             for name, taken in compared(sides, asked, given.runs).items():
-                seconds, megabytes = zip(*taken)
                 row = {"group": asked.group.__name__, "what": asked.what, "contestant": name}
-                row |= {"seconds": statistics.median(seconds), "runs": seconds}
-                if None not in megabytes:
-                    row["peak_mb"] = round(max(megabytes))
+                row |= {"seconds": statistics.median(taken["runs"]), **taken}
                 if name == "kit":
                     row |= {"of_floor": asked.of_floor, "rivals": asked.rivals}
                 record["rows"].append(row)

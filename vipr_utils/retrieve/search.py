@@ -60,8 +60,8 @@ def top_k(
     rows whose id equals the query's id are left out wherever they rank. Where fewer than k rows
     remain, ranks are -1 and scores -inf. Equal scores stand in gallery order.
     engine: 'torch', 'faiss' or 'ivfpq', see `index`; None takes $VIPR_SEARCH, else 'torch'. FAISS
-    has no part in manhattan distances, which a product of matrices cannot give, and looks at the
-    whole gallery where queries share an id with many of its rows.
+    has no part in manhattan distances; its lists are longer meanwhile by as many rows as share an
+    id with a query.
     Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
     """
     given = Prepared(queries, "query")
