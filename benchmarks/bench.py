@@ -555,7 +555,8 @@ def comparisons(root: Path) -> list[Comparison]:
         asked = (None, {"usearch exact": 1.0, "scikit-learn": 10.0})
         if queries > 1:
             asked = (1.15, {"FAISS flat": 1.0, "scikit-learn": 10.0})
-        what = f"{queries:,} queries in {rows:,} x {DIM}"
+        asking = "1 query" if queries == 1 else f"{queries:,} queries"
+        what = f"{asking} in {rows:,} x {DIM}"
         listed.append(
             Comparison(
                 search,

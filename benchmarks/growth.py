@@ -86,10 +86,10 @@ def drawn(table: pd.DataFrame, path: Path) -> None:
         left.plot(rows["photos"], rows["seconds"], **style)
         right.plot(rows["photos"], rows["peak_mb"].clip(lower=1), **style)
     for axes, title in ((left, "Seconds"), (right, "Memory, MB")):
+        axes.set(xscale="log", yscale="log", xlabel="photos", title=title)
         ends = np.array([table["photos"].min(), table["photos"].max()])
         low = axes.get_ylim()[0]
-        axes.plot(ends, low * ends / ends[0], color="0.8", zorder=0, label="in proportion")
-        axes.set(xscale="log", yscale="log", xlabel="photos", title=title)
+        axes.plot(ends, low * ends / ends[0], color="0.7", zorder=0, label="in proportion")
         axes.set_xticks(sorted(table["photos"].unique()))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.minorticks_off()
