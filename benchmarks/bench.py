@@ -214,9 +214,8 @@ def pipeline(kit: bool, root: Path, n: int, px: int, augmentation: str, **_) -> 
     folder, threads = large_jpegs(root, n), torch.get_num_threads()
 
     def read(dataset):
-        return partial(
-            lambda batches: list(map(len, batches)), DataLoader(dataset, 64, num_workers=threads)
-        )
+        batches = DataLoader(dataset, batch_size=64, num_workers=threads)
+        return lambda: list(map(len, batches))
 
     import timm.data
 

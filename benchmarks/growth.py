@@ -1,6 +1,6 @@
 """Time and memory of the stages at 1,000, 10,000 and 142,000 photos: `docs/growth.png`.
 
-    python benchmarks/growth.py /scratch/growth                # half an hour, 2 GB of disk
+    python benchmarks/growth.py /scratch/growth                # ten minutes, 2 GB of disk
 
 Photos are drawn as in rehearsal.py. Each size is measured in a process of its own: reading the
 tables, packing all photos, embedding them with a small network at 48 px, a search for 1,000

@@ -401,6 +401,20 @@ def test_processes_that_load_photos_do_not_start_threads_of_their_own(toy_data):
     assert threads.max() <= 1
 
 
+def test_threads_that_load_photos_do_not_start_others_and_leave_the_networks_theirs(toy_data):
+    class Threads(Photos):
+        def __getitem__(self, item):
+            return torch.zeros(3, 1, 1, dtype=torch.uint8), torch.get_num_threads(), item
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _, threads, _ = next(iter(loader(Threads(toy_data[1], [0, 1], None), device="cpu")))
+        assert threads.tolist() == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_store_of_several_folders_has_the_rows_of_each(toy_data, tmp_path, make_root):
     photos, first = toy_data
     other = build_store(catalog.read(make_root())[0], cache_dir=tmp_path, store_px=64)

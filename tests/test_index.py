@@ -41,6 +41,16 @@ def test_faiss_finds_what_torch_finds(distance, k):
     assert not (found[1] == np.arange(40)[:, None]).any()
 
 
+@pytest.mark.parametrize("engine", ["faiss", "ivfpq"])
+def test_no_queries_and_queries_without_an_id_are_searched_too(small, engine):
+    gallery = clustered(1200, 300)
+    scores, rows = search.top_k(gallery[:0], gallery, 5, engine=engine)
+    assert scores.shape == rows.shape == (0, 5)
+    ids = {"query_ids": np.array([None, "a"]), "gallery_ids": np.array([None] * 1199 + ["a"])}
+    _, rows = search.top_k(gallery[[0, 1199]], gallery, 5, engine="faiss", **ids)
+    assert rows[0, 0] == 0 and 1199 not in rows[1]
+
+
 def test_environment_asks_for_an_engine(monkeypatch):
     monkeypatch.setenv("VIPR_SEARCH", "faiss")
     asked = []

@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from vipr_utils.data import audit, catalog, toy
 from vipr_utils.data.transforms import customer_like, zoomed
 from vipr_utils.host import platform
-from vipr_utils.host.device import alone, cores
+from vipr_utils.host.device import cores, single_threaded
 from vipr_utils.host.files import locked, retried, whole_file
 from vipr_utils.host.progress import LOG, reporter
 
@@ -356,7 +356,7 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
 
 
 def _in_threads(photos: Photos, batches) -> Iterator[tuple]:
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=alone) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=single_threaded) as pool:
         coming = deque()
         for batch in batches:
             parts = [batch[i : i + PART] for i in range(0, len(batch), PART)]

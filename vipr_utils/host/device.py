@@ -75,11 +75,11 @@ def tune(threads: int = 0) -> None:
             mallopt(-2, 1 << 26)  # M_TOP_PAD
 
 
-def alone() -> None:
+def single_threaded() -> None:
     """Let no operation of this thread start others; for threads beside one that computes.
 
     Where OpenMP has more threads than cores they sleep between operations, and each waits for the
-    others to wake: beside threads that loaded photos so a training step took 1.15 times as long.
+    others to wake: beside threads that loaded photos so a training step took 1.13 times as long.
     """
     torch.get_num_threads()  # its first call in a thread sets anew what the next line limits
     threadpoolctl.threadpool_limits(1, "openmp")

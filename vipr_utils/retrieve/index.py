@@ -51,15 +51,17 @@ def nearest(q, rows, k: int, ids, distance: str, engine: str) -> tuple[torch.Ten
     of k and as many more as share an id with a query.
     """
     queries, gallery = q.cpu().numpy(), rows.numpy()
-    own = ids[1][np.isin(ids[1], ids[0])]
+    asked = np.where(ids[0] < 0, -3, ids[0])  # a query without an id shares it with no row
+    own = ids[1][np.isin(ids[1], asked)]
     k += int(np.bincount(own, minlength=1).max())
-    if engine == "ivfpq" and distance == "cosine" and len(gallery) >= LEAST_ROWS:
+    large = len(gallery) >= LEAST_ROWS and len(queries) > 0
+    if engine == "ivfpq" and distance == "cosine" and large:
         approximate = Index(gallery)
         approximate.tune(queries, k)
         scores, found = approximate.search(queries, k)
     else:
         scores, found = exact(queries, gallery, k, distance)
-    absent = (found < 0) | (ids[1][found] == ids[0][:, None])
+    absent = (found < 0) | (ids[1][found] == asked[:, None])
     scores[absent] = -np.inf
     found[absent] = -1
     return torch.from_numpy(scores), torch.from_numpy(found)
@@ -134,9 +136,10 @@ class Index:
         scores = np.einsum("qd,qkd->qk", block, self.gallery[rows])
         scores[rows < 0] = -np.inf
         best = np.argsort(-scores, axis=1)[:, :k]
-        scores = np.take_along_axis(scores, best, axis=1)
-        rows = np.take_along_axis(rows, best, axis=1)
-        return scores, rows
+        return (
+            np.take_along_axis(scores, best, axis=1),
+            np.take_along_axis(rows, best, axis=1),
+        )
 
     def tune(self, queries: np.ndarray, k: int) -> None:
         """Measure the recall of the k nearest rows of some of these queries (Q, D), with as few
@@ -145,17 +148,18 @@ class Index:
         some = queries[:: math.ceil(len(queries) / SAMPLE)]
         wanted = exact(some, self.gallery, k)[1]
         self.recall = 0.0
-        self.lists.nprobe = 2
+        lists = self.lists
+        lists.nprobe = 2
         gain = 1.0
-        while self.recall < ENOUGH and self.lists.nprobe < self.lists.nlist and gain > GAIN:
-            self.lists.nprobe = min(2 * self.lists.nprobe, self.lists.nlist)
+        while self.recall < ENOUGH and lists.nprobe < lists.nlist and gain > GAIN:
+            lists.nprobe = min(2 * lists.nprobe, lists.nlist)
             _, found = self.search(some, k)
             share = recall(found, wanted)
             gain = share - self.recall
             self.recall = share
         warnings.warn(
             f"search is approximate: it finds {self.recall:.1%} of the {k} nearest rows, by "
-            f"{len(some)} queries that were searched exactly too ({self.lists.nprobe} of "
-            f"{self.lists.nlist} lists looked at)",
+            f"{len(some)} queries that were searched exactly too ({lists.nprobe} of "
+            f"{lists.nlist} lists looked at)",
             stacklevel=2,
         )

@@ -60,10 +60,10 @@ def top_k(
     rows whose id equals the query's id are left out wherever they rank. Where fewer than k rows
     remain, ranks are -1 and scores -inf. Equal scores stand in gallery order.
     engine: 'torch', 'faiss' or 'ivfpq', see `index`; None takes $VIPR_SEARCH, else 'torch'. FAISS
-    has no part in manhattan distances; its lists are longer meanwhile by as many rows as share an
-    id with a query.
-    Raises ValueError for NaN or infinite embeddings, unequal widths, an empty gallery.
+    has no part in manhattan distances.
+    Raises ValueError for NaN and infinity, unequal widths, an empty gallery, another engine.
     """
+    engine = index.engine(engine)
     given = Prepared(queries, "query")
     g = gallery if isinstance(gallery, Prepared) else Prepared(gallery)
     _check_sizes(given.rows, g.rows, k, distance)
@@ -71,9 +71,9 @@ def top_k(
     q, unit = given.rows.to(device), distance == "cosine"
     if unit:
         q = _unit(q, given.lengths.to(device))
-    if index.engine(engine) != "torch" and distance != "manhattan":
+    if engine != "torch" and distance != "manhattan":
         rows = _unit(g.rows, g.lengths) if unit else g.rows
-        best, rows = index.nearest(q, rows, k, ids, distance, index.engine(engine))
+        best, rows = index.nearest(q, rows, k, ids, distance, engine)
     elif unit:
         best, rows = _running(q, g, k, ids, lambda *section: _unit(*section).T, torch.mm)
     elif distance == "euclidean":

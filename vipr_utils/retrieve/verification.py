@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from vipr_utils.data.store import BrokenImage, read_image
-from vipr_utils.host.device import alone, cores
+from vipr_utils.host.device import cores
 from vipr_utils.retrieve.cache import kept
 from vipr_utils.retrieve.rerank import expanded
 from vipr_utils.retrieve.search import Search
@@ -107,7 +107,7 @@ def sift(image: np.ndarray) -> np.ndarray:
 def _on_all_cores(function: Callable, *items) -> list:
     """[function(*item)] by one thread a core; torch, which would take all cores again, gets one."""
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(cores(), initializer=alone) as pool:
+    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = list(pool.map(function, *items))
     torch.set_num_threads(threads)
     return found
