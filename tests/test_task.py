@@ -221,16 +221,18 @@ def test_photo_of_unknown_domain_is_zoomed_by_its_role(task, network, monkeypatc
     np.testing.assert_allclose(found.known[1:], task.rows(large, gallery)[1:], **near)
 
 
-def test_a_zoom_that_validation_asks_for_is_no_work_on_photos_of_the_test(toy_root, tmp_path):
+def test_a_zoom_that_validation_asks_for_is_no_work_on_photos_of_the_test(
+    toy_root, tmp_path, monkeypatch
+):
     task = Task(str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path / "other"))
     network, passed = models.create("siamese_small", weights="none"), set()
-    forward = task._embedded
+    forward = embedding.embed
 
-    def counted(model, rows, *given, **settings):
-        passed.update(rows.index)
-        return forward(model, rows, *given, **settings)
+    def counted(model, store, rows, **settings):
+        passed.update(rows.tolist())
+        return forward(model, store, rows, **settings)
 
-    task._embedded = counted
+    monkeypatch.setattr(embedding, "embed", counted)
     task.zoomed(network, "validation", zoom=(0.8, 1.0), image_size=32)
     view = task.views["validation"]
     assert passed == {*view.queries.index, *view.gallery.index, *task.known("validation").index}

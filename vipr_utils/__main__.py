@@ -3,6 +3,8 @@
 run     run notebooks by their parameter files
 submit  make a submission from a finished run
 score   check a submission and score it
+index   a catalogue that lives: build, add, remove, search
+page    every query and its answers, as a page to look things up
 board   the table of a folder of runs
 kaggle  take the kit to Kaggle and its results home
 """
@@ -16,6 +18,8 @@ COMMANDS = {  # name -> module with a main
     "run": "run.batch",
     "submit": "run.submit",
     "score": "judge.submission",
+    "index": "run.index",
+    "page": "judge.page",
     "board": "judge.runs",
     "kaggle": "run.kaggle",
 }

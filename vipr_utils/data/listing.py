@@ -51,7 +51,7 @@ def listed(root: Path, split: str, products=()) -> tuple[pd.DataFrame, pd.DataFr
         inner = table["name"].str.replace("\\", "/")  # a table may have been written on Windows
         form = " + ".join(file.name for file in files)
     else:
-        table, strays = _from_folder(folder, split, products)
+        table, strays = from_folder(folder, split, products)
         inner = table["name"]
         strays["file"] = inside + strays["file"]
         labels = "a folder a product" if table["class"].any() else "no labels"
@@ -104,7 +104,7 @@ def _from_tables(files: list[Path]) -> pd.DataFrame:
     return table
 
 
-def _from_folder(folder: Path, split: str, products) -> tuple[pd.DataFrame, pd.DataFrame]:
+def from_folder(folder: Path, split: str, products) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(COLUMNS of the photos below a folder in the order of their names, strays).
 
     Its own folders are the products. Those of test are so where one of them is a product of train,

@@ -48,7 +48,7 @@ class BrokenImage(ValueError):
     """A file that cannot be shown as the photo it claims to be: names path and reason."""
 
 
-def read_image(path: Path | str, *, least_px: int = 0, content: bytes = b"") -> np.ndarray:
+def read_image(path: Path | str, *, least_px: int = 0, content: bytes | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB as a person would see it: EXIF rotation applied, transparency on white,
     16 bit scaled to 8.
 
@@ -58,7 +58,8 @@ def read_image(path: Path | str, *, least_px: int = 0, content: bytes = b"") -> 
     bomb (over 179 megapixels), OSError where the disk fails.
     """
     try:
-        content = content or retried(Path.read_bytes, Path(path))
+        if content is None:
+            content = retried(Path.read_bytes, Path(path))
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as picture:
             warnings.simplefilter("ignore")  # of size and metadata: what matters is an error
             if least_px and picture.format == "JPEG":
@@ -71,6 +72,15 @@ def read_image(path: Path | str, *, least_px: int = 0, content: bytes = b"") -> 
         raise BrokenImage(
             f"{path}: no readable image ({type(error).__name__}: {reason}); replace or remove it"
         ) from error
+
+
+def picture_size(content: bytes) -> tuple[int, int]:
+    """(width, height) in pixels that a photo's head tells; raises BrokenImage as `read_image`."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.size
+    except Exception as error:
+        raise BrokenImage("the body is no readable image: send the photo's own bytes") from error
 
 
 @contextmanager
@@ -139,6 +149,30 @@ class Store:
         visits is the same whatever size a network sees.
         """
         return np.concatenate([block.get_tensor("layouts") for block in self.blocks])[rows]
+
+
+class Packed:
+    """Photos of some files, or of their contents, packed in memory as a `Store` packs them:
+    packed[row] is (H, W, 3) uint8.
+
+    files, readable and problems as of a Store; a content is called by its number.
+    """
+
+    def __init__(self, sources: list[Path | bytes], store_px: int) -> None:
+        def packed(number: int) -> tuple:
+            source = sources[number]
+            if isinstance(source, bytes):
+                return pack(source, store_px, f"photo {number + 1}")
+            return _packed(source.parent, store_px, source.name)
+
+        with decoders() as pool:
+            self.jpegs, _, facts = zip(*pool.map(packed, range(len(sources))))
+        self.files = pd.DataFrame(facts)
+        self.readable = (self.files["problem"] == "").to_numpy()
+        self.problems = self.files.loc[~self.readable, ["file", "problem"]]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return cv2.imdecode(np.frombuffer(self.jpegs[row], np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
 def _first_rows(folder: Path) -> range:
@@ -250,17 +284,24 @@ def packed_px(px: int, seen_px: int = 0) -> int:
 
 
 def _packed(root: Path, store_px: int, path: str) -> tuple[bytes, np.ndarray, dict]:
+    """`pack` of a file."""
+    try:
+        content = retried(Path.read_bytes, root / path)
+    except FileNotFoundError as error:
+        return _unreadable(path, error)
+    return pack(content, store_px, path)
+
+
+def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, dict]:
     """(JPEG bytes of a photo at store size, its colour layout, its row of `Store.files`).
 
     The file's own bytes where it is small, plain, upright; none where it is unreadable.
     """
     try:
-        content = retried(Path.read_bytes, root / path)
-        pixels = read_image(path, least_px=2 * store_px, content=content)
-        layout = audit.colour_layout(read_image(path, least_px=64, content=content))
+        pixels = read_image(name, least_px=2 * store_px, content=content)
+        layout = audit.colour_layout(read_image(name, least_px=64, content=content))
     except (BrokenImage, FileNotFoundError) as error:
-        problem = str(error).removeprefix(f"{path}: ")
-        return b"", np.zeros(256, np.uint16), {"file": path, "problem": problem, "bytes": 0}
+        return _unreadable(name, error)
     with Image.open(io.BytesIO(content)) as picture:
         width, height = picture.size
         upright = picture.getexif().get(0x0112, 1) == 1
@@ -273,7 +314,12 @@ def _packed(root: Path, store_px: int, path: str) -> tuple[bytes, np.ndarray, di
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
         content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
-    return content, layout, {"file": path, "problem": "", "bytes": len(content)} | facts
+    return content, layout, {"file": name, "problem": "", "bytes": len(content)} | facts
+
+
+def _unreadable(name: str, error: Exception) -> tuple[bytes, np.ndarray, dict]:
+    problem = str(error).removeprefix(f"{name}: ")
+    return b"", np.zeros(256, np.uint16), {"file": name, "problem": problem, "bytes": 0}
 
 
 @dataclass(eq=False)

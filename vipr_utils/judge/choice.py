@@ -19,6 +19,7 @@ from pathlib import Path
 from time import monotonic
 
 import numpy as np
+import pandas as pd
 
 from vipr_utils.host import platform
 from vipr_utils.host.progress import LOG
@@ -26,7 +27,9 @@ from vipr_utils.judge import runs
 from vipr_utils.judge.board import TIE
 from vipr_utils.judge.task import Retrieval, Sides, Task, some_products
 from vipr_utils.learn import models
-from vipr_utils.retrieve import pipeline, rerank, verification
+from vipr_utils.retrieve import labels, pipeline, rerank, verification
+from vipr_utils.retrieve.encoder import Encoder, Look
+from vipr_utils.retrieve.index import Index
 
 WHOLE = (1.0, 1.0)
 PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
@@ -156,18 +159,11 @@ class Choice:
         Raises ValueError where those of all photos would take more than MOST_BYTES.
         """
         looks = [self._look(replace(part, weight=1.0), view) for part in parts]
-        if len(looks) == 1:
-            return looks[0]
         widths = [look.queries.shape[1] for look in looks]
-        if 4 * sum(widths) * len(self.task.photos) > MOST_BYTES:
+        if len(looks) > 1 and 4 * sum(widths) * len(self.task.photos) > MOST_BYTES:
             raise ValueError(f"{len(parts)} views of so many photos do not fit in memory together")
-        weights = np.array([part.weight for part in parts], np.float32)
-        scales = np.repeat(np.sqrt(weights / weights.sum()), widths)
-        sides = []
-        for side in zip(*looks):  # of each part the queries, then the known
-            sides.append(np.hstack(side))
-            sides[-1] *= scales  # in place: each side is copied once
-        return Sides(*sides)
+        weights = [part.weight for part in parts]
+        return Sides(*(rerank.joined(side, weights) for side in zip(*looks)))
 
     def _look(self, part: Part, view: str) -> Sides:
         """A part's embeddings, L2-normalised; the last ones, up to MOST_BYTES, are remembered."""
@@ -186,6 +182,90 @@ class Choice:
             while sum(side.nbytes for looks in self._looks.values() for side in looks) > MOST_BYTES:
                 del self._looks[next(iter(self._looks))]
         return found
+
+    def vectors(self, candidate: Candidate, view: str) -> Sides:
+        """What its steps on lists start from: embeddings of a view behind all projections, of
+        length 1."""
+        steps = candidate.steps[: pipeline.fitted_first(candidate.steps)]
+        sides, _ = self.task.projected(self.joined(candidate.parts, view), view, steps)
+        return Sides(*map(rerank.unit, sides))
+
+    def recalled(self, folder: Path) -> Candidate | None:
+        """What a finished notebook 06 chose, so far as an index can answer by it; None where there
+        is none in the folder, or one of its networks takes no part here."""
+        try:
+            chosen = runs.load(folder)["chosen"]["index"]
+        except (runs.RunError, KeyError, TypeError):
+            return None
+        parts = []
+        for part in chosen["parts"]:
+            parts.append(Part(**part | {"zoom": tuple(part["zoom"])}))
+        if not {part.network for part in parts} <= set(self.networks):
+            return None
+        return Candidate(tuple(parts), tuple(chosen["steps"]))
+
+    def encoder(self, candidate: Candidate) -> Encoder:
+        """What embeds any photo as the candidate does: its projections fitted on known photos."""
+        known = self.task.known("test")
+        looks = []
+        for part in candidate.parts:
+            seen = self._look(replace(part, projection="", weight=1.0), "test").known
+            look = Look(
+                self.networks[part.network],
+                self.sizes[part.network],
+                part.zoom,
+                part.features,
+                part.weight,
+                pipeline.fitted(pipeline.split(part.projection), seen, known),
+            )
+            looks.append(look)
+        seen = rerank.unit(self.joined(candidate.parts, "test").known)
+        steps = list(candidate.steps[: pipeline.fitted_first(candidate.steps)])
+        return Encoder(tuple(looks), pipeline.fitted(steps, seen, known), self.task.store.px)
+
+    def index(self, folder: Path, candidate: Candidate, **about) -> Index:
+        """The gallery as an index that answers as the candidate does; see `Index.build`."""
+        return Index.build(
+            folder,
+            self.encoder(candidate),
+            self.catalogue(),
+            self.vectors(candidate, "test").known,
+            steps=candidate.steps[pipeline.fitted_first(candidate.steps) :],
+            judge=self.judge(candidate),
+            about={"what": str(candidate), **about},
+        )
+
+    def catalogue(self) -> pd.DataFrame:
+        """The known photos as rows of an index."""
+        known = self.task.known("test")
+        return pd.DataFrame(
+            {
+                "photo": known["name"],
+                "product": known["product"],
+                "group": known["group"].astype(str).replace("-1", ""),
+                "domain": known["domain"],
+                "answered": known.index.isin(self.task.views["test"].gallery.index),
+            }
+        )
+
+    def judge(self, candidate: Candidate) -> labels.Judge | None:
+        """What says how sure it is, fitted on validation; None where nothing was held out, or what
+        was drawn instead, on which it would be far too sure."""
+        if not self.task.validation or self.task.validation.how == "drawn":
+            return None
+        queries, known = self.task.validation.queries, self.task.known("validation")
+        sides = self.vectors(candidate, "validation")
+        return labels.judge(
+            sides.queries,
+            queries["product_id"].to_numpy(),
+            sides.known,
+            known["product_id"].to_numpy(),
+            device=self.task.device,
+        )
+
+    def indexable(self) -> Candidate:
+        """The best of those tried that an index can answer by."""
+        return self.best(candidate for candidate in self.tried if pipeline.local(candidate.steps))
 
     def cost(self, candidate: Candidate) -> tuple[int, int]:
         """(pairs verified a query, parameters times pixels of its forward passes)."""

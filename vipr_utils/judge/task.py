@@ -17,9 +17,15 @@ from vipr_utils.host import platform
 from vipr_utils.host.device import precision_used, seed_everything, working_device
 from vipr_utils.judge import metrics, runs
 from vipr_utils.retrieve import pipeline, rerank, search
-from vipr_utils.retrieve.embedding import embed, embed_at_sizes, with_learned_whitening
+from vipr_utils.retrieve.embedding import (
+    embed,
+    embed_at_sizes,
+    embed_zoomed,
+    with_learned_whitening,
+)
 
 MOST_VALIDATED = 10_000  # photos that each epoch of a training is validated on
+DOMAINS = ("customer", "shop")  # what a query and what a gallery photo of unknown domain counts as
 
 
 class View(NamedTuple):
@@ -274,16 +280,22 @@ class Task:
         zoom: shares of each side, of customers' photos and of shop photos. Where a domain is
         unknown a query counts as a customer's photo, a gallery photo as the shop's.
         """
-        settings = {"features": features, "cache_dir": self.cache_dir}
-        tables = [self.views[view].queries, self.known(view)]
         sides = []
-        for rows, unknown in zip(tables, ("customer", "shop")):
-            shares = np.where(rows["domain"].replace("", unknown) == "customer", *zoom)
-            seen = []
-            for share, part in rows.groupby(shares):
-                seen.append(self._embedded(model, part, image_size, zoom=share, **settings))
-            places = np.argsort(np.argsort(shares, kind="stable"))
-            sides.append(np.concatenate(seen)[places])
+        for rows, unknown in zip([self.views[view].queries, self.known(view)], DOMAINS):
+            seen = embed_zoomed(
+                model,
+                self.store,
+                rows.index,
+                zoom=zoom,
+                customer=rows["domain"].replace("", unknown) == "customer",
+                image_size=image_size,
+                features=features,
+                device=self.device,
+                batch_size=self.batch_size,
+                precision=self.precision,
+                cache_dir=self.cache_dir,
+            )
+            sides.append(seen)
         return Sides(*sides)
 
     def retrieve(

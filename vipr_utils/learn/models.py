@@ -328,8 +328,13 @@ def save(model: Embedder, path: Path, **changes) -> Path:
     """Write a checkpoint that rebuilds itself: tensors, and the record (architecture, transform,
     weights) with changes such as the image_size and the distance it was trained for."""
     with whole_file(path) as part:
-        torch.save({"record": model.record | changes, "state": model.state_dict()}, part)
+        write(model, part, **changes)
     return Path(path)
+
+
+def write(model: Embedder, file, **changes) -> None:
+    """`save` to a path or an open file, which is not replaced in one step."""
+    torch.save({"record": model.record | changes, "state": model.state_dict()}, file)
 
 
 def with_projection(model: Embedder, mean, matrix) -> Embedder:

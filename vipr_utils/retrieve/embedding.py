@@ -57,8 +57,8 @@ def embed(
         photos = Photos(store, rows, transform, zoom=zoom)
         return _forwarded(model, forward, photos, batch_size=batch_size, device=device, dtype=dtype)
 
-    names = "pooled", _key(model, store, size, fit, zoom, dtype, fast)
-    folder = cache_dir and Path(cache_dir, *names)
+    key = _key(model, store, size, fit, zoom, dtype, fast) if cache_dir else ""
+    folder = cache_dir and Path(cache_dir, "pooled", key)
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
@@ -88,6 +88,24 @@ def embed_at_sizes(model, store, rows, *, image_sizes: tuple[int, ...], **settin
     return rerank.unit(
         sum(embed(model, store, rows, image_size=px, **settings) for px in image_sizes)
     )
+
+
+def embed_zoomed(
+    model, store, rows, *, zoom: tuple[float, float], customer, **settings
+) -> np.ndarray:
+    """(N, D) float32, settings as in `embed`: customers' photos through the first zoom, the others
+    through the second. customer (N,) bool, or one for all.
+    """
+    rows = np.asarray(rows, np.int64)
+    shares = np.broadcast_to(np.where(customer, *zoom), rows.shape)
+    seen = {share: shares == share for share in np.unique(shares)}
+    parts = [embed(model, store, rows[at], zoom=share, **settings) for share, at in seen.items()]
+    if len(parts) == 1:
+        return parts[0]
+    found = np.empty((len(rows), parts[0].shape[1]), np.float32)
+    for at, part in zip(seen.values(), parts):
+        found[at] = part
+    return found
 
 
 def fit_region_whitening(

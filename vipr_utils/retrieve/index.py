@@ -1,165 +1,497 @@
-"""Search by FAISS on the CPU, where it is installed (extra `index`) and asked for.
+"""A catalogue index: a folder that answers photos, and that photos and products join and leave.
 
-'faiss' finds what 'torch' finds, equal scores in any order. 'ivfpq' is for galleries past memory or
-a million photos: approximate lists by cosine, with a warning that says how much of the exact ones
-they hold; galleries of fewer than LEAST_ROWS and euclidean distances are searched exactly.
+A version (see `versions`) names its parts: segments of vectors, networks, projections; the rows
+that are gone; and the steps that lists go through. So a reader sees it whole, an update that was
+killed leaves the one before, and `rollback` goes back to one that is still there.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import os
-import warnings
+import hashlib
+import io
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
+import pandas as pd
+from safetensors import numpy as safetensors
 
+from vipr_utils.data.store import Packed
+from vipr_utils.host.files import locked
 from vipr_utils.host.progress import reporter
+from vipr_utils.learn import models
+from vipr_utils.retrieve import labels, pipeline, versions
+from vipr_utils.retrieve.encoder import Encoder, Look
+from vipr_utils.retrieve.rerank import Projection, unit
+from vipr_utils.retrieve.search import Prepared, Search, top_k
 
-ENGINES = (
-    "torch",
-    "faiss",
-    "ivfpq",
-)
-LEAST_ROWS = 100_000  # fewer are searched exactly in less time than an index takes to build
-CODE = 64  # bytes in memory of each gallery row
-CANDIDATES = 20  # rows by their codes for each one asked for, of which exact scores choose
-SAMPLE = 200  # queries that recall is measured on
-ENOUGH = 0.95  # recall up to which more lists are looked at,
-GAIN = 0.005  # while twice as many find so much more
-
-# what is looked at together: rows in a rotated copy, queries with the vectors of their candidates
-ROWS = 65_536
-QUERIES = 256
+FORMAT = 1
+COLUMNS = ["photo", "product", "group", "domain"]  # of its rows, all text
+SEGMENT = 65_536  # rows of the largest part
+BLOCK = 4096  # photos that are embedded together
 
 
-def engine(name: str | None) -> str:
-    """The one named, else $VIPR_SEARCH, else 'torch'. Raises ValueError for one that is unknown or
-    not installed.
+@dataclass(frozen=True)
+class Version:
+    """What an index holds at one time: as its file says, and in memory.
+
+    rows (G): COLUMNS, answered (bool: whether it may be answered, or is only known), product_id (a
+    number for each product), segment and place (where its vector lies); vectors (G, D) of length 1.
     """
-    name = name or os.environ.get("VIPR_SEARCH") or "torch"
-    if name not in ENGINES:
-        raise ValueError(f"search by {name!r} is unknown, by engine or $VIPR_SEARCH: use {ENGINES}")
-    if name != "torch" and importlib.util.find_spec("faiss") is None:
-        raise ValueError(f"search by {name!r} needs FAISS: pip install faiss-cpu, or use 'torch'")
-    return name
+
+    number: int
+    sha256: str
+    state: dict
+    rows: pd.DataFrame
+    vectors: Prepared
+
+    @property
+    def steps(self) -> list[str]:
+        """Of post-processing, on lists."""
+        return self.state["steps"]
+
+    @cached_property
+    def judge(self) -> labels.Judge | None:
+        """What was fitted on validation to say how sure an answer is."""
+        found = self.state["judge"]
+        if not found:
+            return None
+        right, there = (labels.Confidence(**found[name]) for name in ("right", "there"))
+        return labels.Judge(right, there, found["least"], found["keep"])
 
 
-def nearest(q, rows, k: int, ids, distance: str, engine: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores, ranks) of queries (Q, D) in rows (G, D), of length 1 for cosine: as `search.top_k`,
-    of k and as many more as share an id with a query.
-    """
-    queries, gallery = q.cpu().numpy(), rows.numpy()
-    asked = np.where(ids[0] < 0, -3, ids[0])  # a query without an id shares it with no row
-    own = ids[1][np.isin(ids[1], asked)]
-    k += int(np.bincount(own, minlength=1).max())
-    large = len(gallery) >= LEAST_ROWS and len(queries) > 0
-    if engine == "ivfpq" and distance == "cosine" and large:
-        approximate = Index(gallery)
-        approximate.tune(queries, k)
-        scores, found = approximate.search(queries, k)
-    else:
-        scores, found = exact(queries, gallery, k, distance)
-    absent = (found < 0) | (ids[1][found] == asked[:, None])
-    scores[absent] = -np.inf
-    found[absent] = -1
-    return torch.from_numpy(scores), torch.from_numpy(found)
+class Answers(NamedTuple):
+    """lists: query (its position), rank (from 1), COLUMNS and similarity, best first; products: as
+    `Index.predict` tells; problems: file, problem of what is no photo, by position."""
 
-
-def _faiss():
-    """The library, by as many threads as torch has. It is loaded where it is asked for alone."""
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    return faiss
-
-
-def recall(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The mean share of each wanted list (Q, k) of rows that stands in the list found (Q, k)."""
-    shares = [np.isin(row, of).mean() for row, of in zip(wanted, found)]
-    return float(np.mean(shares))
-
-
-def exact(queries: np.ndarray, gallery: np.ndarray, k: int, distance: str = "cosine"):
-    """(scores, rows) (Q, k), best first, of queries (Q, D) in a gallery (G, D), both float32: the
-    product, or minus the euclidean distance; row -1 where the gallery has no more. It makes no copy
-    of the gallery.
-    """
-    faiss = _faiss()
-    if distance == "cosine":
-        return faiss.knn(queries, gallery, k, faiss.METRIC_INNER_PRODUCT)
-    squares, rows = faiss.knn(queries, gallery, k, faiss.METRIC_L2)
-    return -np.sqrt(squares.clip(0)), rows
+    lists: pd.DataFrame
+    products: pd.DataFrame
+    problems: pd.DataFrame
 
 
 class Index:
-    """The rows of a gallery (G, D), float32 of length 1, by lists of near ones and CODE bytes each.
+    """An index that is on disk; any number of processes read it, one at a time changes it.
 
-    The gallery is kept where it is, in a memory-mapped file too: the rows that codes name are
-    scored exactly. `recall` is the share of the exact nearest rows that the last `tune` found.
-    Source: Jégou et al. 2011, doi:10.1109/TPAMI.2010.57 (IVF-PQ).
+    encoder: from photos to vectors; version: what is in force for this reader, until `reload` or an
+    update of its own.
     """
 
-    def __init__(self, gallery: np.ndarray) -> None:
-        faiss = _faiss()
-        rows, dim = gallery.shape
-        code = min(CODE, dim)
-        lists = round(2 * math.sqrt(rows))
-        # a random rotation to a width of equal parts, one for each byte
-        width = code * math.ceil(dim / code)
-        kind = f"RR{width},IVF{lists},PQ{code}np"
-        self.gallery, self.recall = gallery, math.nan
-        self.index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
-        self.lists = faiss.extract_index_ivf(self.index)
-        rng = np.random.default_rng(0)
-        enough = 64 * max(lists, 256)
-        some = rng.choice(rows, min(rows, enough), replace=False)
-        some.sort()
-        self.index.train(gallery[some])
-        reached = reporter("gallery rows indexed", rows)
-        for start in range(0, rows, ROWS):
-            self.index.add(gallery[start : start + ROWS])
-            reached(self.index.ntotal)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        precision: str = "float32",
+    ) -> None:
+        """Raises IndexFault where there is none, or a part is damaged."""
+        self.folder = Path(folder)
+        self.device, self.precision = device, precision
+        self._changing = threading.RLock()  # of `version`, by the threads of this process
+        self._segments: dict[str, tuple[pd.DataFrame, np.ndarray]] = {}
+        self.version = self._in_force()
+        self.encoder = _load_encoder(self.folder, self.version.state["encoder"])
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(cosines, rows) (Q, k) of queries (Q, D) of length 1, best first; row -1 where fewer were
-        found.
+    @classmethod
+    def build(
+        cls,
+        folder: Path,
+        encoder: Encoder,
+        rows: pd.DataFrame,
+        vectors: np.ndarray,
+        *,
+        steps=(),
+        judge: labels.Judge | None = None,
+        about: dict | None = None,
+        **machine,
+    ) -> Index:
+        """An index of these rows (N: COLUMNS, answered) and their vectors (N, D), as the encoder
+        gave them; one that is there gets them as its next version.
+
+        steps: what reorders a list, see `pipeline.local`. judge: fitted on validation. about: what
+        it was made from. machine: device, precision. Raises ValueError for steps that an index
+        cannot answer by.
         """
-        blocks = np.array_split(queries, math.ceil(len(queries) / QUERIES))
-        scores, rows = zip(*(self._searched(block, k) for block in blocks))
-        return np.concatenate(scores), np.concatenate(rows)
+        folder, steps = Path(folder), list(steps)
+        if pipeline.fitted_first(steps) or not pipeline.local(steps):
+            raise ValueError(
+                f"an index cannot answer by {steps}: projections belong to its encoder, and other "
+                f"steps must be of {[function.__name__ for function in pipeline.LOCAL]}"
+            )
+        with locked(folder):
+            state = {
+                "format": FORMAT,
+                "encoder": _save_encoder(folder, encoder),
+                "steps": steps,
+                "judge": asdict(judge) if judge else None,
+                "about": about or {},
+                "segments": _write_segments(folder, rows, unit(vectors)),
+            }
+            versions.publish(folder, state, f"built from {len(rows):,} photos")
+        return cls(folder, **machine)
 
-    def _searched(self, block: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `search`, of so few queries that their candidates' vectors fit into memory."""
-        _, rows = self.index.search(block, CANDIDATES * k)
-        scores = np.einsum("qd,qkd->qk", block, self.gallery[rows])
-        scores[rows < 0] = -np.inf
-        best = np.argsort(-scores, axis=1)[:, :k]
-        return (
-            np.take_along_axis(scores, best, axis=1),
-            np.take_along_axis(rows, best, axis=1),
+    # ------------------------------------------------------------------------------------ reading
+
+    def __len__(self) -> int:
+        return len(self.version.rows)
+
+    @property
+    def products(self) -> pd.Series:
+        """Photos of each product."""
+        return self.version.rows["product"].value_counts(sort=False).sort_index()
+
+    def reload(self) -> None:
+        """Read the version that is in force by now."""
+        with self._changing:
+            if versions.current(self.folder) != (self.version.number, self.version.sha256):
+                self.version = self._in_force()
+
+    def _in_force(self) -> Version:
+        """The version that CURRENT names. Old ones may be cleared away while it is read."""
+        for _ in range(5):
+            number, sha256 = versions.current(self.folder)
+            try:
+                return self._read(number, sha256)
+            except FileNotFoundError as error:
+                missing = error
+        raise versions.IndexFault(
+            f"{self.folder}: {missing.filename} is absent: {versions.ROLL_BACK}"
         )
 
-    def tune(self, queries: np.ndarray, k: int) -> None:
-        """Measure the recall of the k nearest rows of some of these queries (Q, D), with as few
-        lists looked at as find ENOUGH of them, by doubling. Warns of what it is.
+    def _read(self, number: int, sha256: str) -> Version:
+        content = versions.file_of(self.folder, number).read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise versions.IndexFault(
+                f"{self.folder}: version {number} is damaged: {versions.ROLL_BACK}"
+            )
+        return self._loaded(number, sha256, json.loads(content))
+
+    def _loaded(self, number: int, sha256: str, state: dict) -> Version:
+        """With its segments in memory; those of the version before are not read again."""
+        if state["format"] != FORMAT:
+            raise versions.IndexFault(
+                f"{self.folder} has format {state['format']}, expected {FORMAT}: build it anew"
+            )
+        segments, tables, vectors = {}, [], []
+        for i, segment in enumerate(state["segments"]):
+            part = segment["part"]
+            segments[part] = self._segments.get(part) or _read_segment(self.folder, part)
+            rows, values = segments[part]
+            alive = np.setdiff1d(np.arange(len(rows)), segment["removed"])
+            tables.append(rows.iloc[alive].assign(segment=i, place=alive))
+            vectors.append(values[alive] if segment["removed"] else values)
+        self._segments = segments
+        rows = pd.concat(tables, ignore_index=True)
+        rows["product_id"] = pd.factorize(rows["product"])[0]
+        return Version(number, sha256, state, rows, Prepared(np.concatenate(vectors), "index"))
+
+    def versions(self) -> pd.DataFrame:
+        """Those that can be gone back to: number, created, photos, what, in_force."""
+        table = []
+        for number in versions.numbers(self.folder):
+            state = json.loads(versions.file_of(self.folder, number).read_bytes())
+            photos = sum(s["rows"] - len(s["removed"]) for s in state["segments"])
+            table.append([number, state["created"], photos, state["what"]])
+        found = pd.DataFrame(table, columns=["number", "created", "photos", "what"])
+        return found.assign(in_force=found["number"] == versions.current(self.folder)[0])
+
+    # ----------------------------------------------------------------------------------- answers
+
+    def embed(
+        self,
+        photos: list[Path | bytes],
+        customer=True,
+    ) -> tuple[np.ndarray, pd.DataFrame]:
+        """((N, D), problems: file, problem) of files or their contents; NaN for what is no photo.
+
+        customer (N,) bool, or one for all: whether a customer took it, see `Look.zoom`.
         """
-        some = queries[:: math.ceil(len(queries) / SAMPLE)]
-        wanted = exact(some, self.gallery, k)[1]
-        self.recall = 0.0
-        lists = self.lists
-        lists.nprobe = 2
-        gain = 1.0
-        while self.recall < ENOUGH and lists.nprobe < lists.nlist and gain > GAIN:
-            lists.nprobe = min(2 * lists.nprobe, lists.nlist)
-            _, found = self.search(some, k)
-            share = recall(found, wanted)
-            gain = share - self.recall
-            self.recall = share
-        warnings.warn(
-            f"search is approximate: it finds {self.recall:.1%} of the {k} nearest rows, by "
-            f"{len(some)} queries that were searched exactly too ({lists.nprobe} of "
-            f"{lists.nlist} lists looked at)",
-            stacklevel=2,
+        customer = np.broadcast_to(customer, len(photos))
+        vectors, problems = [], []
+        reached = reporter("photos embedded", len(photos))
+        for start in range(0, len(photos), BLOCK):
+            part = photos[start : start + BLOCK]
+            packed = Packed(part, self.encoder.store_px)
+            rows = np.flatnonzero(packed.readable)
+            found = np.full((len(part), self.version.vectors.rows.shape[1]), np.nan, np.float32)
+            if len(rows):
+                machine = {"device": self.device, "precision": self.precision}
+                found[rows] = self.encoder(packed, rows, customer[start + rows], **machine)
+            vectors.append(found)
+            problems.append(packed.problems.set_axis(start + packed.problems.index))
+            reached(start + len(part))
+        return np.concatenate(vectors), pd.concat(problems)
+
+    def search(self, photos: list[Path | bytes], k: int = 5) -> Answers:
+        """Answers for photos of customers, files or their contents.
+
+        A photo that cannot be read has a problem and no answer.
+        """
+        if not photos:
+            raise ValueError("nothing to search for: give a photo or more")
+        vectors, problems = self.embed(photos)
+        asked = np.flatnonzero(~np.isnan(vectors).any(axis=1))
+        lists, products = self.nearest(vectors[asked], k), self.predict(vectors[asked])
+        for table in (lists, products):
+            table["query"] = asked[table["query"]]
+        return Answers(lists, products, problems)
+
+    def predict(self, vectors: np.ndarray) -> pd.DataFrame:
+        """Of vectors (Q, D) that the encoder gave: query, product, confidence that it is right, and
+        there (whether it is in the catalogue at all); the last two are missing where the index was
+        built without a `labels.Judge`.
+        """
+        version = self.version
+        lists = top_k(vectors, version.vectors, labels.NEIGHBOURS)
+        votes = labels.vote(*lists, version.rows["product_id"].to_numpy())
+        names = version.rows.drop_duplicates("product_id").set_index("product_id")["product"]
+        found = pd.DataFrame(
+            {"query": np.arange(len(vectors)), "product": names[votes.product].array}
         )
+        if version.judge:
+            found[["confidence", "there"]] = version.judge(votes)[["confidence", "there"]]
+        return found
+
+    def nearest(self, vectors: np.ndarray, k: int = 5) -> pd.DataFrame:
+        """`Answers.lists` for vectors (Q, D) of length 1 that the encoder gave."""
+        version = self.version  # another thread may replace it
+        scores, ranks = _ranked(version, vectors, k)
+        query, place = np.nonzero(ranks >= 0)
+        table = version.rows[COLUMNS].iloc[ranks[query, place]].reset_index(drop=True)
+        table.insert(0, "query", query)
+        table.insert(1, "rank", place + 1)
+        return table.assign(similarity=scores[query, place])
+
+    # ----------------------------------------------------------------------------------- updates
+
+    def add(self, photos: pd.DataFrame) -> pd.DataFrame:
+        """Add photos: path, photo (a name), product; group and domain where they are known.
+
+        A photo whose name is there takes its place. Returns problems (file, problem) of those that
+        cannot be read, which are left out. Raises ValueError for a table that cannot be right.
+        """
+        photos = _checked(photos)
+        customer = (photos["domain"] == "customer").to_numpy()
+        vectors, problems = self.embed([Path(path) for path in photos["path"]], customer)
+        good = ~np.isnan(vectors).any(axis=1)
+        if good.any():
+            self.put(photos[good], vectors[good])
+        return problems
+
+    def put(self, rows: pd.DataFrame, vectors: np.ndarray) -> None:
+        """`add` of vectors (N, D) of length 1 that the encoder gave for these rows (N: COLUMNS, and
+        answered where not all are)."""
+        rows = rows[COLUMNS].assign(answered=rows.get("answered", True))
+
+        def change(segments: list[dict]) -> list[dict]:
+            segments = self._without(segments, self.version.rows["photo"].isin(rows["photo"]))
+            last, tables, arrays = len(segments), [rows], [vectors]
+            # as in a binary counter: parts are merged that are no larger than what follows them
+            while last and _alive(segments[last - 1]) <= min(sum(map(len, tables)), SEGMENT // 2):
+                last -= 1
+                table, values = self._kept(segments[last])
+                tables.insert(0, table)
+                arrays.insert(0, values)
+            merged = pd.concat(tables, ignore_index=True), np.concatenate(arrays)
+            return segments[:last] + _write_segments(self.folder, *merged)
+
+        self._update(change, f"{len(rows):,} photos added")
+
+    def remove(self, products: list[str]) -> int:
+        """Remove all photos of these products; how many there were.
+
+        Raises ValueError, and changes nothing, for a product that is not there.
+        """
+        removed = 0
+
+        def change(segments: list[dict]) -> list[dict]:
+            nonlocal removed
+            rows = self.version.rows
+            absent = sorted(set(products) - set(rows["product"]))
+            if absent:
+                raise ValueError(f"{absent} are not in {self.folder}: see its products")
+            gone = rows["product"].isin(products)
+            removed = int(gone.sum())
+            if removed == len(rows):
+                raise ValueError("an index of no photos answers nothing: build another instead")
+            return self._without(segments, gone)
+
+        self._update(change, f"{len(products):,} products removed")
+        return removed
+
+    def rollback(self, number: int = 0) -> None:
+        """Go back to a version, 0 for the one before. Raises IndexFault where it is not there."""
+        versions.rollback(self.folder, number)
+        self.reload()
+
+    def _update(
+        self,
+        change: Callable[[list[dict]], list[dict]],
+        what: str,
+    ) -> None:
+        """Replace the newest version by one whose segments change gives."""
+        with self._changing, locked(self.folder):
+            self.reload()
+            segments = []
+            for segment in change(self.version.state["segments"]):
+                if 2 * _alive(segment) >= segment["rows"]:
+                    segments.append(segment)
+                elif _alive(segment):
+                    segments += _write_segments(self.folder, *self._kept(segment))
+            state = self.version.state | {"segments": segments}
+            written = versions.publish(self.folder, state, what)
+            self.version = self._loaded(*written)
+
+    def _without(
+        self,
+        segments: list[dict],
+        gone: pd.Series,
+    ) -> list[dict]:
+        """Segments without these rows of the version."""
+        rows = self.version.rows[gone.to_numpy()]
+        places = rows.groupby("segment")["place"].agg(list).to_dict()
+        return [
+            segment | {"removed": sorted([*segment["removed"], *places.get(i, [])])}
+            for i, segment in enumerate(segments)
+        ]
+
+    def _kept(self, segment: dict) -> tuple[pd.DataFrame, np.ndarray]:
+        """Rows and vectors of a segment that are not removed."""
+        rows, vectors = self._segments[segment["part"]]
+        alive = np.setdiff1d(np.arange(len(rows)), segment["removed"])
+        return rows.iloc[alive], vectors[alive]
+
+
+# ------------------------------------------------------------------------------------------- lists
+
+
+def _ranked(
+    version: Version,
+    vectors: np.ndarray,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, rows of the version), both (Q, k), after its steps."""
+    answered = version.rows["answered"].to_numpy()
+    if not version.steps and answered.all():
+        return top_k(vectors, version.vectors, k)
+    unsearched = Search(
+        vectors,
+        version.vectors.rows.numpy(),
+        pd.DataFrame({"image_id": [None] * len(vectors)}),
+        version.rows.assign(image_id=version.rows["photo"]),
+        answers=None if answered.all() else answered,
+    )
+    found, _ = pipeline.apply(version.steps, unsearched, k=k)
+    return found.scores, np.append(np.flatnonzero(answered), -1)[found.ranks]
+
+
+def _checked(photos: pd.DataFrame) -> pd.DataFrame:
+    """Photos to add with all of COLUMNS, as text. Raises ValueError for what cannot be right."""
+    for column in ("path", "photo", "product"):
+        if column not in photos:
+            raise ValueError(f"photos to add need the column {column!r}, got {list(photos)}")
+        empty = photos[column].isna() | (photos[column].astype(str) == "")
+        if empty.any():
+            raise ValueError(f"photos to add: row {int(np.argmax(empty))} has no {column}")
+    if photos["photo"].duplicated().any():
+        twice = photos["photo"][photos["photo"].duplicated()].iloc[0]
+        raise ValueError(f"photos to add: photo {twice!r} is there twice; names must differ")
+    photos = photos.reindex(columns=["path", *COLUMNS], fill_value="").fillna("").astype(str)
+    strange = ~photos["domain"].isin(["shop", "customer", ""])
+    if strange.any():
+        found = photos["domain"][strange].iloc[0]
+        raise ValueError(f"domain {found!r} is unknown: use shop, customer or nothing")
+    return photos.reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------------------------- segments
+
+
+def _alive(segment: dict) -> int:
+    """Its rows that are not removed."""
+    return segment["rows"] - len(segment["removed"])
+
+
+def _write_segments(
+    folder: Path,
+    rows: pd.DataFrame,
+    vectors: np.ndarray,
+) -> list[dict]:
+    """Segments of these rows, each a part."""
+    found = []
+    for start in range(0, len(rows), SEGMENT):
+        part = rows[[*COLUMNS, "answered"]].iloc[start : start + SEGMENT]
+        table = part.to_json(orient="split", index=False).encode()
+        content = safetensors.save(
+            {
+                "vectors": np.ascontiguousarray(vectors[start : start + SEGMENT], np.float32),
+                "rows": np.frombuffer(table, np.uint8),
+            }
+        )
+        name = versions.put(folder, content, ".safetensors")
+        found.append({"part": name, "rows": len(part), "removed": []})
+    return found
+
+
+def _read_segment(folder: Path, name: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """(rows, vectors) of a part."""
+    found = safetensors.load(versions.whole(folder, name))
+    table = json.loads(found["rows"].tobytes())
+    return pd.DataFrame(table["data"], columns=table["columns"]), found["vectors"]
+
+
+def _save_encoder(folder: Path, encoder: Encoder) -> dict:
+    """Its parts, and what a version says of it."""
+    arrays, looks = _named("joined", encoder.projections), []
+    for i, look in enumerate(encoder.looks):
+        arrays |= _named(f"look{i}", look.projections)
+        content = io.BytesIO()
+        models.write(look.model, content)
+        looks.append(
+            {
+                "model": versions.put(folder, content.getvalue(), ".pt"),
+                "image_size": look.image_size,
+                "zoom": look.zoom,
+                "features": look.features,
+                "weight": look.weight,
+            }
+        )
+    name = versions.put(folder, safetensors.save(arrays), ".safetensors")
+    return {"looks": looks, "arrays": name, "store_px": encoder.store_px}
+
+
+def _named(
+    owner: str,
+    projections: tuple[Projection, ...],
+) -> dict[str, np.ndarray]:
+    """Arrays of projections by name: 'look0.1.mean' is that of its second."""
+    found = {}
+    for i, projection in enumerate(projections):
+        found[f"{owner}.{i}.mean"] = projection.mean
+        if projection.matrix is not None:
+            found[f"{owner}.{i}.matrix"] = np.ascontiguousarray(projection.matrix)
+    return found
+
+
+def _load_encoder(folder: Path, state: dict) -> Encoder:
+    """What `_save_encoder` wrote."""
+    arrays = safetensors.load(versions.whole(folder, state["arrays"]))
+
+    def projections(owner: str) -> tuple[Projection, ...]:
+        found = []
+        while (mean := arrays.get(f"{owner}.{len(found)}.mean")) is not None:
+            found.append(Projection(mean, arrays.get(f"{owner}.{len(found)}.matrix")))
+        return tuple(found)
+
+    looks = []
+    for i, look in enumerate(state["looks"]):
+        versions.whole(folder, look["model"])
+        model = models.load(folder / "parts" / look["model"])
+        settings = {name: look[name] for name in ("image_size", "features", "weight")}
+        zoom = tuple(look["zoom"])
+        looks.append(Look(model, zoom=zoom, projections=projections(f"look{i}"), **settings))
+    return Encoder(tuple(looks), projections("joined"), state["store_px"])

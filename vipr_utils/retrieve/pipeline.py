@@ -15,6 +15,9 @@ from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
+import numpy as np
+import pandas as pd
+
 from vipr_utils.retrieve import rerank, verification
 from vipr_utils.retrieve.search import Prepared, Search
 
@@ -36,6 +39,8 @@ STEPS = {function.__name__: function for function in METHODS}
 PROJECTIONS = (rerank.centring, rerank.pca, rerank.whitening, rerank.learned_whitening)
 DEPTH = 100  # photos in the lists that steps reorder
 ON_PHOTOS = (verification.verify, verification.verified_expansion)
+# lists of one query change by what joins or leaves the gallery near it alone
+LOCAL = (rerank.average_query_expansion, rerank.alpha_query_expansion, rerank.product_votes)
 ON_EMBEDDINGS = (*PROJECTIONS, rerank.database_augmentation)
 
 
@@ -122,6 +127,16 @@ def apply(
     return replace(search, scores=search.scores[:, :k], ranks=search.ranks[:, :k]), seconds
 
 
+def fitted(steps: list[str], gallery: np.ndarray, rows: pd.DataFrame) -> tuple:
+    """The `rerank.Projection` that each of these projections is, fitted on a gallery (G, D) of
+    length 1 and its catalog rows, one behind the other.
+    """
+    found = Search(gallery[:0], gallery, rows[:0], rows)
+    for step in check(steps):
+        found = step(found)
+    return found.projections
+
+
 def method(step: str) -> str:
     """What a step is called whatever its numbers: 'learned whitening'."""
     return METHODS[bind(step).func]
@@ -144,6 +159,11 @@ def verified_pairs(steps: list[str]) -> int:
         elif step.func is verification.verified_expansion:
             pairs = pairs or DEPTH
     return pairs
+
+
+def local(steps: list[str]) -> bool:
+    """Whether an index can answer by them: projections, then steps of LOCAL alone."""
+    return all(bind(step).func in LOCAL for step in steps[fitted_first(steps) :])
 
 
 def fitted_first(steps: list[str]) -> int:

@@ -31,25 +31,44 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x if (abs(lengths - 1) < 1e-5).all() else x / lengths.clip(1e-12)
 
 
+def joined(parts: list[np.ndarray], weights) -> np.ndarray:
+    """(N, D) from parts (N, d) of length 1: the cosine of two rows is the weighted mean of theirs.
+
+    A single part is returned as it is.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    weights = np.array(weights, np.float32)
+    together = np.hstack(parts)
+    together *= np.repeat(np.sqrt(weights / weights.sum()), [part.shape[1] for part in parts])
+    return together
+
+
 # ------------------------------------------------------------------------------------- projections
 
 
 @dataclass(frozen=True)
 class Projection:
     """x -> (x - mean) @ matrix, L2-normalised, with mean (D,) and matrix (D, d): fitted once, used
-    on both sides.
+    on both sides. Without a matrix directions stay as they are.
     """
 
     mean: np.ndarray
-    matrix: np.ndarray
+    matrix: np.ndarray | None = None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, d) float32."""
-        return unit((x - self.mean) @ self.matrix)
+        centred = x - self.mean
+        return unit(centred if self.matrix is None else centred @ self.matrix)
 
     def applied(self, search: Search) -> Search:
         """Both sides through it."""
-        return replace(search, queries=self(search.queries), gallery=self(search.gallery))
+        return replace(
+            search,
+            queries=self(search.queries),
+            gallery=self(search.gallery),
+            projections=(*search.projections, self),
+        )
 
 
 def fit_whitening(x: np.ndarray, dim: int = 0, *, power: float = 1.0) -> Projection:
@@ -130,9 +149,7 @@ def _main_directions(
 
 def centring(search: Search) -> Search:
     """The gallery's mean taken away from both sides."""
-    mean = search.gallery.mean(0)
-    queries, gallery = unit(search.queries - mean), unit(search.gallery - mean)
-    return replace(search, queries=queries, gallery=gallery)
+    return Projection(search.gallery.mean(0)).applied(search)
 
 
 def pca(search: Search, dim: int) -> Search:

@@ -13,7 +13,7 @@ import torch
 
 from vipr_utils.host.progress import reporter
 from vipr_utils.learn.losses import DISTANCES, distance_matrix
-from vipr_utils.retrieve import index
+from vipr_utils.retrieve import by_faiss
 
 # Rows of either side that meet in one product. Its scores take 16 MB, which stay in the caches of
 # the cores until their best are found. The products of 1,000 queries with 142,000 x 512 took 0.40 s
@@ -59,11 +59,11 @@ def top_k(
     Scores are similarities: the cosine, or minus the distance. A query never meets itself: gallery
     rows whose id equals the query's id are left out wherever they rank. Where fewer than k rows
     remain, ranks are -1 and scores -inf. Equal scores stand in gallery order.
-    engine: 'torch', 'faiss' or 'ivfpq', see `index`; None takes $VIPR_SEARCH, else 'torch'. FAISS
+    engine: 'torch', 'faiss' or 'ivfpq', see `by_faiss`; None: $VIPR_SEARCH, else 'torch'. FAISS
     has no part in manhattan distances.
     Raises ValueError for NaN and infinity, unequal widths, an empty gallery, another engine.
     """
-    engine = index.engine(engine)
+    engine = by_faiss.engine(engine)
     given = Prepared(queries, "query")
     g = gallery if isinstance(gallery, Prepared) else Prepared(gallery)
     _check_sizes(given.rows, g.rows, k, distance)
@@ -73,7 +73,7 @@ def top_k(
         q = _unit(q, given.lengths.to(device))
     if engine != "torch" and distance != "manhattan":
         rows = _unit(g.rows, g.lengths) if unit else g.rows
-        best, rows = index.nearest(q, rows, k, ids, distance, engine)
+        best, rows = by_faiss.nearest(q, rows, k, ids, distance, engine)
     elif unit:
         best, rows = _running(q, g, k, ids, lambda *section: _unit(*section).T, torch.mm)
     elif distance == "euclidean":
@@ -296,7 +296,8 @@ class Search:
     (Q, K), best first, are None until the gallery is searched; inliers (Q, K) until `verify`.
 
     answers (G,) bool: the gallery rows that may be answered, None for all. A shop that shows its
-    own photos alone still knows its customers' photos, and steps may look at them.
+    own photos alone still knows its customers' photos, and steps may look at them. projections:
+    those that both sides went through, as they were fitted.
     """
 
     queries: np.ndarray
@@ -307,6 +308,7 @@ class Search:
     ranks: np.ndarray | None = None
     inliers: np.ndarray | None = None
     answers: np.ndarray | None = None
+    projections: tuple = ()
     device: str | torch.device = "cpu"
     cache_dir: Path | None = None
 

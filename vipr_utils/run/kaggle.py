@@ -57,6 +57,7 @@ PREPARED = "prepared.json"  # beside them: what the run of a kernel has to be
 PACKAGE = "vipr_utils/**/*.py"
 BUNDLED = (
     PACKAGE,
+    "vipr_utils/**/*.html",
     "params/**/*.yaml",
     "notebooks/*.ipynb",
     "pyproject.toml",

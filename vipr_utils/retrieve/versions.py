@@ -1,0 +1,130 @@
+"""A folder of parts and versions that are written once, and the version in force.
+
+    CURRENT                 number and SHA-256 of the version in force
+    versions/7.json         a version: what it is made of, by name
+    parts/<SHA-256>...      what versions are made of
+
+An update adds parts and a version and then replaces CURRENT in one step: a reader sees a version
+whole, and an update that was killed leaves the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+
+from vipr_utils.host.files import locked, whole_file
+
+KEPT = 10  # versions to go back to
+ROLL_BACK = "go back to a version before it (rollback), or build the index anew"
+
+
+class IndexFault(ValueError):
+    """A folder that is no index, or a damaged one: what is wrong and what helps."""
+
+
+def file_of(folder: Path, number: int) -> Path:
+    return folder / "versions" / f"{number}.json"
+
+
+def numbers(folder: Path) -> list[int]:
+    """Of all versions that are there, ascending."""
+    return sorted(int(file.stem) for file in (folder / "versions").glob("[0-9]*.json"))
+
+
+def current(folder: Path) -> tuple[int, str]:
+    """(number, SHA-256) of the version in force."""
+    try:
+        found = json.loads((folder / "CURRENT").read_bytes())
+        return found["version"], found["sha256"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise IndexFault(f"{folder} holds no index: build one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise IndexFault(f"{folder}/CURRENT is damaged ({error}): {ROLL_BACK}") from error
+
+
+def switch(folder: Path, number: int, sha256: str) -> None:
+    """Put a version in force."""
+    with whole_file(folder / "CURRENT") as part:
+        part.write_text(json.dumps({"version": number, "sha256": sha256}))
+
+
+def publish(folder: Path, state: dict, what: str) -> tuple[int, str, dict]:
+    """Write the next version and put it in force; (number, SHA-256, state) of it. What no version
+    that is kept needs is cleared away. Called by who has locked the folder."""
+    parent = current(folder)[0] if (folder / "CURRENT").is_file() else 0
+    number = max([parent, *numbers(folder)]) + 1
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    state = state | {"version": number, "parent": parent, "created": created, "what": what}
+    content = json.dumps(state).encode()
+    with whole_file(file_of(folder, number)) as part:
+        part.write_bytes(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    switch(folder, number, sha256)
+    _clear(folder, {number, parent})
+    return number, sha256, state
+
+
+def _clear(folder: Path, needed: set[int]) -> None:
+    """Remove versions but the KEPT newest and those needed, parts that no version names, and what a
+    killed update left."""
+    there = numbers(folder)
+    named = set()
+    for number in there:
+        file = file_of(folder, number)
+        try:
+            if number in needed | set(there[-KEPT:]):
+                named |= _parts(json.loads(file.read_bytes()))
+            else:
+                file.unlink()
+        except (ValueError, KeyError):  # damaged: nobody can go back to it
+            file.unlink()
+    for file in (folder / "parts").iterdir():
+        if file.name not in named:
+            file.unlink()
+    for place in (folder, folder / "versions"):
+        for file in place.glob(".*.part"):
+            file.unlink()
+
+
+def _parts(state: dict) -> set[str]:
+    """Names of the parts of a version."""
+    encoder = state["encoder"]
+    models_of = {look["model"] for look in encoder["looks"]}
+    return models_of | {encoder["arrays"]} | {segment["part"] for segment in state["segments"]}
+
+
+def put(folder: Path, content: bytes, ending: str) -> str:
+    """Write a part; its name. One that is there is the same."""
+    name = f"{hashlib.sha256(content).hexdigest()}{ending}"
+    path = folder / "parts" / name
+    if not path.is_file():
+        with whole_file(path) as part:
+            part.write_bytes(content)
+    return name
+
+
+def whole(folder: Path, name: str) -> bytes:
+    """A part's content. Raises IndexFault where it is not what its name says."""
+    content = (folder / "parts" / name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != name.partition(".")[0]:
+        raise IndexFault(f"{folder}/parts/{name} is damaged: {ROLL_BACK}")
+    return content
+
+
+def rollback(folder: Path, number: int = 0) -> None:
+    """Put a version in force that is still there, 0 for the one that the present one was made of.
+
+    Raises IndexFault where there is none of that number.
+    """
+    with locked(folder):
+        there = numbers(folder)
+        if not number:
+            state = json.loads(file_of(folder, current(folder)[0]).read_bytes())
+            number = state["parent"]
+        if number not in there:
+            raise IndexFault(f"{folder} has no version {number}, those there are {there}")
+        content = file_of(folder, number).read_bytes()
+        switch(folder, number, hashlib.sha256(content).hexdigest())
