@@ -65,7 +65,12 @@ def test_bundle_holds_package_notebooks_and_parameters_and_repeats_byte_by_byte(
     names = zipfile.ZipFile(first / "vipr.zip").namelist()
     wanted = {
         str(f.relative_to(ROOT))
-        for p in ("vipr_utils/**/*.py", "notebooks/*.ipynb", "params/**/*.yaml")
+        for p in (
+            "vipr_utils/**/*.py",
+            "vipr_utils/**/*.html",
+            "notebooks/*.ipynb",
+            "params/**/*.yaml",
+        )
         for f in ROOT.glob(p)
     }
     assert wanted < set(names) and "pyproject.toml" in names and len(names) == len(wanted) + 4
