@@ -395,6 +395,48 @@ def beside_rivals(path: Path) -> str:
     return "\n\n".join([table, "What is asked and missed:", "\n".join(lines)])
 
 
+def catalogue_uses(series: Path) -> str:
+    """What notebook 08 found on the photos of a series: a row a figure."""
+    record = runs.load(series / "08_catalogue_uses")["metrics"]
+    uses = record["uses"]
+    told, strangers = uses["prediction"], uses["strangers"]
+    interval = f"[{told['low']:.3f}, {told['high']:.3f}]"
+    found = [
+        ("product named right, all queries", f"{told['accuracy']:.3f}"),
+        (
+            f"product named right, the surest {told['coverage']:.0%}",
+            f"{told['accuracy_at_coverage']:.3f} {interval}",
+        ),
+        ("expected calibration error", f"{told['calibration_error']:.3f}"),
+        (
+            f"{strangers['n_products']} products not sold here, frozen Lite0: AUROC",
+            f"{strangers['auroc']:.3f}",
+        ),
+        ("strangers let in where 95 % of the others are", f"{strangers['fpr_at_95']:.3f}"),
+    ]
+    for how, scores in uses["clusters"].items():
+        figures = "adjusted Rand {adjusted_rand:.3f}, NMI {nmi:.3f}, pairwise F1 {pairwise_f1:.3f}"
+        found.append((f"clusters of the queries, {how}", figures.format(**scores)))
+    for row in uses["propagation"]:
+        figures = f"{row['spread']:.3f}; nearest labelled photo {row['nearest labelled photo']:.3f}"
+        name = f"labels spread from {row['labelled a product']} a product, frozen Lite0"
+        found.append((name, figures))
+    for how, rows in uses["photos_a_product"].items():
+        figures = "; ".join(f"{row['photos']}: {row['precision_at_1']:.3f}" for row in rows)
+        found.append((f"first answer right by gallery photos a product, {how}", figures))
+    for row in uses["slices"]:
+        low, high = row["map_at_5_low"], row["map_at_5_high"]
+        figures = f"{row['map_at_5']:.3f} [{low:.3f}, {high:.3f}]"
+        name = f"mAP@5, {row['kind']}: {row['part']}, {row['n_queries']:,.0f} queries"
+        found.append((name, figures))
+    text = (
+        f"Notebook 08, grocery, {record['n_queries']:,} queries × {record['n_gallery']:,} gallery "
+        "photos, by what notebook 06 chose. Confidence is fitted on validation queries."
+    )
+    table = pd.DataFrame(found, columns=["what", "figure"])
+    return section("What ranked lists are good for", text, table)
+
+
 def results(folder: Path = REFERENCE) -> str:
     """The tables of RESULTS.md."""
     table = rows(folder)
@@ -403,6 +445,8 @@ def results(folder: Path = REFERENCE) -> str:
     sections = [regret(folder / "series")] if (folder / "series").is_dir() else []
     if (folder / "drawn.json").is_file():
         sections.append(drawn(folder / "drawn.json"))
+    if (folder / "series" / "grocery" / "08_catalogue_uses").is_dir():
+        sections.append(catalogue_uses(folder / "series" / "grocery"))
     if folder == REFERENCE and BENCH.is_file():
         sections.append(beside_rivals(BENCH))
     if (folder / "rehearsal.json").is_file():

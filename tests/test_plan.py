@@ -182,7 +182,7 @@ def test_dry_run_prints_a_row_a_run_and_their_sum_and_starts_no_kernel(
         f"{toy_root.name}: {(photos.split == 'train').sum()} gallery photos of 8"
     )
     assert here.startswith("here: ") and columns.split()[:5] == STAGES
-    assert [row.split()[0] for row in rows][-2:] == ["07_reranking", "all"]
+    assert [row.split()[0] for row in rows][-2:] == ["08_catalogue_uses", "all"]
     assert ("memory GB: here 0" in rows[0]) == bool(code)
 
 
