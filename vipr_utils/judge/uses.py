@@ -41,7 +41,8 @@ def predict(
     votes = labels.vote(*lists, known)
     confidence = judge.right(votes.evidence) if judge else votes.share.astype(float)
     right = votes.product == wanted
-    surest = np.argsort(-confidence, kind="stable")[: max(1, round(coverage * len(right)))]
+    order = np.argsort(-confidence, kind="stable")
+    surest = order[: max(1, round(coverage * len(right)))]
     low, high = metrics.bootstrap_interval(right[surest], wanted[surest], seed=seed)
     figures = {
         "accuracy": float(right.mean()),
@@ -74,7 +75,8 @@ def strangers(
     Projection and judge are fitted on validation without the hidden products. None where too few
     products are left to fit on or no query shows a hidden one.
     """
-    queries, photos = task.views[view].queries, task.known(view)
+    queries = task.views[view].queries
+    photos = task.known(view)
     products = np.unique(photos["product_id"])
     drawn = np.random.default_rng(seed).permutation(products)
     secret = drawn[: max(1, round(hidden * len(products)))]
@@ -133,7 +135,8 @@ def spread(
     spread over the graph of embeddings x (N, D), and taken from the nearest photo that has one.
     """
     order = np.random.default_rng(seed).permutation(len(x))
-    nth = pd.Series(order).groupby(products[order]).cumcount().to_numpy()[np.argsort(order)]
+    earlier = pd.Series(order).groupby(products[order]).cumcount()
+    nth = earlier.to_numpy()[np.argsort(order)]
     table = {}
     for count in counts:
         start = np.where(nth < count, products, -1)

@@ -245,6 +245,7 @@ def listening(host: str, port: int) -> socket.socket:
     opened = socket.socket(family)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     opened.bind((host, port))
+    opened.listen(WAITING)  # whoever calls before the service has started waits
     return opened
 
 
