@@ -125,3 +125,17 @@ def test_faiss_is_not_loaded_unless_it_is_asked_for():
         "search.top_k(np.eye(8), np.eye(8)); sys.exit('faiss' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_exported_index_says_what_it_finds_by_itself(tmp_path, small):
+    gallery = clustered(12_000, 300, seed=1)
+    assert by_faiss.export(gallery, tmp_path / "flat") == 1.0
+    with pytest.warns(UserWarning, match="approximate"):
+        told = by_faiss.export(gallery, tmp_path / "codes", "ivfpq")
+    read = faiss.read_index(str(tmp_path / "codes"))
+    some = gallery[::60]
+    found, wanted = read.search(some, 10)[1], exact(some, gallery, 10)[1]
+    assert told == pytest.approx(by_faiss.recall(found, wanted)) and 0.2 < told < 1
+    assert (tmp_path / "codes").stat().st_size < 0.5 * (tmp_path / "flat").stat().st_size
+    with pytest.raises(ValueError, match="use 'flat' or 'ivfpq'"):
+        by_faiss.export(gallery, tmp_path / "x", "hnsw")

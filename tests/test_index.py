@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from vipr_utils import __main__ as command
+from vipr_utils.judge.choice import Candidate, Choice, Part
+from vipr_utils.judge.task import Task
 from vipr_utils.learn import models
 from vipr_utils.retrieve import index as module
 from vipr_utils.retrieve import versions
@@ -86,11 +89,42 @@ def contents(index: Index) -> dict:
 # ----------------------------------------------------------------------------------------- answers
 
 
+def test_index_answers_as_the_candidate_it_was_made_of(toy_root, tmp_path):
+    task = Task(
+        str(toy_root), image_size=64, device="cpu", precision="float32", cache_dir=str(tmp_path)
+    )
+    choice = Choice.open(
+        task,
+        tmp_path / "none",
+        backbones=["tf_efficientnet_lite0", "test_convnext3"],
+        weights="none",
+    )
+    lite, small = choice.networks
+    parts = (
+        Part(lite, (0.65, 1.0), "learned_whitening(16)", features=True),
+        Part(small, (0.8, 0.8), "centring()", weight=2.0),
+    )
+    candidate = Candidate(parts, ("learned_whitening(8)", "product_votes(3)"))
+    wanted = choice.found(candidate, "test")
+    built = choice.index(tmp_path / "index", candidate)
+    view = task.views["test"]
+    paths = [Path(task.photos.attrs["root"], path) for path in view.queries["path"]]
+    for index in (built, Index(tmp_path / "index")):
+        found = index.search(paths).lists
+        names = view.gallery["name"].to_numpy()[wanted.ranks]
+        assert (
+            found["photo"].to_numpy().reshape(-1, 5) == names
+        ).mean() > 0.99  # nearly equal ones
+        np.testing.assert_allclose(
+            found["similarity"].to_numpy().reshape(-1, 5), wanted.scores, atol=1e-4
+        )
+
+
 def test_every_photo_finds_itself_and_a_loaded_index_answers_the_same(tmp_path, encoder, photos):
     rows, vectors = drawn(["z0"])
     index = Index.build(tmp_path / "index", encoder, rows, vectors)
     assert index.add(photos).empty and len(index) == 10
-    paths = [module.Path(path) for path in photos["path"]]
+    paths = [Path(path) for path in photos["path"]]
     index.remove(["z"])
     customers = photos.assign(domain="customer")
     assert index.add(customers).empty and len(index) == 9  # they take the places of their names
@@ -108,7 +142,7 @@ def test_every_photo_finds_itself_and_a_loaded_index_answers_the_same(tmp_path, 
 
 def test_what_is_no_photo_has_a_problem_and_no_answer(made, photos, tmp_path):
     (tmp_path / "text.jpg").write_text("no photo")
-    paths = [tmp_path / "text.jpg", module.Path(photos["path"][0]), tmp_path / "absent.jpg", b""]
+    paths = [tmp_path / "text.jpg", Path(photos["path"][0]), tmp_path / "absent.jpg", b""]
     answers, products, problems = made.search(paths, k=2)
     assert products["query"].tolist() == [1] and list(products) == ["query", "product"]
     assert set(answers["query"]) == {1} and problems.index.tolist() == [0, 2, 3]
@@ -177,7 +211,7 @@ CHANGES = some.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(changes=CHANGES)
 def test_any_sequence_of_updates_equals_brute_force(changes, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / "index"
@@ -426,3 +460,13 @@ def test_command_builds_adds_removes_searches_and_goes_back(toy_root, tmp_path, 
     ):
         code, out = vipr(*wrong)
         assert code == 2 and out.err.strip() and not out.out
+    faiss = pytest.importorskip("faiss")
+    code, out = vipr("export", folder, tmp_path / "rows.faiss")
+    assert code == 0 and "finds 100.0%" in out.out
+    read = faiss.read_index(str(tmp_path / "rows.faiss"))
+    table = pd.read_csv(tmp_path / "rows.csv", dtype=str)
+    query = Index(folder).version.vectors.rows.numpy()[:1]
+    assert (
+        table["photo"][read.search(query, 1)[1][0, 0]] == Index(folder).nearest(query)["photo"][0]
+    )
+    assert vipr("export", folder, tmp_path / "rows.faiss", "--kind", "ivfpq")[0] == 2

@@ -22,10 +22,10 @@ import pandas as pd
 from safetensors import numpy as safetensors
 
 from vipr_utils.data.store import Packed
-from vipr_utils.host.files import locked
+from vipr_utils.host.files import locked, whole_file
 from vipr_utils.host.progress import reporter
 from vipr_utils.learn import models
-from vipr_utils.retrieve import labels, pipeline, versions
+from vipr_utils.retrieve import by_faiss, labels, pipeline, versions
 from vipr_utils.retrieve.encoder import Encoder, Look
 from vipr_utils.retrieve.rerank import Projection, unit
 from vipr_utils.retrieve.search import Prepared, Search, top_k
@@ -327,6 +327,15 @@ class Index:
         """Go back to a version, 0 for the one before. Raises IndexFault where it is not there."""
         versions.rollback(self.folder, number)
         self.reload()
+
+    def to_faiss(self, path: Path, kind: str = "flat") -> float:
+        """Write its vectors as an index of FAISS, and COLUMNS of their rows to a CSV beside it, for
+        those who outgrow a machine; the recall of the 10 nearest, see `by_faiss.export`.
+        """
+        share = by_faiss.export(self.version.vectors.rows.numpy(), Path(path), kind)
+        with whole_file(Path(path).with_suffix(".csv")) as part:
+            self.version.rows[COLUMNS].to_csv(part, index=False)
+        return share
 
     def _update(
         self,

@@ -6,7 +6,8 @@ remove INDEX PRODUCT...  all photos of these products
 search INDEX PHOTO...    files or folders of photos: what each shows, best first
 versions INDEX           those to go back to
 rollback INDEX [NUMBER]  go back to a version, or to the one before
-export INDEX FILE.onnx   what embeds its photos, as ONNX
+export INDEX FILE        FILE.onnx: what embeds its photos, with --run a model card beside it;
+                         FILE.faiss: its vectors, a table of their rows beside it
 serve INDEX              answer over HTTP, this machine alone unless --host says more
 """
 
@@ -22,6 +23,8 @@ from pathlib import Path
 import pandas as pd
 
 from vipr_utils.data import catalog, listing
+from vipr_utils.host.files import whole_file
+from vipr_utils.judge import card, runs
 from vipr_utils.judge.choice import Choice
 from vipr_utils.judge.task import Task
 from vipr_utils.learn.models import WeightsError
@@ -111,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--backbones", nargs="*", default=["tf_efficientnet_lite0"], help="to build: frozen ones")
     add("--gallery-domain", default="", help="to build: 'shop' to answer with shop photos alone")
     add("--max-minutes", type=float, default=0.0, help="to build: of choosing, 0 is no limit")
+    add("--run", type=Path, help="to export: the run whose record the model card tells")
+    add("--kind", choices=["flat", "ivfpq"], default="flat", help="to export: of FAISS's index")
     add("--host", default="127.0.0.1", help="to serve")
     add("--port", type=int, default=8000, help="to serve; 0 takes a free one")
     given = parser.parse_intermixed_args(arguments)
@@ -148,7 +153,7 @@ def _lines(given: argparse.Namespace) -> Iterator[str]:
         case "rollback":
             yield _state(index)
         case "export":
-            yield _exported(index, *names)
+            yield _exported(index, Path(names[0] if names else "model.onnx"), given)
         case "serve":
             _needs("fastapi", "fastapi uvicorn")
             from vipr_utils.run import serve
@@ -172,12 +177,19 @@ def _built(given: argparse.Namespace) -> str:
     return f"{_state(index)}: {index.version.state['about']['what']}"
 
 
-def _exported(index: Index, file: str = "model.onnx") -> str:
-    """Write what embeds its photos."""
+def _exported(index: Index, file: Path, given: argparse.Namespace) -> str:
+    """Write what embeds its photos, or their vectors."""
+    if file.suffix == ".faiss":
+        _needs("faiss", "faiss-cpu")
+        return f"{file}: finds {index.to_faiss(file, given.kind):.1%} of the 10 nearest"
     _needs("onnxruntime", "onnx onnxruntime onnxscript")
     from vipr_utils.retrieve import export
 
-    apart = export.onnx(index.encoder, Path(file))
+    told = card.card(runs.load(given.run)) if given.run else ""
+    apart = export.onnx(index.encoder, file)
+    if told:
+        with whole_file(file.with_name("README.md")) as part:
+            part.write_text(told, encoding="utf-8")
     return f"{file}: at most {apart:.1e} from torch's embeddings"
 
 
