@@ -153,6 +153,8 @@ def test_what_is_no_photo_has_a_problem_and_no_answer(made, photos, tmp_path):
     assert left_out["file"].tolist() == ["text.jpg"] and made.products["e"] == 1
     with pytest.raises(ValueError, match="give a photo"):
         made.search([])
+    nothing = made.search([b"", b"no photo"])
+    assert nothing.lists.empty and nothing.products.empty and len(nothing.problems) == 2
 
 
 def test_lists_hold_fewer_photos_where_there_are_no_more(made):

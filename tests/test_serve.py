@@ -15,6 +15,7 @@ from conftest import picture
 from test_index import drawn, encoder  # noqa: F401
 
 from vipr_utils.retrieve.index import Index
+from vipr_utils.retrieve.labels import Confidence, Judge
 
 uvicorn = pytest.importorskip("uvicorn")
 serve = pytest.importorskip("vipr_utils.run.serve")
@@ -41,7 +42,8 @@ class Client:
 def port(tmp_path, encoder):  # noqa: F811
     """Of a service with photos of the products a to d."""
     rows, vectors = drawn([f"{letter}{i}" for letter in "abcd" for i in (0, 1)])
-    index = Index.build(tmp_path / "index", encoder, rows, vectors)
+    judge = Judge(Confidence([0.0, 2.0, 1.0], -1.0), Confidence([0.0, 1.0, 0.0], 0.0), 0.5)
+    index = Index.build(tmp_path / "index", encoder, rows, vectors, judge=judge)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(serve.app(index), log_level="error"))
@@ -61,6 +63,7 @@ def test_photo_is_added_found_and_removed(port, tmp_path):
     assert code == 201 and state == {"version": 2, "photos": 9, "products": 5}
     code, found = client.ask("POST", "/search?k=3", jpeg(1))
     assert code == 200 and found["product"] == "milk/red" and len(found["answers"]) == 3
+    assert found["there"] is True and 0.5 < found["confidence"] < 1
     first = found["answers"][0]
     assert first["photo"] == "m1" and first["rank"] == 1 and first["similarity"] > 0.999
     assert len(Index(tmp_path / "index")) == 9
