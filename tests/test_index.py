@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -472,3 +474,28 @@ def test_command_builds_adds_removes_searches_and_goes_back(toy_root, tmp_path, 
         table["photo"][read.search(query, 1)[1][0, 0]] == Index(folder).nearest(query)["photo"][0]
     )
     assert vipr("export", folder, tmp_path / "rows.faiss", "--kind", "ivfpq")[0] == 2
+
+
+def test_minimal_example_names_five_photos_and_every_shape(toy_root, tmp_path):
+    table = pd.read_csv(toy_root / "train.csv").groupby("class").head(2)
+    for name, product in table[["name", "class"]].itertuples(index=False):
+        (tmp_path / "gallery" / str(product)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(toy_root / "train" / name, tmp_path / "gallery" / str(product) / name)
+    (tmp_path / "queries").mkdir()
+    asked = pd.read_csv(toy_root / "test.csv")["name"][:3]
+    for name in asked:
+        shutil.copy(toy_root / "test" / name, tmp_path / "queries" / name)
+    (tmp_path / "queries" / "text.jpg").write_text("no photo")
+    script = Path(__file__).resolve().parents[1] / "examples" / "minimal.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "gallery", tmp_path / "queries"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"gallery ({len(table)}, 1280) queries (3, 1280)" in done.stdout
+    assert "left out: text.jpg" in done.stdout and "ranks (3, 5)" in done.stdout
+    for name in asked:
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{name}: ")]
+        assert line.count(",") == 4
