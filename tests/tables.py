@@ -396,6 +396,11 @@ def beside_rivals(path: Path) -> str:
     return "\n\n".join([table, "What is asked and missed:", "\n".join(lines)])
 
 
+def figures_of(title: str, text: str, found: list[tuple[str, str]]) -> str:
+    """A section with a row for each (what, figure)."""
+    return section(title, text, pd.DataFrame(found, columns=["what", "figure"]))
+
+
 def catalogue_uses(series: Path) -> str:
     """What notebook 08 found on the photos of a series: a row a figure."""
     record = runs.load(series / "08_catalogue_uses")["metrics"]
@@ -434,8 +439,7 @@ def catalogue_uses(series: Path) -> str:
         f"Notebook 08, grocery, {record['n_queries']:,} queries × {record['n_gallery']:,} gallery "
         "photos, by what notebook 06 chose. Confidence is fitted on validation queries."
     )
-    table = pd.DataFrame(found, columns=["what", "figure"])
-    return section("What ranked lists are good for", text, table)
+    return figures_of("What ranked lists are good for", text, found)
 
 
 def living_catalogue(path: Path) -> str:
@@ -460,8 +464,7 @@ def living_catalogue(path: Path) -> str:
         f"`benchmarks/catalogue.py`: {record['hardware']}. Vectors are drawn at random; over HTTP "
         "Lite0 embeds photos of 256 px at 224 px, and the index holds 10,000."
     )
-    table = pd.DataFrame(found, columns=["what", "figure"])
-    return section("A catalogue that lives", text, table)
+    return figures_of("A catalogue that lives", text, found)
 
 
 def results(folder: Path = REFERENCE) -> str:

@@ -359,7 +359,7 @@ def test_kill_at_any_moment_leaves_the_index_of_before_or_after(made):
     acknowledged = processes.Value("i", 0)
     rng = np.random.default_rng()
     twin = Index(shutil.copytree(made.folder, made.folder.with_name("twin")))
-    states, survived = [contents(twin)], 0
+    states = [contents(twin)]
     for _ in range(KILLS):
         child = processes.Process(target=update_for_ever, args=(made.folder, acknowledged))
         child.start()
@@ -373,8 +373,7 @@ def test_kill_at_any_moment_leaves_the_index_of_before_or_after(made):
         found = contents(Index(made.folder))
         assert found in (states[done], states[done + 1])
         acknowledged.value = states.index(found, done)
-        survived += 1
-    assert survived == KILLS and acknowledged.value > 0
+    assert acknowledged.value > 0
 
 
 def test_updates_of_several_processes_and_readers_between_them_lose_nothing(made):

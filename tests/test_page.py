@@ -194,12 +194,18 @@ def test_five_thousand_queries_stay_smooth(browser, found, toy_data, tmp_path, m
     large = View(queries, view.gallery)
     lists = scored(large, better.scores[rows], better.ranks[rows])
     monkeypatch.setattr(page, "INLINE_BYTES", 0)
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "mine.txt").write_text("a folder of the user's")
     path = page.write(tmp_path / "page.html", large, {"run": lists}, toy_data[1], title="large")
-    assert path.stat().st_size < 3_000_000 and len(list((tmp_path / "page").iterdir())) > 5000
+    assert (tmp_path / "page" / "mine.txt").is_file()
+    assert path.stat().st_size < 3_000_000 and len(list((tmp_path / "page_files").iterdir())) > 5000
     tab = browser.new_page()
     tab.goto(path.as_uri())
     tab.wait_for_selector("#list li")
     assert count(tab) == 5000 and tab.locator("#list li.row").count() == 25
+    tab.click("#next")
+    assert "page 2 of 200" in tab.inner_text("#page")
+    assert tab.get_attribute("#list li.row:first-child", "aria-posinset") == "26"
     took = tab.evaluate(
         "(() => { const start = performance.now(); at('sort').value = 'worst'; select();"
         " document.body.offsetHeight; return performance.now() - start })()"

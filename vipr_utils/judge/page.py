@@ -13,7 +13,6 @@ import argparse
 import base64
 import json
 import math
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -134,12 +133,11 @@ def _photo(image: np.ndarray) -> bytes:
 
 
 def _addresses(path: Path, photos: list[bytes]) -> list[str]:
-    """Of each photo, for the page: the photo itself, or its file in a folder written anew."""
-    folder = path.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
+    """Of each photo, for the page: the photo itself, or its file in <page>_files beside it."""
+    folder = path.with_name(f"{path.stem}_files")
     if sum(map(len, photos)) <= INLINE_BYTES:
         return [f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}" for photo in photos]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for i, photo in enumerate(photos):
         (folder / f"{i}.jpg").write_bytes(photo)
     return [f"{folder.name}/{i}.jpg" for i in range(len(photos))]
