@@ -30,7 +30,6 @@ from vipr_utils.retrieve import versions
 from vipr_utils.retrieve.encoder import Encoder, Look
 from vipr_utils.retrieve.index import Index
 from vipr_utils.retrieve.rerank import Projection, unit
-from vipr_utils.run import index as commands
 
 KILLS = int(os.environ.get("VIPR_KILLS", 12))
 DIM = 128
@@ -433,15 +432,10 @@ def test_command_builds_adds_removes_searches_and_goes_back(toy_root, tmp_path, 
         code = command.main(["index", *map(str, arguments)])
         return code, capsys.readouterr()
 
-    index = commands.build(
-        tmp_path / "index",
-        str(toy_root),
-        runs=str(tmp_path / "none"),
-        backbones=("tf_efficientnet_lite0",),
-        image_size=64,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    before = len(index)
+    places = ["--runs", tmp_path / "none", "--cache-dir", tmp_path / "cache"]
+    code, out = vipr("build", folder, toy_root, "--image-size", 64, *places)
+    assert code == 0 and "tf_efficientnet_lite0" in out.out
+    before = len(Index(folder))
     code, out = vipr("add", folder, tmp_path / "photos")
     assert code == 0 and f"version 2, {before + 9} photos" in out.out
     code, out = vipr("search", folder, photos["path"][4], tmp_path / "photos" / "p0", "-k", 2)

@@ -113,6 +113,10 @@ def test_page_filters_sorts_searches_and_turns(tab, found):
     )
     values = better.average_precision[places]
     assert (np.diff(values) >= 0).all() and len(values) == min(25, len(view.queries))
+    tab.select_option("#sort", "doubt")
+    told = tab.eval_on_selector_all(".query", "all => all.map((one) => one.innerText)")
+    sure = [float(re.search(r"confidence (\S+)", text)[1]) for text in told]
+    assert sure == sorted(sure) and sure[0] < sure[-1]
     product = view.queries["product"].iloc[3]
     tab.fill("#words", product)
     text = view.queries["name"].where(np.arange(len(view.queries)) > 0, HOSTILE)
@@ -198,7 +202,7 @@ def test_five_thousand_queries_stay_smooth(browser, found, toy_data, tmp_path, m
     (tmp_path / "page" / "mine.txt").write_text("a folder of the user's")
     path = page.write(tmp_path / "page.html", large, {"run": lists}, toy_data[1], title="large")
     assert (tmp_path / "page" / "mine.txt").is_file()
-    assert path.stat().st_size < 3_000_000 and len(list((tmp_path / "page_files").iterdir())) > 5000
+    assert path.stat().st_size < 3_000_000 and len(list(tmp_path.glob("page_files/*/*.jpg"))) > 5000
     tab = browser.new_page()
     tab.goto(path.as_uri())
     tab.wait_for_selector("#list li")
@@ -238,10 +242,14 @@ def test_lists_come_back_as_they_were_saved(found, tmp_path):
     view, worse, _ = found
     worse.ranks[0, 3:] = -1
     page.save_lists(tmp_path, view, worse)
-    again = page.load_lists(tmp_path, view)
+    again, confidence = page.load_lists(tmp_path, view)
+    assert confidence is None
     np.testing.assert_array_equal(again.ranks, worse.ranks)
     kept = worse.ranks >= 0
     np.testing.assert_allclose(again.scores[kept], worse.scores[kept], atol=1e-5)
+    told = np.linspace(0, 1, len(view.queries))
+    page.save_lists(tmp_path, view, worse, told)
+    np.testing.assert_allclose(page.load_lists(tmp_path, view)[1], told, atol=1e-5)
     with pytest.raises(runs.RunError, match="not in this data"):
         page.load_lists(tmp_path, View(view.queries[1:], view.gallery))
     with pytest.raises(runs.RunError, match="run notebook 06"):
@@ -250,14 +258,17 @@ def test_lists_come_back_as_they_were_saved(found, tmp_path):
 
 def test_command_makes_the_page_of_a_run(found, toy_root, tmp_path, capsys, monkeypatch):
     view, worse, better = found
-    for name, lists in (("a", worse), ("b", better)):
-        (tmp_path / name).mkdir()
-        page.save_lists(tmp_path / name, view, lists)
+    for name, lists in (("a", worse), ("b", better), ("old/b", worse)):
+        page.save_lists(tmp_path / name, view, lists, np.full(len(view.queries), 0.123))
     monkeypatch.setattr(runs, "load", lambda folder: {"params": {}})
     monkeypatch.setattr(runs, "ladder", lambda *_: None)
     settings = ["--data", str(toy_root), "--cache-dir", str(tmp_path / "cache")]
     both = [str(tmp_path / "b"), "--beside", str(tmp_path / "a")]
     assert command.main(["page", *both, *settings]) == 0
     text = (tmp_path / "b" / "page.html").read_text()
-    assert capsys.readouterr().out.strip().endswith("page.html") and '"name": "a"' in text
+    assert capsys.readouterr().out.strip().endswith("page.html") and '/a"' in text
+    assert "0.123" in text.partition('"confidence"')[2][:20]
+    assert command.main(["page", *both[:2], str(tmp_path / "old" / "b"), *settings]) == 0
+    text = (tmp_path / "b" / "page.html").read_text()
+    assert f'"name": "{tmp_path.name}/b"' in text and '"name": "old/b"' in text
     assert command.main(["page", str(tmp_path / "none"), *settings]) == 2

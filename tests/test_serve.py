@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from test_index import drawn, encoder  # noqa: F401
+from test_page import browser  # noqa: F401
 
 from vipr_utils.retrieve.index import Index
 from vipr_utils.retrieve.labels import Confidence, Judge
@@ -82,6 +83,16 @@ def test_update_of_another_process_is_answered_by(port, tmp_path):
     other.put(rows, other.embed([content])[0])
     code, found = Client(port).ask("POST", "/search", content)
     assert code == 200 and found["answers"][0]["photo"] == "z0"
+
+
+def test_openapi_page_loads_nothing_from_elsewhere(port, browser):  # noqa: F811
+    tab, asked, home = browser.new_page(), [], f"http://127.0.0.1:{port}/"
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(home + "docs")
+    tab.wait_for_selector('[data-path="/products/{name}"]')
+    tab.close()
+    assert [url for url in asked if not url.startswith(("data:", home))] == []
+    assert home + "openapi.json" in asked
 
 
 def bomb() -> bytes:

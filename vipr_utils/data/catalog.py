@@ -164,9 +164,7 @@ def split(
         queries = _held_out(train, holdout, seed)
         train = gallery = train.drop(queries.index)
     elif protocol == "unseen":
-        products = np.random.default_rng(seed).permutation(np.unique(train["product_id"]))
-        n_hidden = max(1, round(holdout * len(products)))
-        hidden = train[train["product_id"].isin(products[:n_hidden])]
+        hidden = train[train["product_id"].isin(unseen_products(train, holdout, seed))]
         queries = _held_out(hidden, 0.5, seed)
         gallery, train = train.drop(queries.index), train.drop(hidden.index)
     else:
@@ -177,6 +175,12 @@ def split(
             "'seen' and 'unseen' need products with two train photos"
         )
     return train, queries, narrow(gallery, gallery_domain)
+
+
+def unseen_products(train: pd.DataFrame, holdout: float = 0.2, seed: int = 0) -> np.ndarray:
+    """Those that protocol `unseen` does not train on: a share of the products of these rows."""
+    products = np.random.default_rng(seed).permutation(np.unique(train["product_id"]))
+    return products[: max(1, round(holdout * len(products)))]
 
 
 def narrow(gallery: pd.DataFrame, domain: str) -> pd.DataFrame:

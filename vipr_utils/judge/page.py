@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -61,22 +63,23 @@ def write(
         found = {name: _part(result, some) for name, result in found.items()}
         embeddings = None if embeddings is None else embeddings[some]
         confidence = None if confidence is None else confidence[some]
-    data = {
-        "title": title,
-        "figures": figures,
-        "ladder": _rungs(ladder),
-        "confidence": None if confidence is None else _numbers(confidence),
-    }
+    data = {"title": title, "figures": figures, "ladder": _rungs(ladder)}
+    data["confidence"] = None if confidence is None else _numbers(confidence)
     data |= _content(path, view, found, store)
     if embeddings is not None and len(embeddings) > 3:
         x, y = places(embeddings).T
         data["queries"] |= {"x": _numbers(x), "y": _numbers(y)}
     with whole_file(path) as part:
         part.write_text(_page(data), encoding="utf-8")
+    for old in _files(path).glob("[0-9a-f]" * 16):
+        if f"/{old.name}/" not in data["queries"]["photo"][0]:
+            shutil.rmtree(old)  # photos of the page before
     return path
 
 
-def _page(data: dict) -> str:
+def _page(
+    data: dict,
+) -> str:
     """The template with the data, none of which can end the element it stands in."""
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text)
@@ -104,23 +107,22 @@ def _content(
     }
 
 
-def some_queries(queries: pd.DataFrame, most: int) -> np.ndarray:
-    """(Q,) bool: `most` of them or fewer, of whole products where these have labels."""
-    if (queries["product_id"] >= 0).any():
-        chosen = queries["product_id"].isin(some_products(queries, most)).to_numpy()
-        return chosen & (chosen.cumsum() <= most)
-    return np.arange(len(queries)) < most
+def some_queries(
+    queries: pd.DataFrame,
+    most: int,
+) -> np.ndarray:
+    """(Q,) bool: `most` of them or fewer, of whole products but for the last."""
+    chosen = queries["product_id"].isin(some_products(queries, most)).to_numpy()
+    return chosen & (chosen.cumsum() <= most)
 
 
-def _part(found: Retrieval, some: np.ndarray) -> Retrieval:
+def _part(
+    found: Retrieval,
+    some: np.ndarray,
+) -> Retrieval:
     """The lists of some queries."""
-    return replace(
-        found,
-        scores=found.scores[some],
-        ranks=found.ranks[some],
-        hits=found.hits[some],
-        n_relevant=found.n_relevant[some],
-    )
+    lists = ("scores", "ranks", "hits", "n_relevant")
+    return replace(found, **{name: getattr(found, name)[some] for name in lists})
 
 
 def _photo(image: np.ndarray) -> bytes:
@@ -132,15 +134,24 @@ def _photo(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
 
-def _addresses(path: Path, photos: list[bytes]) -> list[str]:
-    """Of each photo, for the page: the photo itself, or its file in <page>_files beside it."""
-    folder = path.with_name(f"{path.stem}_files")
+def _addresses(
+    path: Path,
+    photos: list[bytes],
+) -> list[str]:
+    """Of each photo, for the page: the photo itself, or its file in a folder that no page before
+    this one looks into."""
     if sum(map(len, photos)) <= INLINE_BYTES:
         return [f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}" for photo in photos]
+    folder = _files(path) / hashlib.sha256(b"".join(photos)).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     for i, photo in enumerate(photos):
         (folder / f"{i}.jpg").write_bytes(photo)
-    return [f"{folder.name}/{i}.jpg" for i in range(len(photos))]
+    return [f"{folder.parent.name}/{folder.name}/{i}.jpg" for i in range(len(photos))]
+
+
+def _files(path: Path) -> Path:
+    """The folder of a page's photos."""
+    return path.with_name(f"{path.stem}_files")
 
 
 def _table(rows: pd.DataFrame, addresses: list[str]) -> dict[str, list]:
@@ -178,19 +189,13 @@ def _numbers(values) -> list[float | None]:
 
 
 def _rungs(ladder: pd.DataFrame | None) -> list[dict]:
+    """A row a run: name, map_at_5, low, high."""
     if ladder is None:
         return []
-    rungs = []
-    for name, row in ladder.dropna(subset="map_at_5").iterrows():
-        score, low, high = row[["map_at_5", "map_at_5_low", "map_at_5_high"]].astype(float)
-        rung = {
-            "name": str(name),
-            "map_at_5": score,
-            "low": score if math.isnan(low) else low,
-            "high": score if math.isnan(high) else high,
-        }
-        rungs.append(rung)
-    return rungs
+    columns = {"map_at_5": "map_at_5", "map_at_5_low": "low", "map_at_5_high": "high"}
+    scores = ladder[list(columns)].rename(columns=columns).astype(float)
+    scores = scores.dropna(subset="map_at_5").bfill(axis=1).ffill(axis=1)
+    return scores.rename_axis("name").reset_index().to_dict("records")
 
 
 def _figures(
@@ -226,8 +231,10 @@ def save_lists(
     folder: Path,
     view: View,
     found: Retrieval,
+    confidence: np.ndarray | None = None,
 ) -> None:
-    """Write <folder>/lists.csv: query, rank, photo, similarity."""
+    """Write <folder>/lists.csv: query, rank, photo, similarity, and the confidence (Q,) of each
+    query where it is known."""
     query, place = np.nonzero(found.ranks[:, :5] >= 0)
     table = pd.DataFrame(
         {
@@ -237,12 +244,18 @@ def save_lists(
             "similarity": found.scores[query, place].round(5),
         }
     )
+    if confidence is not None:
+        table["confidence"] = confidence[query].round(5)
     with whole_file(Path(folder) / "lists.csv") as part:
         table.to_csv(part, index=False)
 
 
-def load_lists(folder: Path, view: View) -> Retrieval:
-    """What `save_lists` wrote, of a view's queries. Raises RunError where it is of other photos."""
+def load_lists(
+    folder: Path,
+    view: View,
+) -> tuple[Retrieval, np.ndarray | None]:
+    """(the lists that `save_lists` wrote, the confidence) of a view's queries. Raises RunError
+    where they are of other photos."""
     file = Path(folder) / "lists.csv"
     if not file.is_file():
         raise runs.RunError(f"{file} does not exist: run notebook 06 into {folder} first")
@@ -255,7 +268,11 @@ def load_lists(folder: Path, view: View) -> Retrieval:
     scores = np.full(ranks.shape, -np.inf)
     ranks[query, table["rank"] - 1] = photo
     scores[query, table["rank"] - 1] = table["similarity"]
-    return scored(view, scores, ranks)
+    confidence = None
+    if "confidence" in table:
+        confidence = np.full(len(view.queries), np.nan)
+        confidence[query] = table["confidence"]
+    return scored(view, scores, ranks), confidence
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -298,12 +315,17 @@ def of_runs(
         with np.load(run / "embeddings.npz") as kept:
             if kept["query_names"].tolist() == view.queries["name"].tolist():
                 embeddings = kept["queries"].astype(np.float32)
+    found = {}
+    for folder in folders:
+        name = "/".join(folder.resolve().parts[-2:])  # two runs may be called alike
+        found[name], confidence = load_lists(folder, view)
     return write(
         run / "page.html",
         view,
-        {folder.name: load_lists(folder, view) for folder in folders},
+        found,
         task.store,
         title=f"{run.name}, {Path(task.photos.attrs['root']).name}",
         ladder=runs.ladder(run.parent, task.photos.attrs["fingerprint"]),
         embeddings=embeddings,
+        confidence=confidence,
     )

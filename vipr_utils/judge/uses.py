@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from vipr_utils.data import catalog
 from vipr_utils.judge import metrics
 from vipr_utils.judge.task import Sides, Task
 from vipr_utils.retrieve import encoder, labels, pipeline, rerank
@@ -72,17 +73,16 @@ def strangers(
     """Whether a catalogue without a share of its products notices the queries that show them.
 
     asked, learned: embeddings by a frozen network of the sides of the view and of 'validation'.
-    Projection and judge are fitted on validation without the hidden products. None where too few
-    products are left to fit on or no query shows a hidden one.
+    Hidden are the products that protocol `unseen` does not train on. Projection and judge are
+    fitted on validation without them. None where too few products are left to fit on or no query
+    shows a hidden one.
     """
     queries = task.views[view].queries
     photos = task.known(view)
-    products = np.unique(photos["product_id"])
-    drawn = np.random.default_rng(seed).permutation(products)
-    secret = drawn[: max(1, round(hidden * len(products)))]
+    secret = catalog.unseen_products(photos, hidden, seed)
     strange = queries["product_id"].isin(secret).to_numpy()
     shown = ~photos["product_id"].isin(secret).to_numpy()
-    few = len(products) - len(secret) < 2
+    few = photos["product_id"].nunique() - len(secret) < 2
     asked_there = ~task.validation.queries["product_id"].isin(secret)
     if few or not asked_there.any() or strange.all() or not strange.any():
         return None

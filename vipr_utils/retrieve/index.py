@@ -253,7 +253,7 @@ class Index:
             {"query": np.arange(len(vectors)), "product": names[votes.product].array}
         )
         if version.judge:
-            found[["confidence", "there"]] = version.judge(votes)[["confidence", "there"]]
+            found["confidence"], found["there"] = version.judge(votes)
         return found
 
     def nearest(self, vectors: np.ndarray, k: int = 5) -> pd.DataFrame:

@@ -119,14 +119,9 @@ class Judge:
         least = float(np.quantile(there(votes.evidence), 1 - keep))
         return cls(Confidence.fit(votes.evidence, votes.product == labels), there, least, keep)
 
-    def __call__(self, votes: Votes) -> pd.DataFrame:
-        """A row a query: product, confidence, there (bool)."""
-        found = {
-            "product": votes.product,
-            "confidence": self.right(votes.evidence),
-            "there": self.there(votes.evidence) >= self.least,
-        }
-        return pd.DataFrame(found)
+    def __call__(self, votes: Votes) -> tuple[np.ndarray, np.ndarray]:
+        """(confidence, there), (Q,) each: of being right, and whether the product is there."""
+        return self.right(votes.evidence), self.there(votes.evidence) >= self.least
 
 
 def judge(queries, labels, gallery, products, *, k: int = NEIGHBOURS, device="cpu") -> Judge:
@@ -238,7 +233,10 @@ def neighbour_graph(x: np.ndarray, k: int, *, device="cpu") -> sparse.csr_array:
     return (scale @ graph @ scale).tocsr()
 
 
-def _largest(matrix: sparse.csr_array, most: int) -> sparse.csr_array:
+def _largest(
+    matrix: sparse.csr_array,
+    most: int,
+) -> sparse.csr_array:
     """With the `most` largest values of each row."""
     matrix = matrix.tocsr()
     sizes = np.diff(matrix.indptr)

@@ -97,10 +97,10 @@ def _parts(state: dict) -> set[str]:
 
 
 def put(folder: Path, content: bytes, ending: str) -> str:
-    """Write a part; its name. One that is there is the same."""
+    """Write a part; its name. One that is there and whole stays."""
     name = f"{hashlib.sha256(content).hexdigest()}{ending}"
     path = folder / "parts" / name
-    if not path.is_file():
+    if not path.is_file() or path.read_bytes() != content:
         with whole_file(path) as part:
             part.write_bytes(content)
     return name

@@ -35,37 +35,25 @@ ZOOMS = [1.0, 0.8, 0.65]
 STACKS = ["product_votes(3)", "alpha_query_expansion(5, 3) + product_votes(5)"]
 
 
-def build(
-    folder: Path,
-    data_root: str,
-    *,
-    runs: str = "submissions",
-    backbones: tuple[str, ...] = ("tf_efficientnet_lite0",),
-    image_size: int = 0,
-    gallery_domain: str = "",
-    max_minutes: float = 0.0,
-    device: str = "auto",
-    cache_dir: str = "",
-) -> Index:
-    """An index of a data root that answers as well as validation knows how to.
-
-    runs: folder of finished runs, whose networks take part where they learned from these photos.
-    Other settings as in notebook 06.
-    """
+def build(given: argparse.Namespace) -> Index:
+    """An index of a data root that answers as well as validation knows how to."""
     task = Task(
-        data_root,
-        gallery_domain=gallery_domain,
-        seen_px=round((image_size or 224) / min(ZOOMS)),
-        device=device,
-        cache_dir=cache_dir,
+        *given.names[:1],
+        gallery_domain=given.gallery_domain,
+        seen_px=round((given.image_size or 224) / min(ZOOMS)),
+        cache_dir=given.cache_dir,
     )
     choice = Choice.open(
-        task, Path(runs), backbones=list(backbones), image_size=image_size, max_minutes=max_minutes
+        task,
+        given.runs,
+        backbones=given.backbones,
+        image_size=given.image_size,
+        max_minutes=given.max_minutes,
     )
     choice.climb(ZOOMS, STACKS, [])
     best = choice.indexable()
     return choice.index(
-        folder, best, validation=choice.score(best), data=catalog.describe_data(task.photos)
+        given.index, best, validation=choice.score(best), data=catalog.describe_data(task.photos)
     )
 
 
@@ -110,8 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("names", nargs="*", help="data, folder, products, photos or a version: see above")
     add("-k", type=int, default=5, help="answers for each photo")
     add("--json", action="store_true", help="answers as JSON, a line for each photo")
-    add("--runs", default="submissions", help="to build: finished runs whose networks take part")
+    finished = "to build: finished runs whose networks take part"
+    add("--runs", type=Path, default=Path("submissions"), help=finished)
     add("--backbones", nargs="*", default=["tf_efficientnet_lite0"], help="to build: frozen ones")
+    add("--image-size", type=int, default=0, help="to build: pixels of frozen ones, 0 their own")
+    add("--cache-dir", default="", help="to build: of packed photos and features")
     add("--gallery-domain", default="", help="to build: 'shop' to answer with shop photos alone")
     add("--max-minutes", type=float, default=0.0, help="to build: of choosing, 0 is no limit")
     add("--run", type=Path, help="to export: the run whose record the model card tells")
@@ -132,7 +123,8 @@ def _lines(given: argparse.Namespace) -> Iterator[str]:
     """What the command made, found or changed."""
     folder, names = given.index, given.names
     if given.command == "build":
-        yield _built(given)
+        index = build(given)
+        yield f"{_state(index)}: {index.version.state['about']['what']}"
         return
     if given.command == "rollback":  # what is in force may be damaged
         versions.rollback(folder, int(names[0]) if names else 0)
@@ -162,19 +154,6 @@ def _lines(given: argparse.Namespace) -> Iterator[str]:
             port = opened.getsockname()[1]
             yield f"{_state(index)}; http://{given.host}:{port}/docs, Ctrl-C ends it"
             serve.serve(index, opened)
-
-
-def _built(given: argparse.Namespace) -> str:
-    """Build one, and say what answers."""
-    index = build(
-        given.index,
-        given.names[0] if given.names else "",
-        runs=given.runs,
-        backbones=tuple(given.backbones),
-        gallery_domain=given.gallery_domain,
-        max_minutes=given.max_minutes,
-    )
-    return f"{_state(index)}: {index.version.state['about']['what']}"
 
 
 def _exported(index: Index, file: Path, given: argparse.Namespace) -> str:
