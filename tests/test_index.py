@@ -357,12 +357,16 @@ def test_kill_at_any_moment_leaves_the_index_of_before_or_after(made):
     processes = multiprocessing.get_context("fork")
     acknowledged = processes.Value("i", 0)
     rng = np.random.default_rng()
-    twin = Index(shutil.copytree(made.folder, made.folder.with_name("twin")))
+    folder, began = shutil.copytree(made.folder, made.folder.with_name("twin")), time.monotonic()
+    twin = Index(folder)
     states = [contents(twin)]
+    update(twin, 0)
+    took = time.monotonic() - began
+    states.append(contents(twin))
     for _ in range(KILLS):
         child = processes.Process(target=update_for_ever, args=(made.folder, acknowledged))
         child.start()
-        time.sleep(0.02 + rng.random() * 0.2)
+        time.sleep(rng.random() * 3 * took)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         done = acknowledged.value

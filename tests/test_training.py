@@ -526,8 +526,8 @@ def test_full_disk_leaves_the_last_checkpoint_usable(toy_data, tmp_path, monkeyp
     state.save()
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
-    def full(data, path):
-        Path(path).write_bytes(b"half a checkpoint")
+    def full(data, file):
+        file.write(b"half a checkpoint")
         raise RuntimeError(
             "[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file"
         )

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 
 from vipr_utils.data import listing
 from vipr_utils.data.tables import CatalogError
-from vipr_utils.host.files import retried, whole_file
+from vipr_utils.host.files import retried, write_whole
 
 CATALOG = ["image_id", "name", "path", "split", "product_id", "product", "group", "domain"]
 WHOLE = r"(0|[1-9]\d{0,17})(\.0*)?"  # pandas writes 3.0 for 3 where a field of the column is empty
@@ -277,8 +277,7 @@ class Validation:
 
     def save(self, folder: Path) -> None:
         """Write the table to <folder>/split.csv, whole."""
-        with whole_file(folder / "split.csv") as part:
-            self.table.to_csv(part, index=False)
+        write_whole(folder / "split.csv", self.table.to_csv(index=False))
 
     def record(self, metrics: dict) -> dict:
         """The `validation` entry of run.json: the split and what was scored on it."""

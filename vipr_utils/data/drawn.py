@@ -12,7 +12,7 @@ import pandas as pd
 
 from vipr_utils.data.store import decoders, read_image
 from vipr_utils.data.transforms import customer_like
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import write_whole
 
 VERSION = 1  # of the pictures: rises with the code that draws them, as does that of embeddings
 LONGEST_PX = 640
@@ -83,8 +83,7 @@ def _draw(root: Path, grounds: list[str], path: str, name: str, file: str) -> No
     picture = customer_like(_reduced(root / path), _reduced(root / grounds[at]), rng)
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-    with whole_file(Path(file)) as part:
-        part.write_bytes(data)
+    write_whole(Path(file), data)
 
 
 def _reduced(path: Path) -> np.ndarray:

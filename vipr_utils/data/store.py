@@ -21,14 +21,14 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import numpy as safetensors
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from vipr_utils.data import audit, catalog, toy
 from vipr_utils.data.transforms import customer_like, zoomed
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores, single_threaded
-from vipr_utils.host.files import locked, retried, whole_file
+from vipr_utils.host.files import locked, retried, write_whole
 from vipr_utils.host.progress import LOG, reporter
 
 VERSION = 2  # of the packed photos: rises with the code that makes them
@@ -227,8 +227,8 @@ def _build(photos: pd.DataFrame, folder: Path, store_px: int) -> None:
                 "jpegs": np.frombuffer(b"".join(jpegs), np.uint8),
                 "layouts": np.stack(layouts),
             }
-            with whole_file(folder / f"{row}.safetensors") as part:
-                save_file(arrays, part, {"files": pd.DataFrame(facts).to_json()})
+            content = safetensors.save(arrays, {"files": pd.DataFrame(facts).to_json()})
+            write_whole(folder / f"{row}.safetensors", content)
             reached(done)
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import write_whole
 from vipr_utils.judge import metrics, runs
 from vipr_utils.judge.task import Retrieval, Task
 from vipr_utils.learn import models
@@ -201,8 +201,7 @@ class Board:
         for view, found in self.entries[chosen].views.items():
             if view != "validation":
                 per_query[view] = found.average_precision.round(4)
-        with whole_file(Path(folder) / "average_precision.csv") as part:
-            per_query.to_csv(part, index=False)
+        write_whole(Path(folder) / "average_precision.csv", per_query.to_csv(index=False))
 
     def save_run(
         self, folder: Path, chosen: str, *, model: dict | None = None, figures=(), **record

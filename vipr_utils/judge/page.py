@@ -26,7 +26,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from vipr_utils.data.store import Store
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import write_whole
 from vipr_utils.judge import runs
 from vipr_utils.judge.task import Retrieval, Task, View, scored, some_products
 
@@ -69,8 +69,7 @@ def write(
     if embeddings is not None and len(embeddings) > 3:
         x, y = places(embeddings).T
         data["queries"] |= {"x": _numbers(x), "y": _numbers(y)}
-    with whole_file(path) as part:
-        part.write_text(_page(data), encoding="utf-8")
+    write_whole(path, _page(data))
     for old in _files(path).glob("[0-9a-f]" * 16):
         if f"/{old.name}/" not in data["queries"]["photo"][0]:
             shutil.rmtree(old)  # photos of the page before
@@ -246,8 +245,7 @@ def save_lists(
     )
     if confidence is not None:
         table["confidence"] = confidence[query].round(5)
-    with whole_file(Path(folder) / "lists.csv") as part:
-        table.to_csv(part, index=False)
+    write_whole(Path(folder) / "lists.csv", table.to_csv(index=False))
 
 
 def load_lists(

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import write_whole
 from vipr_utils.judge.board import gain
 
 # Okabe and Ito's colours, told apart by colour-blind readers: https://jfly.uni-koeln.de/color/
@@ -60,8 +60,7 @@ class Picture:
 
     def save(self, path: Path) -> Picture:
         """Write the PNG whole and return the picture, so that a cell can end with it."""
-        with whole_file(path) as part:
-            part.write_bytes(self.png)
+        write_whole(path, self.png)
         return self
 
 

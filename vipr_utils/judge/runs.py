@@ -17,7 +17,7 @@ import pandas as pd
 
 from vipr_utils.host import platform
 from vipr_utils.host.device import hardware, versions
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import write_whole
 from vipr_utils.judge import metrics
 
 KEYS = [
@@ -110,9 +110,7 @@ def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
     text = json.dumps(record, default=_plain)
     finite = json.loads(text, parse_constant=lambda name: None)  # null for NaN and infinity
     path = Path(folder) / "run.json"
-    with whole_file(path) as part:
-        text = json.dumps(finite, indent=1, ensure_ascii=False)
-        part.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(finite, indent=1, ensure_ascii=False) + "\n")
     path.with_name(UNFINISHED).unlink(missing_ok=True)
     return path
 
@@ -187,7 +185,7 @@ def set_aside(folder: Path, why: str) -> None:
     """Call a run unfinished, and rename what a finished one left in its folder (run.json.old), lest
     it be taken for this one's.
     """
-    (folder / UNFINISHED).write_text(why + "\n", encoding="utf-8")
+    write_whole(folder / UNFINISHED, why + "\n")
     if (folder / "run.json").is_file():
         for name in RESULTS:
             if (folder / name).is_file():

@@ -19,7 +19,7 @@ import pandas as pd
 
 from vipr_utils.data import catalog, tables
 from vipr_utils.data.tables import CatalogError, Fault
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import write_whole
 from vipr_utils.judge import metrics
 
 RANKING, CLASSIFICATION, LENGTH = ["id", "images"], ["name", "class"], 5
@@ -84,8 +84,7 @@ def _write(path: Path, header: list, names, answers) -> Path:
     twice = table[header[0]][table[header[0]].duplicated()]
     if len(twice):
         raise SubmissionError(f"{path}: query {twice.iloc[0]!r} is answered twice: answer it once")
-    with whole_file(path) as part:
-        table.to_csv(part, index=False, lineterminator="\n")
+    write_whole(path, table.to_csv(index=False, lineterminator="\n"))
     return Path(path)
 
 

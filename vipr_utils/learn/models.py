@@ -327,8 +327,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 def save(model: Embedder, path: Path, **changes) -> Path:
     """Write a checkpoint that rebuilds itself: tensors, and the record (architecture, transform,
     weights) with changes such as the image_size and the distance it was trained for."""
-    with whole_file(path) as part:
-        write(model, part, **changes)
+    with whole_file(path) as part, open(part, "wb") as file:  # a path would stand in the file
+        write(model, file, **changes)
     return Path(path)
 
 

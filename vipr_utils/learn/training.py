@@ -37,7 +37,7 @@ from vipr_utils.data import store
 from vipr_utils.data.store import Photos
 from vipr_utils.host import platform, progress
 from vipr_utils.host.device import DepthwiseInFloat32, autocast, compute_dtype, cores, tune
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import whole_file, write_whole
 from vipr_utils.learn import models
 from vipr_utils.learn.sampling import ShuffledSampler, with_occurrences
 
@@ -422,8 +422,7 @@ class _Training:
             data = {"identity": self.identity, "network": self.network.state_dict()}
             _write(data | {"history": self.history}, self.folder / "trained.pt")
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        with whole_file(self.folder / "history.csv") as part:
-            history.to_csv(part, index=False)
+        write_whole(self.folder / "history.csv", history.to_csv(index=False))
         return history
 
     def save(self) -> None:
@@ -542,8 +541,8 @@ def _identity(network: _Network, photos: Photos, sampler, recipe: Recipe) -> dic
 
 
 def _write(data: dict, path: Path) -> None:
-    with whole_file(path) as part:
-        torch.save(data, part)
+    with whole_file(path) as part, open(part, "wb") as file:  # a path would stand in the file
+        torch.save(data, file)
 
 
 def _read(path: Path, **settings) -> dict:

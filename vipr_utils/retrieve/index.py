@@ -22,7 +22,7 @@ import pandas as pd
 from safetensors import numpy as safetensors
 
 from vipr_utils.data.store import Packed
-from vipr_utils.host.files import locked, whole_file
+from vipr_utils.host.files import locked, write_whole
 from vipr_utils.host.progress import reporter
 from vipr_utils.learn import models
 from vipr_utils.retrieve import by_faiss, labels, pipeline, versions
@@ -333,8 +333,8 @@ class Index:
         those who outgrow a machine; the recall of the 10 nearest, see `by_faiss.export`.
         """
         share = by_faiss.export(self.version.vectors.rows.numpy(), Path(path), kind)
-        with whole_file(Path(path).with_suffix(".csv")) as part:
-            self.version.rows[COLUMNS].to_csv(part, index=False)
+        table = self.version.rows[COLUMNS].to_csv(index=False)
+        write_whole(Path(path).with_suffix(".csv"), table)
         return share
 
     def _update(

@@ -15,7 +15,7 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vipr_utils.host.files import locked, whole_file
+from vipr_utils.host.files import locked, write_whole
 
 KEPT = 10  # versions to go back to
 ROLL_BACK = "go back to a version before it (rollback), or build the index anew"
@@ -47,8 +47,7 @@ def current(folder: Path) -> tuple[int, str]:
 
 def switch(folder: Path, number: int, sha256: str) -> None:
     """Put a version in force."""
-    with whole_file(folder / "CURRENT") as part:
-        part.write_text(json.dumps({"version": number, "sha256": sha256}))
+    write_whole(folder / "CURRENT", json.dumps({"version": number, "sha256": sha256}))
 
 
 def publish(folder: Path, state: dict, what: str) -> tuple[int, str, dict]:
@@ -59,8 +58,7 @@ def publish(folder: Path, state: dict, what: str) -> tuple[int, str, dict]:
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     state = state | {"version": number, "parent": parent, "created": created, "what": what}
     content = json.dumps(state).encode()
-    with whole_file(file_of(folder, number)) as part:
-        part.write_bytes(content)
+    write_whole(file_of(folder, number), content)
     sha256 = hashlib.sha256(content).hexdigest()
     switch(folder, number, sha256)
     _clear(folder, {number, parent})
@@ -68,8 +66,7 @@ def publish(folder: Path, state: dict, what: str) -> tuple[int, str, dict]:
 
 
 def _clear(folder: Path, needed: set[int]) -> None:
-    """Remove versions but the KEPT newest and those needed, parts that no version names, and what a
-    killed update left."""
+    """Remove versions but the KEPT newest and those needed, and parts that no version names."""
     there = numbers(folder)
     named = set()
     for number in there:
@@ -83,9 +80,6 @@ def _clear(folder: Path, needed: set[int]) -> None:
             file.unlink()
     for file in (folder / "parts").iterdir():
         if file.name not in named:
-            file.unlink()
-    for place in (folder, folder / "versions"):
-        for file in place.glob(".*.part"):
             file.unlink()
 
 
@@ -101,8 +95,7 @@ def put(folder: Path, content: bytes, ending: str) -> str:
     name = f"{hashlib.sha256(content).hexdigest()}{ending}"
     path = folder / "parts" / name
     if not path.is_file() or path.read_bytes() != content:
-        with whole_file(path) as part:
-            part.write_bytes(content)
+        write_whole(path, content)
     return name
 
 

@@ -37,7 +37,7 @@ import torch
 
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores, memory_gb
-from vipr_utils.host.files import locked, whole_file
+from vipr_utils.host.files import locked, write_whole
 from vipr_utils.judge import runs
 from vipr_utils.run import kernel, plan, report
 from vipr_utils.run.params import BadParameters, Run, find_notebook, load_runs, naming, setting
@@ -205,8 +205,7 @@ def run_one(run: Run, *, force: bool, slot: dict, stop: threading.Event) -> Resu
             return Result(run, "FAIL", seconds, reason)
         runs.settle(folder)
         if record.is_file():
-            with whole_file(mark) as part:
-                part.write_text(_mark(inputs, record))
+            write_whole(mark, _mark(inputs, record))
         absent = ", ".join(runs.unfinished(folder.parent)) if run.reads_runs else ""
         return Result(run, "ok", seconds, absent and f"without {absent}: not finished")
 
@@ -326,7 +325,8 @@ def execute(paths: list[str], given: argparse.Namespace) -> int:
         return 130
     folders = [result.run.folder() for result in results if result.status != "FAIL"]
     for output_dir in sorted({folder.parent for folder in folders}):
-        runs.scoreboard(output_dir).to_csv(output_dir / "scoreboard.csv", index=False)
+        table = runs.scoreboard(output_dir).to_csv(index=False)
+        write_whole(output_dir / "scoreboard.csv", table)
         for line in report.closing([f for f in folders if f.parent == output_dir]):
             kernel.say(line)
     return int(len(folders) < len(results))

@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 from vipr_utils.data import catalog, listing
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import write_whole
 from vipr_utils.judge import card, runs
 from vipr_utils.judge.choice import Choice
 from vipr_utils.judge.task import Task
@@ -167,8 +167,7 @@ def _exported(index: Index, file: Path, given: argparse.Namespace) -> str:
     told = card.card(runs.load(given.run)) if given.run else ""
     apart = export.onnx(index.encoder, file)
     if told:
-        with whole_file(file.with_name("README.md")) as part:
-            part.write_text(told, encoding="utf-8")
+        write_whole(file.with_name("README.md"), told)
     return f"{file}: at most {apart:.1e} from torch's embeddings"
 
 

@@ -41,10 +41,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import joblib
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 
 from vipr_utils.host import platform
-from vipr_utils.host.files import whole_file
+from vipr_utils.host.files import whole_file, write_whole
 from vipr_utils.judge import runs
 from vipr_utils.learn import models
 from vipr_utils.run.params import BadParameters, Run, load_runs, setting
@@ -137,10 +137,9 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
         state = {f"backbone.{k}": v.contiguous() for k, v in model.backbone.state_dict().items()}
         metadata = {"source": origin["source"], "source_sha256": origin["sha256"]}
         path = folder / f"{name.replace('/', '_')}.safetensors"
-        with whole_file(path) as part:
-            save_file(state, part, metadata=metadata)
+        write_whole(path, safetensors.save(state, metadata=metadata))
         sums += f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-    (folder / "SHA256SUMS").write_text(sums)
+    write_whole(folder / "SHA256SUMS", sums)
     about = f"Pretrained weights of {', '.join(names)}; each keeps the licence of its source."
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
@@ -174,8 +173,7 @@ def _dataset(folder: Path, owner: str, *, title: str, licence: str, description:
 
 
 def _write(path: Path, content: dict) -> Path:
-    with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1))
+    write_whole(path, json.dumps(content, indent=1))
     return path
 
 
