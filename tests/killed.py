@@ -103,22 +103,28 @@ def main() -> None:
     phase = fork.Value("i", 0)
 
     def start(place: Path):
+        phase.value = 0
         process = fork.Process(target=partial(watched, root, place, phase))
         process.start()
         return process
 
-    began = time.monotonic()
+    seconds = dict.fromkeys(range(len(PHASES) - 1), 0.0)
     whole = start(work / "whole")
-    whole.join()
-    took = time.monotonic() - began
+    while whole.is_alive():
+        time.sleep(0.005)
+        if phase.value in seconds:
+            seconds[phase.value] += 0.005
     assert whole.exitcode == 0
     expected, place = outcome(work / "whole"), work / "killed"
     told = dict.fromkeys(PHASES, 0)
     ended, starts = 0, 0
     while sum(told.values()) < kills:
+        aim = starts % len(seconds)
         starts += 1
         process = start(place)
-        process.join(rng.random() * took * 0.7)
+        while process.is_alive() and phase.value < aim:
+            time.sleep(0.001)
+        process.join(rng.random() * seconds[aim])
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
