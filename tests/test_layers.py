@@ -107,6 +107,24 @@ def test_package_prints_only_in_command_lines_and_progress(module):
     assert printing_functions(module) <= allowed
 
 
+def calls(module: str, name: str) -> list[ast.Call]:
+    """Of something.name(...)."""
+    found = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    return [call for call in found if getattr(call.func, "attr", "") == name]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_is_unpickled_but_what_a_training_hands_to_its_own_processes(module):
+    for call in calls(module, "load"):
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("allow_pickle", "False") == "False"
+        if ast.unparse(call.func) == "torch.load":
+            assert given["weights_only"] == "True" or (
+                module == "learn/training" and ast.unparse(call.args[0]) == "job"
+            )
+    assert not imported(module)[1] & {"marshal", "shelve", "dill", "cloudpickle"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_module_says_what_it_is_about(module):
     assert ast.get_docstring(tree(module))
