@@ -41,6 +41,15 @@ def test_votes_are_those_of_a_plain_loop():
         assert found.margin[q] == pytest.approx(best[winner] - others, abs=1e-5)
 
 
+def test_evidence_is_share_similarity_and_margin_of_lists_counted_by_hand():
+    scores = np.array([[0.75, 0.5, 0.25], [0.5, 0.5, 0.25]])
+    found = labels.vote(scores, np.array([[0, 1, 2], [2, 0, 1]]), np.array([7, 7, 8]), alpha=1.0)
+    assert found.product.tolist() == [7, 7]
+    np.testing.assert_allclose(
+        found.evidence, [[1.25 / 1.5, 0.75, 0.75 - 0.25], [0.75 / 1.25, 0.5, 0.5 - 0.5]], atol=1e-6
+    )
+
+
 def test_empty_lists_name_no_product():
     found = labels.vote(np.full((2, 3), -np.inf), np.full((2, 3), -1), np.arange(4))
     assert found.product.tolist() == [-1, -1] and found.share.tolist() == [0, 0]

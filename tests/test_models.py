@@ -121,9 +121,9 @@ def test_weights_come_from_a_file_a_folder_or_the_attached_folder(tmp_path, monk
 
 
 def test_weights_of_another_architecture_are_refused_with_the_tensor_named(tmp_path):
-    torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "resnet34.pth")
+    torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "mine.pth")
     with pytest.raises(models.WeightsError, match=r"do not fit 'resnet50' .*layer1\.0\.conv3"):
-        models.create("resnet50", weights=str(tmp_path / "resnet34.pth"))
+        models.create("resnet50", weights=str(tmp_path / "mine.pth"))
 
 
 def test_weights_that_lack_one_tensor_are_refused_with_the_tensor_named(tmp_path):

@@ -6,11 +6,10 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
-from vipr_utils.data.store import decoders, read_image
+from vipr_utils.data.store import decoders, jpeg, read_image, reduced
 from vipr_utils.data.transforms import customer_like
 from vipr_utils.host.files import write_whole
 
@@ -80,15 +79,6 @@ def _draw(root: Path, grounds: list[str], path: str, name: str, file: str) -> No
     at = int(rng.integers(len(grounds)))
     if grounds[at] == path:  # its own ground only where there is no other
         at = (at + 1) % len(grounds)
-    picture = customer_like(_reduced(root / path), _reduced(root / grounds[at]), rng)
-    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-    write_whole(Path(file), data)
-
-
-def _reduced(path: Path) -> np.ndarray:
-    """A photo whose longer side has LONGEST_PX at most."""
-    photo = read_image(path, least_px=LONGEST_PX)
-    scale = min(1.0, LONGEST_PX / max(photo.shape))
-    size = [max(1, round(side * scale)) for side in photo.shape[1::-1]]
-    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+    photos = [read_image(root / name, least_px=LONGEST_PX) for name in (path, grounds[at])]
+    picture = customer_like(*(reduced(photo, LONGEST_PX) for photo in photos), rng)
+    write_whole(Path(file), jpeg(picture, 95))

@@ -103,13 +103,36 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-class Store:
+def jpeg(image: np.ndarray, quality: int) -> bytes:
+    """The file of a photo (H, W, 3) uint8 RGB; quality is JPEG's, 1 to 100."""
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def reduced(photo: np.ndarray, longest: int) -> np.ndarray:
+    """A photo (H, W, 3) whose longer side has so many pixels at most."""
+    scale = min(1.0, longest / max(photo.shape))
+    size = [max(1, round(side * scale)) for side in photo.shape[1::-1]]
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+
+
+class Files:
+    """files (N rows): file, problem ('' where there is none), bytes packed, width, height and
+    sha256 of the file as it came; readable (N,) bool; problems: file, problem of those that are
+    not.
+    """
+
+    def __init__(self, files: pd.DataFrame) -> None:
+        self.files = files
+        self.readable = (files["problem"] == "").to_numpy()
+        self.problems = files.loc[~self.readable, ["file", "problem"]]
+
+
+class Store(Files):
     """All photos of a catalog, packed: `store[row]` is (H, W, 3) uint8.
 
     folders: <fingerprint>-<photos>-v<version>-<pixels of a shorter side>; of several the rows
-    follow one another, and the key is that of the first. files (N rows): file, problem ('' where
-    there is none), bytes packed, width, height and sha256 of the file as it came. readable (N,)
-    bool; problems: file, problem of those that are not. Raises OSError where they hold no whole
+    follow one another, and the key is that of the first. Raises OSError where they hold no whole
     store.
     """
 
@@ -122,9 +145,7 @@ class Store:
         tables = [
             pd.read_json(io.StringIO(b.metadata()["files"]), dtype=False) for b in self.blocks
         ]
-        self.files = pd.concat(tables, ignore_index=True)
-        self.readable = (self.files["problem"] == "").to_numpy()
-        self.problems = self.files.loc[~self.readable, ["file", "problem"]]
+        super().__init__(pd.concat(tables, ignore_index=True))
         self._block_of = np.repeat(range(len(tables)), [len(table) for table in tables])
         self._ends = np.concatenate([table["bytes"].cumsum() for table in tables])
         self._starts = self._ends - self.files["bytes"].to_numpy()
@@ -151,7 +172,7 @@ class Store:
         return np.concatenate([block.get_tensor("layouts") for block in self.blocks])[rows]
 
 
-class Packed:
+class Packed(Files):
     """Photos of some files, or of their contents, packed in memory as a `Store` packs them:
     packed[row] is (H, W, 3) uint8.
 
@@ -167,9 +188,7 @@ class Packed:
 
         with decoders() as pool:
             self.jpegs, _, facts = zip(*pool.map(packed, range(len(sources))))
-        self.files = pd.DataFrame(facts)
-        self.readable = (self.files["problem"] == "").to_numpy()
-        self.problems = self.files.loc[~self.readable, ["file", "problem"]]
+        super().__init__(pd.DataFrame(facts))
 
     def __getitem__(self, row: int) -> np.ndarray:
         return cv2.imdecode(np.frombuffer(self.jpegs[row], np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -312,8 +331,7 @@ def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, d
         scale = min(1.0, store_px / min(pixels.shape[:2]))
         size = [max(1, min(6 * store_px, round(side * scale))) for side in pixels.shape[1::-1]]
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-        content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+        content = jpeg(pixels, QUALITY)
     return content, layout, {"file": name, "problem": "", "bytes": len(content)} | facts
 
 
@@ -402,19 +420,18 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
 
 
 def _in_threads(photos: Photos, batches) -> Iterator[tuple]:
+    def looked_at(items):
+        return _batch([photos[item] for item in items])
+
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=single_threaded) as pool:
         coming = deque()
         for batch in batches:
             parts = [batch[i : i + PART] for i in range(0, len(batch), PART)]
-            coming.append(pool.map(partial(_looked_at, photos), parts))  # begins at once
+            coming.append(pool.map(looked_at, parts))  # begins at once
             if len(coming) > AHEAD:
                 yield _joined(coming.popleft())
         while coming:
             yield _joined(coming.popleft())
-
-
-def _looked_at(photos: Photos, items) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _batch([photos[item] for item in items])
 
 
 def _joined(parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

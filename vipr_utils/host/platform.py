@@ -80,12 +80,19 @@ def find_data_root(given: str = "") -> tuple[Path | None, str]:
     """(data root, how it was found): the parameter, $VIPR_DATA, one attached on Kaggle or Colab,
     else (None, 'toy').
 
-    Raises FileNotFoundError when a folder was named and holds neither train.csv nor such folders.
+    Raises FileNotFoundError when a folder was named and holds neither train.csv nor such folders,
+    and when a competition is attached and no data is found: the toy set is not what was asked for.
     """
     how = "parameter data_root" if given else "$VIPR_DATA"
     named = given or os.environ.get("VIPR_DATA", "")
     if not named:
-        return _attached_data() or (None, "toy")
+        found = _attached_data()
+        if not found and attached("", ("kaggle/input/competitions/*", "kaggle/input/products-10k")):
+            raise FileNotFoundError(
+                "a competition is attached and holds no train.csv that begins with name,class: "
+                "accept its rules and attach it again, name data_root, or detach it for the toy set"
+            )
+        return found or (None, "toy")
     folder = Path(named).expanduser()
     if not folder.exists():
         folder = home() / folder

@@ -12,6 +12,7 @@ projections in memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -434,16 +435,21 @@ def _trained(
     """(name -> model.pt of what may take part, best validated first; name -> why not of others).
 
     model_run: this one alone, '' or 'best' for all. Raises ValueError for one that is named and
-    learned from the photos to choose by.
+    learned from the photos to choose by; warns of one that learned from other data, which may hold
+    some of them.
     """
     finished, refused = {}, {}
-    if task.validation:
-        data = task.photos.attrs["fingerprint"]
-        finished, refused = runs.validated(output_dir, data, task.validation.split)
+    folder = platform.find_run(model_run or "best", output_dir=str(output_dir))
+    if task.validation:  # a run that is named may lie in another folder
+        finished, refused = runs.validated(
+            folder.parent, task.photos.attrs["fingerprint"], task.validation.split
+        )
     if model_run in ("", "best"):
         return finished, refused
 
-    folder = platform.find_run(model_run, output_dir=str(output_dir))
-    if refused.get(folder.name) == runs.OTHER_SPLIT:
+    reason = refused.get(folder.name)
+    if reason == runs.OTHER_SPLIT:
         raise ValueError(f"{model_run}: {runs.OTHER_SPLIT}, or set choose to none")
+    if reason:
+        warnings.warn(f"{model_run}: {reason}, validation may flatter it", stacklevel=2)
     return {folder.name: folder / "model.pt"}, {}

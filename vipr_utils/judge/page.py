@@ -19,13 +19,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from vipr_utils.data.store import Store
+from vipr_utils.data.store import Store, jpeg, reduced
 from vipr_utils.host.files import write_whole
 from vipr_utils.judge import runs
 from vipr_utils.judge.task import Retrieval, Task, View, scored, some_products
@@ -69,19 +68,12 @@ def write(
     if embeddings is not None and len(embeddings) > 3:
         x, y = places(embeddings).T
         data["queries"] |= {"x": _numbers(x), "y": _numbers(y)}
-    write_whole(path, _page(data))
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # it ends no element
+    write_whole(path, TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text))
     for old in _files(path).glob("[0-9a-f]" * 16):
         if f"/{old.name}/" not in data["queries"]["photo"][0]:
             shutil.rmtree(old)  # photos of the page before
     return path
-
-
-def _page(
-    data: dict,
-) -> str:
-    """The template with the data, none of which can end the element it stands in."""
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text)
 
 
 def _content(
@@ -96,7 +88,7 @@ def _content(
     shown = shown[shown >= 0]
     gallery = view.gallery.iloc[shown]
     rows = [*view.queries.index, *gallery.index]
-    photos = [_photo(store[row]) for row in rows]
+    photos = [jpeg(reduced(store[row], SIDE), QUALITY) for row in rows]
     addresses = _addresses(path, photos)
     n = len(view.queries)
     return {
@@ -122,15 +114,6 @@ def _part(
     """The lists of some queries."""
     lists = ("scores", "ranks", "hits", "n_relevant")
     return replace(found, **{name: getattr(found, name)[some] for name in lists})
-
-
-def _photo(image: np.ndarray) -> bytes:
-    """JPEG of a photo (H, W, 3) reduced to SIDE."""
-    scale = min(1.0, SIDE / max(image.shape[:2]))
-    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
 
 def _addresses(

@@ -13,6 +13,7 @@ import pandas as pd
 
 from vipr_utils.data import catalog, drawn
 from vipr_utils.data.store import Photos, Store, build_store, open_data
+from vipr_utils.data.transforms import Evaluation
 from vipr_utils.host import platform
 from vipr_utils.host.device import precision_used, seed_everything, working_device
 from vipr_utils.judge import metrics, runs
@@ -176,9 +177,20 @@ class Task:
         clutter: share of shop photos cut out and laid on other photos, as customers see them; at
         least half where most products have one photo, which is then a pair with its own drawing.
         zoom: central share of each side of customers' photos, 1 is all. A photo of unknown domain
-        counts as a shop's.
+        counts as a shop's. Raises ValueError for rows that are not in fit, and for a transform of
+        evaluation.
         """
         rows = self.fit if rows is None else rows
+        if not rows.index.isin(self.fit.index).all():
+            raise ValueError(
+                "some photos to train on are held out, or queries, or of other data: take rows of "
+                "task.fit"
+            )
+        if isinstance(transform, Evaluation):
+            raise ValueError(
+                "a training photo was to be seen as in evaluation: take transforms.augmentation, "
+                "where 'none' changes nothing"
+            )
         if (rows["product_id"].value_counts() == 1).mean() > 0.5:
             clutter = max(clutter, 0.5)
         shop = (rows["domain"] != "customer").to_numpy()
@@ -243,8 +255,15 @@ class Task:
         return embed(model, self.store, rows.index, image_size=image_size, **settings)
 
     def rows(self, embeddings: np.ndarray, table: pd.DataFrame) -> np.ndarray:
-        """The embeddings of these rows of the catalog."""
-        return embeddings[self.photos.index.get_indexer(table.index)]
+        """The embeddings of these rows of the catalog. Raises ValueError where they are not of the
+        photos of this task."""
+        at = self.photos.index.get_indexer(table.index)
+        if len(embeddings) != len(self.photos) or (at < 0).any():
+            raise ValueError(
+                "these embeddings are not of this task's photos, or a row asked for is not among "
+                "them: take task.embed(model), which has a row for each of task.photos"
+            )
+        return embeddings[at]
 
     def ms_per_image(self, model, *, image_size: int | tuple[int, ...] = 0) -> float:
         """Milliseconds to embed an image, over 128 of them, decoding and transform included."""
@@ -257,8 +276,9 @@ class Task:
     def known(self, view: str | View) -> pd.DataFrame:
         """The photos whose products may be known when a view's queries are answered: its gallery,
         and the train photos that a narrowed gallery leaves out."""
-        tables = [self.views[view].gallery if isinstance(view, str) else view.gallery, self.fit]
-        if self.validation and view != "validation":
+        asked, gallery = self._view(view)
+        tables = [gallery, self.fit]
+        if self.validation and not asked.index.isin(self.validation.queries.index).any():
             tables += [self.views["test"].gallery, self.validation.queries]
         rows = pd.concat(tables).index.unique().sort_values()
         real = self.photos.loc[rows]

@@ -170,7 +170,7 @@ def _backbone(name: str, weights: Path | None) -> nn.Module:
     if not weights:
         return SCRATCH[name]() if name in SCRATCH else _timm_model(name)
     try:
-        state = read_state(weights)
+        state = read_state(weights, name)
         if name not in SCRATCH:
             return _timm_backbone(name, state)
         network = SCRATCH[name]()
@@ -309,13 +309,18 @@ def _weights_here(name: str, weights: str) -> tuple[str, Path] | None:
     return (f"hub {repository}", Path(cached)) if isinstance(cached, str) else None
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path, name: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file, by name; wrappers are opened.
 
-    Of a checkpoint of this kit the backbone's. Raises ValueError where there are none.
+    Of a checkpoint of this kit the backbone's. Raises ValueError where there are none, and where
+    the file was made for another network than the one of this name, by its record or its own name:
+    tensors may fit all the same, and see pixels normalised as they never were.
     """
-    state = timm.models.load_state_dict(str(path))
-    state = state.get("state", state)
+    content = timm.models.load_state_dict(str(path))
+    made_for = content.get("record", {}).get("name", Path(path).stem)
+    if name not in ("", made_for) and timm.is_model(made_for):
+        raise ValueError(f"it was made for {made_for!r}: take that backbone, or rename the file")
+    state = content.get("state", content)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:  # timm would take the hub's instead
         raise ValueError("it holds no tensors")

@@ -400,6 +400,8 @@ def _check(kernel: str, prepared: dict, folder: Path) -> None:
         ) from None
     ran = {**record["params"], "run": record["run"], "notebook": record["notebook"]}
     ran["kit"] = record["git"].rpartition(" ")[2]
+    if record["data"]["root"] == "toy-24":  # see `toy.data_root_or_toy`
+        raise KaggleError(f"{kernel} ran on the toy set: {REMEDIES['competitions']}, push again")
     others = [
         f"{name} was prepared as {value!r} and ran as {ran.get(name)!r}"
         for name, value in prepared.items()
