@@ -16,16 +16,13 @@ import socket
 import threading
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from functools import partial
-from importlib import resources
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 
 from vipr_utils.data.store import BrokenImage, picture_size
@@ -234,35 +231,19 @@ def app(index: Index) -> FastAPI:
         yield
         service.desk.close()
 
-    settings = {"docs_url": None, "redoc_url": None}  # those load scripts from elsewhere
-    api = FastAPI(title="ViPR index", description=__doc__, lifespan=lifespan, **settings)
-    _add_docs(api)
+    api = FastAPIOffline(  # its page at /docs loads nothing from elsewhere
+        redoc_url=None,
+        favicon_url="data:,",
+        title="ViPR index",
+        description=__doc__,
+        lifespan=lifespan,
+    )
     api.get("/healthz")(service.state)
     photo = {"openapi_extra": PHOTO}
     api.post("/search", responses=problems(400, 408, 413, 503), **photo)(service.search)
     api.post("/products", status_code=201, responses=problems(400, 408, 413), **photo)(service.add)
     api.delete("/products/{name:path}", responses=problems(404, 409))(service.remove)
     return api
-
-
-def _add_docs(api: FastAPI) -> None:
-    """The OpenAPI page at /docs, with its script and style from an installed package."""
-    files = resources.files("fastapi_offline") / "static"
-    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
-        answer = partial(_file, str(files / name))
-        api.add_route(f"/docs/{name}", answer, include_in_schema=False)
-    page = get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title=api.title,
-        swagger_js_url="/docs/swagger-ui-bundle.js",
-        swagger_css_url="/docs/swagger-ui.css",
-        swagger_favicon_url="data:,",
-    )
-    api.add_route("/docs", lambda _: page, include_in_schema=False)
-
-
-def _file(path: str, _: Request) -> FileResponse:
-    return FileResponse(path)
 
 
 def listening(host: str, port: int) -> socket.socket:
