@@ -6,12 +6,11 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
 from vipr_utils.data.store import decoders, read_image
-from vipr_utils.data.transforms import customer_like
+from vipr_utils.data.transforms import customer_like, jpeg, shrunk
 from vipr_utils.host.files import whole_file
 
 VERSION = 1  # of the pictures: rises with the code that draws them, as does that of embeddings
@@ -81,15 +80,11 @@ def _draw(root: Path, grounds: list[str], path: str, name: str, file: str) -> No
     if grounds[at] == path:  # its own ground only where there is no other
         at = (at + 1) % len(grounds)
     picture = customer_like(_reduced(root / path), _reduced(root / grounds[at]), rng)
-    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
     with whole_file(Path(file)) as part:
-        part.write_bytes(data)
+        part.write_bytes(jpeg(picture, 95))
 
 
 def _reduced(path: Path) -> np.ndarray:
     """A photo whose longer side has LONGEST_PX at most."""
     photo = read_image(path, least_px=LONGEST_PX)
-    scale = min(1.0, LONGEST_PX / max(photo.shape))
-    size = [max(1, round(side * scale)) for side in photo.shape[1::-1]]
-    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+    return shrunk(photo, LONGEST_PX / max(photo.shape))

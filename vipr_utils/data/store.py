@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from vipr_utils.data import audit, catalog, toy
-from vipr_utils.data.transforms import customer_like, zoomed
+from vipr_utils.data.transforms import customer_like, jpeg, shrunk, zoomed
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores, single_threaded
 from vipr_utils.host.files import locked, retried, whole_file
@@ -309,11 +309,8 @@ def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, d
     facts = {"width": width, "height": height, "sha256": hashlib.sha256(content).hexdigest()}
     small = min(width, height) <= 1.5 * store_px and max(width, height) <= 6 * store_px
     if not (small and plain and len(content) <= MOST_BYTES * store_px**2):
-        scale = min(1.0, store_px / min(pixels.shape[:2]))
-        size = [max(1, min(6 * store_px, round(side * scale))) for side in pixels.shape[1::-1]]
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-        content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+        scale = store_px / min(pixels.shape[:2])
+        content = jpeg(shrunk(pixels, scale, most_px=6 * store_px), QUALITY)
     return content, layout, {"file": name, "problem": "", "bytes": len(content)} | facts
 
 

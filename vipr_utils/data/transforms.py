@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -50,6 +51,20 @@ RECIPES = {
 MEAN_COLOUR = np.uint8([124, 116, 104])
 # from red, green, blue to three times grey (ITU-R BT.601)
 GREY = np.full((3, 3), (0.299, 0.587, 0.114))
+
+
+def shrunk(photo: np.ndarray, scale: float, *, most_px: float = math.inf) -> np.ndarray:
+    """A photo (H, W, 3) uint8 with its sides times the scale where that is under 1; each has a
+    pixel at least and most_px at most."""
+    scale = min(1.0, scale)
+    size = [max(1, min(most_px, round(side * scale))) for side in photo.shape[1::-1]]
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+
+
+def jpeg(photo: np.ndarray, quality: int) -> bytes:
+    """A photo (H, W, 3) uint8 RGB as a file."""
+    bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def normalised(pixels: torch.Tensor, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:

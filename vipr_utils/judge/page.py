@@ -19,13 +19,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from vipr_utils.data.store import Store
+from vipr_utils.data.transforms import jpeg, shrunk
 from vipr_utils.host.files import whole_file
 from vipr_utils.judge import runs
 from vipr_utils.judge.task import Retrieval, Task, View, scored, some_products
@@ -127,11 +127,7 @@ def _part(
 
 def _photo(image: np.ndarray) -> bytes:
     """JPEG of a photo (H, W, 3) reduced to SIDE."""
-    scale = min(1.0, SIDE / max(image.shape[:2]))
-    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    return jpeg(shrunk(image, SIDE / max(image.shape)), QUALITY)
 
 
 def _addresses(
