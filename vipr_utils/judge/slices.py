@@ -110,6 +110,12 @@ def by_group(found: Retrieval, view: View, *, most: int = 10, seed: int = 0) -> 
     return table.sort_values("map_at_5").head(most)
 
 
+def numbered_in_product(products: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N,) a number from 0 for each photo among those of its product (N,), in random order."""
+    shuffled = pd.Series(products)[rng.permutation(len(products))]
+    return shuffled.groupby(shuffled).cumcount().sort_index().to_numpy()
+
+
 def photos_a_product(
     view: View,
     queries: np.ndarray,
@@ -136,9 +142,7 @@ def photos_a_product(
     for count in counts:
         right = []
         for _ in range(draws):
-            order = rng.permutation(len(products))
-            earlier = pd.Series(order).groupby(products[order]).cumcount().to_numpy()
-            rows = np.sort(order[earlier < count])
+            rows = np.flatnonzero(numbered_in_product(products, rng) < count)
             _, ranks = top_k(queries[asked], gallery[rows], 1, device=device)
             right.append(products[rows][ranks[:, 0]] == labels)
         shares = np.mean(right, axis=0)

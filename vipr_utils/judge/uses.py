@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from vipr_utils.data import catalog
 from vipr_utils.judge import metrics
+from vipr_utils.judge.slices import numbered_in_product
 from vipr_utils.judge.task import Sides, Task
 from vipr_utils.retrieve import encoder, labels, pipeline, rerank
 from vipr_utils.retrieve.search import top_k
@@ -134,9 +135,7 @@ def spread(
     """How many photos get the right label where so many of each product have one: a row a count;
     spread over the graph of embeddings x (N, D), and taken from the nearest photo that has one.
     """
-    order = np.random.default_rng(seed).permutation(len(x))
-    earlier = pd.Series(order).groupby(products[order]).cumcount()
-    nth = earlier.to_numpy()[np.argsort(order)]
+    nth = numbered_in_product(products, np.random.default_rng(seed))
     table = {}
     for count in counts:
         start = np.where(nth < count, products, -1)
