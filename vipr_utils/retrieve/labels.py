@@ -20,9 +20,9 @@ from sklearn.metrics import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from vipr_utils.retrieve.rerank import votes_for
 from vipr_utils.retrieve.search import top_k
 
-CHUNK = 256  # queries that vote at once
 NEIGHBOURS = 10  # photos that vote, and that a photo hands its label to
 MOST_LABELS = 20  # products that a photo can be of while labels spread
 
@@ -54,11 +54,7 @@ def vote(scores: np.ndarray, ranks: np.ndarray, products: np.ndarray, alpha: flo
     products = np.append(products, -1)[ranks]  # (Q, k)
     scores = np.where(ranks >= 0, scores, -1.0).astype(np.float32)
     weights = scores.clip(0) ** alpha
-    totals = np.empty_like(weights)
-    for start in range(0, len(totals), CHUNK):
-        part = slice(start, start + CHUNK)
-        same = products[part, :, None] == products[part, None]
-        totals[part] = np.einsum("qnk,qk->qn", same, weights[part])
+    totals = votes_for(products, weights)
     totals[ranks < 0] = -1
     rows, at = np.arange(len(ranks)), totals.argmax(axis=1)  # of equal votes the nearest photo's
     winner = products[rows, at]

@@ -249,14 +249,21 @@ def product_votes(search: Search, k: int = 5, alpha: float = 3.0) -> Search:
     products = np.append(search.gallery_rows["product_id"], -1)[search.ranks]  # (Q, K)
     weights = search.scores[:, :k].clip(0) ** alpha
     weights = np.where(search.ranks[:, :k] >= 0, weights, 0)
-    votes = np.empty(products.shape)
-    for start in range(0, len(votes), CHUNK):
-        part = slice(start, start + CHUNK)
-        same = products[part, :, None] == products[part, None, :k]  # (q, K, k)
-        votes[part] = np.einsum("qnk,qk->qn", same, weights[part])
+    votes = votes_for(products, weights)
     votes[search.ranks < 0] = -1
     order = np.lexsort((-search.scores, -votes))
     return search.ordered(order)
+
+
+def votes_for(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(Q, K): for each of the products (Q, K) in a list the weights (Q, k) of its own among the
+    first k."""
+    votes = np.empty(products.shape, weights.dtype)
+    for start in range(0, len(votes), CHUNK):
+        part = slice(start, start + CHUNK)
+        same = products[part, :, None] == products[part, None, : weights.shape[1]]  # (q, K, k)
+        votes[part] = np.einsum("qnk,qk->qn", same, weights[part])
+    return votes
 
 
 # ------------------------------------------------------------------------------------ k-reciprocal
