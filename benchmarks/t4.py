@@ -38,7 +38,7 @@ NETWORKS = {}  # operations that a photo takes, by (name, pixels)
 @cache
 def network_on_t4(name: str, px: int, device: torch.device, trained: bool) -> plan.NetworkCost:
     """By the operations counted in a pass that computes nothing."""
-    with plan.Undrawn(), torch.device("meta"):
+    with torch.device("meta"):
         model = models.Embedder(name).eval()
         pixels = torch.rand(1, 3, px, px)
     with FlopCounterMode(display=False) as counted:

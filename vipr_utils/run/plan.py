@@ -1,7 +1,7 @@
 """What runs would take here: minutes, memory and disk, by a few seconds of measuring, and sums.
 
 Every figure is of this machine, as busy as it is now. A photo costs what some photos of the data
-cost, a network what one with arbitrary weights costs at its size. Then
+cost, a network what one with random weights costs at its size. Then
 
     training = trainings x epochs x photos to fit x step, at most trainings x max_minutes
     embedding = passes x photos x forward
@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch.overrides import TorchFunctionMode
 
 from vipr_utils.data import catalog, toy, transforms
 from vipr_utils.data.store import Photos, build_store, packed_px
@@ -107,26 +106,13 @@ def photo_cost(root: Path, px: int, augmentation: str) -> PhotoCost:
     )
 
 
-class Undrawn(TorchFunctionMode):
-    """Networks are made without drawing their weights, which takes longer than a step."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        given = kwargs or {}
-        if function.__name__.endswith(("uniform_", "normal_", "erfinv_")):
-            tensor = args[0] if args else given["tensor"]
-            tensor.detach().fill_(0.01)
-            return tensor
-        return function(*args, **given)
-
-
 @cache
 def network_cost(name: str, px: int, device: torch.device, trained: bool) -> NetworkCost:
-    """Measured with weights that say nothing, on one image, on a GPU on 32; no step if it is not
+    """Measured with random weights, on one image, on a GPU on 32; no step if it is not
     trained.
     """
     n = 32 if device.type == "cuda" else 1
-    with Undrawn():
-        model = models.Embedder(name).train()
+    model = models.Embedder(name).train()
     model.to(device, memory_format=torch.channels_last)
     pixels = torch.rand(max(2, n), 3, px, px, device=device).to(memory_format=torch.channels_last)
 
