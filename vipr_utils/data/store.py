@@ -300,7 +300,7 @@ def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, d
     try:
         pixels = read_image(name, least_px=2 * store_px, content=content)
         layout = audit.colour_layout(read_image(name, least_px=64, content=content))
-    except (BrokenImage, FileNotFoundError) as error:
+    except BrokenImage as error:
         return _unreadable(name, error)
     with Image.open(io.BytesIO(content)) as picture:
         width, height = picture.size
@@ -399,26 +399,25 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
 
 
 def _in_threads(photos: Photos, batches) -> Iterator[tuple]:
+    def looked_at(items) -> tuple:
+        return _batch([photos[item] for item in items])
+
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=single_threaded) as pool:
         coming = deque()
         for batch in batches:
             parts = [batch[i : i + PART] for i in range(0, len(batch), PART)]
-            coming.append(pool.map(partial(_looked_at, photos), parts))  # begins at once
+            coming.append(pool.map(looked_at, parts))  # begins at once
             if len(coming) > AHEAD:
                 yield _joined(coming.popleft())
         while coming:
             yield _joined(coming.popleft())
 
 
-def _looked_at(photos: Photos, items) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _batch([photos[item] for item in items])
-
-
-def _joined(parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _joined(parts) -> tuple:
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def _batch(items) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _batch(items) -> tuple:
     images, labels, rows = zip(*items)
     pixels = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return pixels, torch.tensor(labels), torch.tensor(rows)
