@@ -334,12 +334,9 @@ class Task:
         """(the sides behind projections fitted on the known photos, [{step, seconds}])."""
         if not steps:
             return sides, []
-        rows, seconds = self.known(view), []
-        found = search.Search(rerank.unit(sides.queries), rerank.unit(sides.known), rows, rows)
-        for step, project in zip(steps, pipeline.check(steps)):
-            began = perf_counter()
-            found = project(found)
-            seconds.append({"step": step, "seconds": perf_counter() - began})
+        rows = self.known(view)
+        unprojected = search.Search(*map(rerank.unit, sides), rows, rows)
+        found, seconds = pipeline.in_turn(zip(steps, pipeline.check(steps)), unprojected)
         return Sides(found.queries, found.gallery), seconds
 
     def evaluate(
