@@ -176,15 +176,15 @@ class Index:
             raise versions.IndexFault(
                 f"{self.folder} has format {state['format']}, expected {FORMAT}: build it anew"
             )
-        segments, tables, vectors = {}, [], []
+        parts = [segment["part"] for segment in state["segments"]]
+        self._segments = {
+            part: self._segments.get(part) or _read_segment(self.folder, part) for part in parts
+        }
+        tables, vectors = [], []
         for i, segment in enumerate(state["segments"]):
-            part = segment["part"]
-            segments[part] = self._segments.get(part) or _read_segment(self.folder, part)
-            rows, values = segments[part]
-            alive = np.setdiff1d(np.arange(len(rows)), segment["removed"])
-            tables.append(rows.iloc[alive].assign(segment=i, place=alive))
-            vectors.append(values[alive] if segment["removed"] else values)
-        self._segments = segments
+            rows, values = self._kept(segment)
+            tables.append(rows.assign(segment=i, place=rows.index))
+            vectors.append(values)
         rows = pd.concat(tables, ignore_index=True)
         rows["product_id"] = pd.factorize(rows["product"])[0]
         return Version(number, sha256, state, rows, Prepared(np.concatenate(vectors), "index"))
@@ -369,10 +369,12 @@ class Index:
         ]
 
     def _kept(self, segment: dict) -> tuple[pd.DataFrame, np.ndarray]:
-        """Rows and vectors of a segment that are not removed."""
+        """Rows and vectors of a segment that are not removed; rows are called by their place."""
         rows, vectors = self._segments[segment["part"]]
-        alive = np.setdiff1d(np.arange(len(rows)), segment["removed"])
-        return rows.iloc[alive], vectors[alive]
+        if not segment["removed"]:
+            return rows, vectors
+        kept = rows.drop(index=segment["removed"])
+        return kept, vectors[kept.index]
 
 
 # ------------------------------------------------------------------------------------------- lists
