@@ -78,19 +78,12 @@ class Index:
     """An index that is on disk; any number of processes read it, one at a time changes it.
 
     encoder: from photos to vectors; version: what is in force for this reader, until `reload` or an
-    update of its own.
+    update of its own. Photos are embedded on the CPU in float32: whoever reads it finds the same.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        device: str = "cpu",
-        precision: str = "float32",
-    ) -> None:
+    def __init__(self, folder: Path) -> None:
         """Raises IndexFault where there is none, or a part is damaged."""
         self.folder = Path(folder)
-        self.device, self.precision = device, precision
         self._changing = threading.RLock()  # of `version`, by the threads of this process
         self._segments: dict[str, tuple[pd.DataFrame, np.ndarray]] = {}
         self.version = self._in_force()
@@ -107,14 +100,12 @@ class Index:
         steps=(),
         judge: labels.Judge | None = None,
         about: dict | None = None,
-        **machine,
     ) -> Index:
         """An index of these rows (N: COLUMNS, answered) and their vectors (N, D), as the encoder
         gave them; one that is there gets them as its next version.
 
         steps: what reorders a list, see `pipeline.local`. judge: fitted on validation. about: what
-        it was made from. machine: device, precision. Raises ValueError for steps that an index
-        cannot answer by.
+        it was made from. Raises ValueError for steps that an index cannot answer by.
         """
         folder, steps = Path(folder), list(steps)
         if pipeline.fitted_first(steps) or not pipeline.local(steps):
@@ -132,7 +123,7 @@ class Index:
                 "segments": _write_segments(folder, rows, unit(vectors)),
             }
             versions.publish(folder, state, f"built from {len(rows):,} photos")
-        return cls(folder, **machine)
+        return cls(folder)
 
     # ------------------------------------------------------------------------------------ reading
 
@@ -219,8 +210,7 @@ class Index:
             rows = np.flatnonzero(packed.readable)
             found = np.full((len(part), self.version.vectors.rows.shape[1]), np.nan, np.float32)
             if len(rows):
-                machine = {"device": self.device, "precision": self.precision}
-                found[rows] = self.encoder(packed, rows, customer[start + rows], **machine)
+                found[rows] = self.encoder(packed, rows, customer[start + rows])
             vectors.append(found)
             problems.append(packed.problems.set_axis(start + packed.problems.index))
             reached(start + len(part))
