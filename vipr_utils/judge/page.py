@@ -69,20 +69,14 @@ def write(
     if embeddings is not None and len(embeddings) > 3:
         x, y = places(embeddings).T
         data["queries"] |= {"x": _numbers(x), "y": _numbers(y)}
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # none can end its element
+    page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text)
     with whole_file(path) as part:
-        part.write_text(_page(data), encoding="utf-8")
+        part.write_text(page, encoding="utf-8")
     for old in _files(path).glob("[0-9a-f]" * 16):
         if f"/{old.name}/" not in data["queries"]["photo"][0]:
             shutil.rmtree(old)  # photos of the page before
     return path
-
-
-def _page(
-    data: dict,
-) -> str:
-    """The template with the data, none of which can end the element it stands in."""
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text)
 
 
 def _content(
