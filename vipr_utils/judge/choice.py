@@ -28,10 +28,9 @@ from vipr_utils.judge.board import TIE
 from vipr_utils.judge.task import Retrieval, Sides, Task, some_products
 from vipr_utils.learn import models
 from vipr_utils.retrieve import labels, pipeline, rerank, verification
-from vipr_utils.retrieve.encoder import Encoder, Look
+from vipr_utils.retrieve.encoder import WHOLE, Encoder, Look
 from vipr_utils.retrieve.index import Index
 
-WHOLE = (1.0, 1.0)
 PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
 WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
