@@ -32,7 +32,6 @@ def embed(
     device=torch.device("cpu"),
     batch_size: int = 64,
     image_size: int = 0,
-    fit: str = "squash",
     zoom: float = 1.0,
     precision: str = "auto",
     cache_dir: Path | None = None,
@@ -40,16 +39,16 @@ def embed(
 ) -> np.ndarray:
     """(N, D) float32 embeddings of these catalog rows, by the model's own eval transform.
     features: the pooled output before the neck instead, as it is (for training.fit_head).
-    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. zoom: the central
-    share of each side that is seen. precision: see `compute_dtype`. With cache_dir a photo passes
-    the backbone once, whatever rows and necks are asked for. A row without photo gets NaN.
+    image_size: pixels, 0 takes the model's own. zoom: the central share of each side that is seen.
+    precision: see `compute_dtype`. With cache_dir a photo passes the backbone once, whatever rows
+    and necks are asked for. A row without photo gets NaN.
     """
     size, dtype = image_size or model.record["image_size"], compute_dtype(precision, device)
     rows = np.asarray(rows, np.int64)
     readable = store.readable[rows]
     if not readable.any():
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
-    transform = Evaluation(size, fit, model.record["interpolation"])
+    transform = Evaluation(size, interpolation=model.record["interpolation"])
     fast = engine.pays(device, dtype, len(store.readable))
     forward = engine.compiled_later(model, size, dtype) if fast else type(model).features
 
@@ -57,7 +56,7 @@ def embed(
         photos = Photos(store, rows, transform, zoom=zoom)
         return _forwarded(model, forward, photos, batch_size=batch_size, device=device, dtype=dtype)
 
-    key = _key(model, store, size, fit, zoom, dtype, fast) if cache_dir else ""
+    key = _key(model, store, size, zoom, dtype, fast) if cache_dir else ""
     folder = cache_dir and Path(cache_dir, "pooled", key)
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
@@ -116,7 +115,6 @@ def fit_region_whitening(
     device=torch.device("cpu"),
     batch_size: int = 64,
     image_size: int = 0,
-    fit: str = "squash",
     precision: str = "auto",
     power: float = 1.0,
 ):
@@ -133,7 +131,7 @@ def fit_region_whitening(
             "pooling='rmac'"
         )
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
-    seen = Evaluation(size, fit, model.record["interpolation"])
+    seen = Evaluation(size, interpolation=model.record["interpolation"])
     photos = Photos(store, rows[store.readable[rows]], seen)
 
     def regions(model, pixels: torch.Tensor) -> torch.Tensor:
@@ -188,10 +186,10 @@ def _places(device: torch.device) -> list[torch.device]:
     return [device, *(torch.device("cuda", i) for i in range(1, torch.cuda.device_count()))]
 
 
-def _key(model, store, size: int, fit: str, zoom: float, dtype, fast: bool) -> str:
+def _key(model, store, size: int, zoom: float, dtype, fast: bool) -> str:
     """What a photo's features depend on beside its pixels; the neck has no part in them."""
     transform = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
-    settings = [VERSION, *transform, size, fit, zoom, str(dtype), store.key]
+    settings = [VERSION, *transform, size, "squash", zoom, str(dtype), store.key]
     settings += ["openvino"] if fast else []
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in model.state_dict().items():
