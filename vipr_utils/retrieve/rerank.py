@@ -197,7 +197,8 @@ def database_augmentation(search: Search, k: int, alpha: float | None = None) ->
         return search
     scores, near = _neighbours(search.gallery, k - 1, device=search.device)
     weights = 1.0 - np.arange(near.shape[1]) / k if alpha is None else scores.clip(0) ** alpha
-    return replace(search, gallery=unit(_weighted_sum(weights, near, search.gallery)))
+    mixed = _sparse(near, len(near), weights) @ search.gallery
+    return replace(search, gallery=unit(mixed))
 
 
 def expanded(search: Search, weights: np.ndarray) -> Search:
@@ -205,16 +206,12 @@ def expanded(search: Search, weights: np.ndarray) -> Search:
     are added, L2-normalised.
     """
     near = search.ranks[:, : weights.shape[1]]
-    queries = search.queries + _weighted_sum(weights, near, search.gallery)
+    added = _sparse(near, len(search.gallery), weights) @ search.gallery
+    queries = search.queries + added
     k = search.ranks.shape[1]
     if search.answers is not None:  # lists are twice as long as they were asked for
         k //= 2
     return replace(search, queries=unit(queries)).searched(k)
-
-
-def _weighted_sum(weights: np.ndarray, ranks: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """(Q, D): sum over ranks (Q, k) of weight * gallery row; -1 counts for nothing."""
-    return _sparse(ranks, len(gallery), weights) @ gallery
 
 
 def _sparse(lists: np.ndarray, width: int, values=1.0) -> sparse.csr_array:
