@@ -124,7 +124,6 @@ def photos_a_product(
     *,
     draws: int = 5,
     seed: int = 0,
-    device="cpu",
 ) -> pd.DataFrame:
     """How often the first answer is right where each product has so many gallery photos: a row a
     count, with photos, precision_at_1, low, high, n_queries, n_products.
@@ -143,7 +142,7 @@ def photos_a_product(
         right = []
         for _ in range(draws):
             rows = np.flatnonzero(numbered_in_product(products, rng) < count)
-            _, ranks = top_k(queries[asked], gallery[rows], 1, device=device)
+            _, ranks = top_k(queries[asked], gallery[rows], 1)
             right.append(products[rows][ranks[:, 0]] == labels)
         shares = np.mean(right, axis=0)
         low, high = metrics.bootstrap_interval(shares, labels, seed=seed)

@@ -193,7 +193,6 @@ def propagate(
     k: int = NEIGHBOURS,
     alpha: float = 0.9,
     rounds: int = 30,
-    device="cpu",
 ) -> np.ndarray:
     """(N,) labels of embeddings (N, D) of length 1, spread from those that have one over a graph of
     their k nearest; -1 for what none reaches.
@@ -208,7 +207,7 @@ def propagate(
     names, numbers = np.unique(labels[given], return_inverse=True)
     rows = np.flatnonzero(given)
     start = sparse.csr_array((np.ones(len(rows)), (rows, numbers)), (len(x), len(names)))
-    graph, spread = neighbour_graph(x, k, device=device), start
+    graph, spread = neighbour_graph(x, k), start
     for _ in range(rounds):
         spread = _largest(alpha * (graph @ spread) + (1 - alpha) * start, MOST_LABELS)
     reached = spread.sum(axis=1) > 0
@@ -216,11 +215,11 @@ def propagate(
     return np.where(given, labels, found)
 
 
-def neighbour_graph(x: np.ndarray, k: int, *, device="cpu") -> sparse.csr_array:
+def neighbour_graph(x: np.ndarray, k: int) -> sparse.csr_array:
     """(N, N) D^-1/2 W D^-1/2: W has max(cosine, 0)^3 where one of two rows is among the k nearest
     of the other."""
     itself = np.arange(len(x))
-    scores, ranks = top_k(x, x, k, query_ids=itself, gallery_ids=itself, device=device)
+    scores, ranks = top_k(x, x, k, query_ids=itself, gallery_ids=itself)
     rows, at = np.nonzero(ranks >= 0)
     weights = scores[rows, at].astype(np.float64).clip(0) ** 3
     graph = sparse.csr_array((weights, (rows, ranks[rows, at])), (len(x), len(x)))
