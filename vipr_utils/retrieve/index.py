@@ -154,15 +154,13 @@ class Index:
         )
 
     def _read(self, number: int, sha256: str) -> Version:
+        """With its segments in memory; those of the version before are not read again."""
         content = versions.file_of(self.folder, number).read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise versions.IndexFault(
                 f"{self.folder}: version {number} is damaged: {versions.ROLL_BACK}"
             )
-        return self._loaded(number, sha256, json.loads(content))
-
-    def _loaded(self, number: int, sha256: str, state: dict) -> Version:
-        """With its segments in memory; those of the version before are not read again."""
+        state = json.loads(content)
         if state["format"] != FORMAT:
             raise versions.IndexFault(
                 f"{self.folder} has format {state['format']}, expected {FORMAT}: build it anew"
@@ -342,8 +340,8 @@ class Index:
                 elif _alive(segment):
                     segments += _write_segments(self.folder, *self._kept(segment))
             state = self.version.state | {"segments": segments}
-            written = versions.publish(self.folder, state, what)
-            self.version = self._loaded(*written)
+            number, sha256, _ = versions.publish(self.folder, state, what)
+            self.version = self._read(number, sha256)
 
     def _without(
         self,
