@@ -169,7 +169,8 @@ class Board:
             row = {
                 "name": name,
                 **{view: self.score(name, view) for view in entry.views if view != self.view},
-                **self._figures(name, self.view),
+                **headline.metrics,
+                **self._gained(name),
                 "mp_at_5": float(pd.Series(precision).mean()),  # NaN where nothing can be right
                 **entry.cost,
                 "million": entry.record.get("parameters", 0) / 1e6,
@@ -178,13 +179,12 @@ class Board:
             rows.append(row)
         return rows
 
-    def _figures(self, name: str, view: str) -> dict:
-        """The metrics of an entry on a view, and the difference to its baseline there."""
-        figures = dict(self.entries[name].views[view].metrics)
+    def _gained(self, name: str) -> dict:
+        """The difference of an entry to its baseline."""
         if not self.entries[name].baseline:
-            return figures | {"gain": ""}
-        difference, low, high = self.difference(name, view)
-        return figures | {
+            return {"gain": ""}
+        difference, low, high = self.difference(name)
+        return {
             "difference": difference,
             "difference_low": low,
             "difference_high": high,
