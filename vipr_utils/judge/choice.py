@@ -196,12 +196,10 @@ class Choice:
             chosen = runs.load(folder)["chosen"]["index"]
         except (runs.RunError, KeyError, TypeError):
             return None
-        parts = []
-        for part in chosen["parts"]:
-            parts.append(Part(**part | {"zoom": tuple(part["zoom"])}))
+        parts = tuple(Part(**part | {"zoom": tuple(part["zoom"])}) for part in chosen["parts"])
         if not {part.network for part in parts} <= set(self.networks):
             return None
-        return Candidate(tuple(parts), tuple(chosen["steps"]))
+        return Candidate(parts, tuple(chosen["steps"]))
 
     def encoder(self, candidate: Candidate) -> Encoder:
         """What embeds any photo as the candidate does: its projections fitted on known photos."""
