@@ -81,10 +81,10 @@ def strangers(
     queries = task.views[view].queries
     photos = task.known(view)
     secret = catalog.unseen_products(photos, hidden, seed)
-    strange = queries["product_id"].isin(secret).to_numpy()
-    shown = ~photos["product_id"].isin(secret).to_numpy()
+    strange = ~_without(secret, queries)
+    shown = _without(secret, photos)
     few = photos["product_id"].nunique() - len(secret) < 2
-    asked_there = ~task.validation.queries["product_id"].isin(secret)
+    asked_there = _without(secret, task.validation.queries)
     if few or not asked_there.any() or strange.all() or not strange.any():
         return None
     judge, project = _fitted_without(task, secret, learned)
@@ -105,6 +105,11 @@ def strangers(
     return Strangers(there, strange, judge.least, figures)
 
 
+def _without(secret: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
+    """(N,) bool: the rows of other products than these."""
+    return ~rows["product_id"].isin(secret).to_numpy()
+
+
 def _fitted_without(
     task: Task,
     secret: np.ndarray,
@@ -112,8 +117,7 @@ def _fitted_without(
 ):
     """(a Judge, a function of embeddings (N, D)) fitted on validation without these products."""
     queries, photos = task.validation.queries, task.known("validation")
-    asked = ~queries["product_id"].isin(secret).to_numpy()
-    shown = ~photos["product_id"].isin(secret).to_numpy()
+    asked, shown = _without(secret, queries), _without(secret, photos)
     rows, seen = photos[shown], rerank.unit(learned.known[shown])
     most = min(WIDTH, rows["product_id"].nunique() - 1)
     try:
