@@ -56,8 +56,9 @@ def embed(
         photos = Photos(store, rows, transform, zoom=zoom)
         return _forwarded(model, forward, photos, batch_size=batch_size, device=device, dtype=dtype)
 
-    key = _key(model, store, size, zoom, dtype, fast) if cache_dir else ""
-    folder = cache_dir and Path(cache_dir, "pooled", key)
+    folder = None
+    if cache_dir:
+        folder = Path(cache_dir, "pooled", _key(model, store, size, zoom, dtype, fast))
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
