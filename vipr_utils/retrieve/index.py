@@ -490,7 +490,13 @@ def _load_encoder(folder: Path, state: dict) -> Encoder:
     for i, look in enumerate(state["looks"]):
         versions.whole(folder, look["model"])
         model = models.load(folder / "parts" / look["model"])
-        settings = {name: look[name] for name in ("image_size", "features", "weight")}
-        zoom = tuple(look["zoom"])
-        looks.append(Look(model, zoom=zoom, projections=projections(f"look{i}"), **settings))
+        found = Look(
+            model,
+            look["image_size"],
+            tuple(look["zoom"]),
+            look["features"],
+            look["weight"],
+            projections(f"look{i}"),
+        )
+        looks.append(found)
     return Encoder(tuple(looks), projections("joined"), state["store_px"])
