@@ -153,8 +153,8 @@ def centring(search: Search) -> Search:
 
 
 def pca(search: Search, dim: int) -> Search:
-    """The gallery's `dim` main directions, see `fit_whitening`."""
-    return fit_whitening(search.gallery, dim, power=0.0).applied(search)
+    """The gallery's `dim` main directions, as they are."""
+    return whitening(search, dim, power=0.0)
 
 
 def whitening(search: Search, dim: int, power: float = 1.0) -> Search:
