@@ -28,7 +28,7 @@ from vipr_utils.data.store import Store
 from vipr_utils.data.transforms import jpeg, shrunk
 from vipr_utils.host.files import whole_file
 from vipr_utils.judge import runs
-from vipr_utils.judge.task import Retrieval, Task, View, scored, some_products
+from vipr_utils.judge.task import Retrieval, Task, View, scored, sizes, some_products
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SIDE = 176  # pixels of a photo's longer side
@@ -193,7 +193,7 @@ def _figures(
     found: dict[str, Retrieval],
 ) -> str:
     """'2,485 queries, 2,721 gallery photos; mAP@5 0.905 [0.876, 0.934]'"""
-    said = f"{len(view.queries):,} queries, {len(view.gallery):,} gallery photos"
+    said = sizes(view)
     for name, result in found.items():
         figures = result.metrics
         if "map_at_5" in figures:
