@@ -307,21 +307,19 @@ class Search:
         kinds = [np.arange(len(self.gallery))]
         if self.answers is not None:
             kinds = [np.flatnonzero(self.answers), np.flatnonzero(~self.answers)]
-        lists = [self._nearest(rows, k) for rows in kinds]
-        scores, ranks = (np.hstack(parts) for parts in zip(*lists))
+        lists = []
+        for rows in kinds:
+            scores, ranks = top_k(
+                self.queries,
+                self.gallery if self.answers is None else self.gallery[rows],  # no copy of it
+                k,
+                query_ids=self.query_rows["image_id"],
+                gallery_ids=self.gallery_rows["image_id"].iloc[rows],
+                device=self.device,
+            )
+            lists.append((scores, np.where(ranks < 0, -1, rows[ranks])))
+        scores, ranks = map(np.hstack, zip(*lists))
         return replace(self, ranks=ranks).sorted_by(scores)
-
-    def _nearest(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, ranks) (Q, k) among these gallery rows (R,)."""
-        scores, ranks = top_k(
-            self.queries,
-            self.gallery if self.answers is None else self.gallery[rows],  # no copy of it
-            k,
-            query_ids=self.query_rows["image_id"],
-            gallery_ids=self.gallery_rows["image_id"].iloc[rows],
-            device=self.device,
-        )
-        return scores, np.where(ranks < 0, -1, rows[ranks])
 
     def narrowed(self) -> Search:
         """With the rows that may be answered as its gallery, in the same order.
