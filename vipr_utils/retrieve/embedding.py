@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,17 @@ def embed(
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
     transform = Evaluation(size, interpolation=model.record["interpolation"])
     fast = engine.pays(device, dtype, len(store.readable))
-    forward = engine.compiled_later(model, size, dtype) if fast else type(model).features
+
+    @cache  # a network is compiled when its first photo is looked at
+    def forward():
+        compiled = engine.compiled(model, size, dtype) if fast else None
+        return compiled or type(model).features
 
     def pooled(rows: np.ndarray) -> np.ndarray:
         photos = Photos(store, rows, transform, zoom=zoom)
-        return _forwarded(model, forward, photos, batch_size=batch_size, device=device, dtype=dtype)
+        return _forwarded(
+            model, forward(), photos, batch_size=batch_size, device=device, dtype=dtype
+        )
 
     folder = None
     if cache_dir:
