@@ -280,9 +280,8 @@ class Task:
         zoom: shares of each side, of customers' photos and of shop photos. Where a domain is
         unknown a query counts as a customer's photo, a gallery photo as the shop's.
         """
-        sides = []
-        for rows, unknown in zip([self.views[view].queries, self.known(view)], DOMAINS):
-            seen = embed_zoomed(
+        sides = [
+            embed_zoomed(
                 model,
                 self.store,
                 rows.index,
@@ -295,7 +294,8 @@ class Task:
                 precision=self.precision,
                 cache_dir=self.cache_dir,
             )
-            sides.append(seen)
+            for rows, unknown in zip([self.views[view].queries, self.known(view)], DOMAINS)
+        ]
         return Sides(*sides)
 
     def retrieve(
