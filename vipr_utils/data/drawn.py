@@ -80,7 +80,7 @@ def _draw(root: Path, grounds: list[str], path: str, name: str, file: str) -> No
     if grounds[at] == path:  # its own ground only where there is no other
         at = (at + 1) % len(grounds)
     picture = customer_like(_reduced(root / path), _reduced(root / grounds[at]), rng)
-    with whole_file(Path(file)) as part:
+    with whole_file(file) as part:
         part.write_bytes(jpeg(picture, 95))
 
 
