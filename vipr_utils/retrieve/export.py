@@ -72,7 +72,7 @@ def onnx(encoder: Encoder, path: Path) -> float:
     for look in encoder.looks:
         shape = 2, 3, look.image_size, look.image_size
         views.append(torch.from_numpy(rng.integers(0, 256, shape, np.uint8)))
-    with whole_file(Path(path)) as part:
+    with whole_file(path) as part:
         apart = _written(network, views, part, metadata(encoder))
         if not apart <= NEAR:
             raise ValueError(f"ONNX Runtime is {apart:.2g} away from torch, expected {NEAR:g}")
