@@ -62,7 +62,7 @@ class Version:
         if not found:
             return None
         right, there = (labels.Confidence(**found[name]) for name in ("right", "there"))
-        return labels.Judge(right, there, found["least"], found["keep"])
+        return labels.Judge(right, there, found["least"])
 
 
 class Answers(NamedTuple):

@@ -24,6 +24,7 @@ from vipr_utils.retrieve.rerank import votes_for
 from vipr_utils.retrieve.search import top_k
 
 NEIGHBOURS = 10  # photos that vote, and that a photo hands its label to
+KEPT = 0.95  # share of the queries whose product is there that are taken for such
 MOST_LABELS = 20  # products that a photo can be of while labels spread
 
 # ------------------------------------------------------------------------------------- prediction
@@ -96,24 +97,23 @@ class Judge:
     """Says of votes how probably they are right, and whether the product is in the catalogue.
 
     right: given that it is there; there: that it is; least: what `there` must reach, so that a
-    share `keep` of the queries it was fitted on whose product is there were kept.
+    share KEPT of the queries it was fitted on whose product is there were kept.
     """
 
     right: Confidence
     there: Confidence
     least: float
-    keep: float = 0.95
 
     @classmethod
-    def fit(cls, votes: Votes, labels: np.ndarray, strangers: Votes, keep: float = 0.95) -> Judge:
+    def fit(cls, votes: Votes, labels: np.ndarray, strangers: Votes) -> Judge:
         """labels (Q,): the products that validation queries show. strangers: votes for the same
         queries by a gallery without their products.
         """
         evidence = np.concatenate([votes.evidence, strangers.evidence])
         known = np.arange(len(evidence)) < len(votes.evidence)
         there = Confidence.fit(evidence, known)
-        least = float(np.quantile(there(votes.evidence), 1 - keep))
-        return cls(Confidence.fit(votes.evidence, votes.product == labels), there, least, keep)
+        least = float(np.quantile(there(votes.evidence), 1 - KEPT))
+        return cls(Confidence.fit(votes.evidence, votes.product == labels), there, least)
 
     def __call__(self, votes: Votes) -> tuple[np.ndarray, np.ndarray]:
         """(confidence, there), (Q,) each: of being right, and whether the product is there."""
