@@ -161,11 +161,9 @@ def _by_euclid(q, g: Prepared, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]
     Queries for which another row might be as near, by the worst case of rounding, are searched
     directly.
     """
-    longest = []  # of each section
 
     def prepared(section, lengths):
         """Rows as columns, and half the squares of their lengths."""
-        longest.append(lengths.amax())
         return section.T, lengths.square() / 2
 
     def nearness(block, section):
@@ -181,7 +179,7 @@ def _by_euclid(q, g: Prepared, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]
 
     # squared distances of rows that are not named are no less than `others`
     squares = q.square().sum(dim=1)
-    error = 4 * q.shape[1] * 2**-24 * (squares.sqrt() + max(longest)).square()
+    error = 4 * q.shape[1] * 2**-24 * (squares.sqrt() + g.lengths.amax().to(q.device)).square()
     others = squares - 2 * near.amin(dim=1) - error
     unsure = (best.amin(dim=1).square() >= others) & others.isfinite()
     if unsure.any():
