@@ -166,17 +166,18 @@ class Board:
         for name, entry in self.entries.items():
             headline = entry.views[self.view]
             precision = metrics.guie_precision_at_k(headline.hits, headline.n_relevant)
-            row = {
-                "name": name,
-                **{view: self.score(name, view) for view in entry.views if view != self.view},
-                **headline.metrics,
-                **self._gained(name),
-                "mp_at_5": float(pd.Series(precision).mean()),  # NaN where nothing can be right
-                **entry.cost,
-                "million": entry.record.get("parameters", 0) / 1e6,
-                "cut_short": entry.cut_short,
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "name": name,
+                    **{view: self.score(name, view) for view in entry.views if view != self.view},
+                    **headline.metrics,
+                    **self._gained(name),
+                    "mp_at_5": float(pd.Series(precision).mean()),  # NaN where nothing can be right
+                    **entry.cost,
+                    "million": entry.record.get("parameters", 0) / 1e6,
+                    "cut_short": entry.cut_short,
+                }
+            )
         return rows
 
     def _gained(self, name: str) -> dict:
@@ -218,10 +219,10 @@ class Board:
         listed = {"rows": list(rows.values()), "refused": self.refused}
         validation = entry.views.get("validation")
         if self.folder and validation:  # what is kept for each backbone, and how good it is
-            networks = {}
-            for backbone, names in self._of_backbones().items():
-                networks[backbone] = self.score(self.choose(names), "validation")
-            record["networks"] = networks
+            record["networks"] = {
+                backbone: self.score(self.choose(names), "validation")
+                for backbone, names in self._of_backbones().items()
+            }
         return self.task.save_run(
             folder,
             metrics=rows.get(chosen, {}) | dict(figures) | listed,
