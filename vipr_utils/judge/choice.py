@@ -207,15 +207,16 @@ class Choice:
         looks = []
         for part in candidate.parts:
             seen = self._look(replace(part, projection="", weight=1.0), "test").known
-            look = Look(
-                self.networks[part.network],
-                self.sizes[part.network],
-                part.zoom,
-                part.features,
-                part.weight,
-                pipeline.fitted(pipeline.split(part.projection), seen, known),
+            looks.append(
+                Look(
+                    self.networks[part.network],
+                    self.sizes[part.network],
+                    part.zoom,
+                    part.features,
+                    part.weight,
+                    pipeline.fitted(pipeline.split(part.projection), seen, known),
+                )
             )
-            looks.append(look)
         seen = rerank.unit(self.joined(candidate.parts, "test").known)
         steps = list(candidate.steps[: pipeline.fitted_first(candidate.steps)])
         return Encoder(tuple(looks), pipeline.fitted(steps, seen, known), self.task.store.px)

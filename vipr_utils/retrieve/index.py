@@ -490,13 +490,14 @@ def _load_encoder(folder: Path, state: dict) -> Encoder:
     for i, look in enumerate(state["looks"]):
         versions.whole(folder, look["model"])
         model = models.load(folder / "parts" / look["model"])
-        found = Look(
-            model,
-            look["image_size"],
-            tuple(look["zoom"]),
-            look["features"],
-            look["weight"],
-            projections(f"look{i}"),
+        looks.append(
+            Look(
+                model,
+                look["image_size"],
+                tuple(look["zoom"]),
+                look["features"],
+                look["weight"],
+                projections(f"look{i}"),
+            )
         )
-        looks.append(found)
     return Encoder(tuple(looks), projections("joined"), state["store_px"])
