@@ -145,13 +145,13 @@ class Board:
         found = self.entries[name].views.get(view or self.view)
         return float(np.nan_to_num(found.metrics.get("map_at_5", 0.0))) if found else 0.0
 
-    def difference(self, name: str, view: str = "") -> tuple[float, float, float]:
+    def difference(self, name: str) -> tuple[float, float, float]:
         """(difference of mAP@5 to the baseline, low, high): paired by query, over products."""
-        entry, view = self.entries[name], view or self.view
+        entry = self.entries[name]
         return metrics.paired_difference(
-            entry.views[view].average_precision,
-            self.entries[entry.baseline].views[view].average_precision,
-            self.task.views[view].queries["product_id"],
+            entry.views[self.view].average_precision,
+            self.entries[entry.baseline].views[self.view].average_precision,
+            self.task.views[self.view].queries["product_id"],
             seed=self.task.seed,
         )
 
