@@ -58,21 +58,22 @@ class Board:
         distance: str = "cosine",
         image_size: int | tuple[int, ...] = 0,
         baseline: str = "",
-        setting: str = "",
         cut_short: str = "",
     ) -> None:
         """Score a candidate on every view; a model's time an image is measured as well.
 
-        baseline: the entry it is compared with, query by query; setting: what the table says of it,
-        else its steps or pixels. Raises ValueError where a step cannot be fitted on this gallery.
+        baseline: the entry it is compared with, query by query. Of its setting the table says the
+        pixels of a model, else the steps. Raises ValueError where a step cannot be fitted on this
+        gallery.
         """
         embeddings, record, ms = model_or_embeddings, {}, float("nan")
+        setting = " + ".join(steps)
         if not isinstance(embeddings, np.ndarray):
             record = model_or_embeddings.record
             embeddings = self.task.embed(model_or_embeddings, image_size=image_size)
             ms = self.task.ms_per_image(model_or_embeddings, image_size=image_size)
             image_size = image_size or record["image_size"]
-            setting = setting or f"{image_size} px"
+            setting = f"{image_size} px"
         search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
         headline, measured = _measured(partial(search, self.view))
         views = self.task.views if self.view == "test" else []
@@ -81,7 +82,7 @@ class Board:
             name,
             {self.view: headline} | others,
             baseline=baseline,
-            cost={"setting": setting or " + ".join(steps), "ms_per_image": ms, **measured},
+            cost={"setting": setting, "ms_per_image": ms, **measured},
             cut_short=cut_short or self._cut_short(record, baseline),
             record=record,
         )
