@@ -102,12 +102,12 @@ def slices(
     return pd.DataFrame(list(table.values()), names, FIGURES)
 
 
-def by_group(found: Retrieval, view: View, *, most: int = 10, seed: int = 0) -> pd.DataFrame:
-    """`slices` of the groups that have LEAST queries, the `most` with the lowest mAP@5."""
+def by_group(found: Retrieval, view: View, *, seed: int = 0) -> pd.DataFrame:
+    """`slices` of the groups that have LEAST queries, the 10 with the lowest mAP@5."""
     groups = view.queries["group"]
     named = groups.astype(str).where(groups >= 0, "")
     table = slices(found, view, named.to_frame("group"), seed=seed)
-    return table.sort_values("map_at_5").head(most)
+    return table.sort_values("map_at_5").head(10)
 
 
 def numbered_in_product(products: np.ndarray, rng: np.random.Generator) -> np.ndarray:

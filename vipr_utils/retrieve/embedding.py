@@ -121,7 +121,6 @@ def fit_region_whitening(
     rows,
     *,
     device=torch.device("cpu"),
-    batch_size: int = 64,
     image_size: int = 0,
     precision: str = "auto",
     power: float = 1.0,
@@ -146,7 +145,7 @@ def fit_region_whitening(
         return model.pooling.regions(model.maps(pixels)).flatten(0, -2)
 
     dtype = compute_dtype(precision, device)
-    found = _forwarded(model, regions, photos, batch_size=batch_size, device=device, dtype=dtype)
+    found = _forwarded(model, regions, photos, batch_size=64, device=device, dtype=dtype)
     white = rerank.fit_whitening(found, found.shape[1], power=power)
     layer = model.pooling.whitening
     with torch.no_grad():

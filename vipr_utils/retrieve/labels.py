@@ -120,14 +120,14 @@ class Judge:
         return self.right(votes.evidence), self.there(votes.evidence) >= self.least
 
 
-def judge(queries, labels, gallery, products, *, k: int = NEIGHBOURS, device="cpu") -> Judge:
+def judge(queries, labels, gallery, products, *, device="cpu") -> Judge:
     """A Judge fitted on validation queries (Q, D) that show the products `labels` (Q,), by a
     gallery (G, D) of the products (G,), all of length 1 and as numbers.
     """
-    votes = vote(*top_k(queries, gallery, k, device=device), products)
+    votes = vote(*top_k(queries, gallery, NEIGHBOURS, device=device), products)
     # ids that a query never meets: here the photos of its own product
     apart = {"query_ids": labels, "gallery_ids": products}
-    strangers = vote(*top_k(queries, gallery, k, device=device, **apart), products)
+    strangers = vote(*top_k(queries, gallery, NEIGHBOURS, device=device, **apart), products)
     return Judge.fit(votes, labels, strangers)
 
 
