@@ -224,7 +224,7 @@ def neighbour_graph(x: np.ndarray, k: int) -> sparse.csr_array:
     weights = scores[rows, at].astype(np.float64).clip(0) ** 3
     graph = sparse.csr_array((weights, (rows, ranks[rows, at])), (len(x), len(x)))
     graph = graph.maximum(graph.T)
-    scale = sparse.diags_array(1 / np.sqrt(np.asarray(graph.sum(axis=1)).clip(1e-12)))
+    scale = sparse.diags_array(1 / np.sqrt(graph.sum(axis=1).clip(1e-12)))
     return (scale @ graph @ scale).tocsr()
 
 
