@@ -236,8 +236,11 @@ class Task:
 
     def _embedded(self, model, rows: pd.DataFrame, image_size, **settings) -> np.ndarray:
         """(N, D) embeddings of these rows, settings as in `embedding.embed`."""
-        machine = {"device": self.device, "batch_size": self.batch_size}
-        settings = {"precision": self.precision} | machine | settings
+        settings = {
+            "precision": self.precision,
+            "device": self.device,
+            "batch_size": self.batch_size,
+        } | settings
         if isinstance(image_size, tuple):
             return embed_at_sizes(model, self.store, rows.index, image_sizes=image_size, **settings)
         return embed(model, self.store, rows.index, image_size=image_size, **settings)
@@ -352,8 +355,15 @@ class Task:
         }
 
     def _ranked(self, view: View, queries, gallery, **asked) -> Retrieval:
-        machine = {"device": self.device, "cache_dir": self.cache_dir}
-        return ranked(view, queries, gallery, seed=self.seed, **machine, **asked)
+        return ranked(
+            view,
+            queries,
+            gallery,
+            seed=self.seed,
+            device=self.device,
+            cache_dir=self.cache_dir,
+            **asked,
+        )
 
     # ------------------------------------------------------------------------------ the record
 
@@ -436,11 +446,16 @@ def ranked(
         return scored(view, scores, ranks, seed=seed)
     # steps do not see which products the queries show
     unlabelled = view.queries.drop(columns=["product_id", "product", "group"], errors="ignore")
-    machine = {"device": device, "cache_dir": cache_dir}
-    unsearched = search.Search(queries, gallery, unlabelled, references, **machine)
     answers = references.index.isin(view.gallery.index)
-    if not answers.all():
-        unsearched = replace(unsearched, answers=answers)
+    unsearched = search.Search(
+        queries,
+        gallery,
+        unlabelled,
+        references,
+        answers=None if answers.all() else answers,
+        device=device,
+        cache_dir=cache_dir,
+    )
     found, seconds = pipeline.apply(list(steps), unsearched)
     rows = np.append(view.gallery.index.get_indexer(found.gallery_rows.index), -1)
     return scored(view, found.scores, rows[found.ranks], seconds=seconds, seed=seed)
