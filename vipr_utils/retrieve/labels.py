@@ -126,8 +126,10 @@ def judge(queries, labels, gallery, products, *, device="cpu") -> Judge:
     """
     votes = vote(*top_k(queries, gallery, NEIGHBOURS, device=device), products)
     # ids that a query never meets: here the photos of its own product
-    apart = {"query_ids": labels, "gallery_ids": products}
-    strangers = vote(*top_k(queries, gallery, NEIGHBOURS, device=device, **apart), products)
+    strange_lists = top_k(
+        queries, gallery, NEIGHBOURS, query_ids=labels, gallery_ids=products, device=device
+    )
+    strangers = vote(*strange_lists, products)
     return Judge.fit(votes, labels, strangers)
 
 
