@@ -488,8 +488,7 @@ def _lines(given: argparse.Namespace, out: Path) -> Iterator[object]:
             todo = load_runs(given.names, dict(given.p))
             for run in todo:
                 upstream = [other.name for other in todo if other.notebook.stem < run.notebook.stem]
-                choices = {"owner": given.owner, "upstream": upstream, "session": given.session}
-                yield prepare(run, out, **choices)
+                yield prepare(run, out, owner=given.owner, upstream=upstream, session=given.session)
         case "push":
             yield from push(given.names, hours=given.hours)
         case "wait":
