@@ -231,9 +231,11 @@ def app(index: Index) -> FastAPI:
         lifespan=lifespan,
     )
     api.get("/healthz")(service.state)
-    photo = {"openapi_extra": PHOTO}
-    api.post("/search", responses=problems(400, 408, 413, 503), **photo)(service.search)
-    api.post("/products", status_code=201, responses=problems(400, 408, 413), **photo)(service.add)
+    api.post("/search", responses=problems(400, 408, 413, 503), openapi_extra=PHOTO)(service.search)
+    adds = api.post(
+        "/products", status_code=201, responses=problems(400, 408, 413), openapi_extra=PHOTO
+    )
+    adds(service.add)
     api.delete("/products/{name:path}", responses=problems(404, 409))(service.remove)
     return api
 
