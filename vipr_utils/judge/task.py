@@ -230,7 +230,7 @@ class Task:
     def embed(self, model, *, image_size: int | tuple[int, ...] = 0, **settings) -> np.ndarray:
         """(N, D) embeddings of all photos, kept on disk; of several sizes their normalised sum.
 
-        settings: zoom, features, precision, as in `embedding.embed`.
+        settings: fit, zoom, features, precision, as in `embedding.embed`.
         """
         return self._embedded(model, self.photos, image_size, cache_dir=self.cache_dir, **settings)
 

@@ -33,6 +33,7 @@ def embed(
     device=torch.device("cpu"),
     batch_size: int = 64,
     image_size: int = 0,
+    fit: str = "squash",
     zoom: float = 1.0,
     precision: str = "auto",
     cache_dir: Path | None = None,
@@ -40,16 +41,16 @@ def embed(
 ) -> np.ndarray:
     """(N, D) float32 embeddings of these catalog rows, by the model's own eval transform.
     features: the pooled output before the neck instead, as it is (for training.fit_head).
-    image_size: pixels, 0 takes the model's own. zoom: the central share of each side that is seen.
-    precision: see `compute_dtype`. With cache_dir a photo passes the backbone once, whatever rows
-    and necks are asked for. A row without photo gets NaN.
+    image_size: pixels, 0 takes the model's own. fit: 'squash', 'crop' or 'pad'. zoom: the central
+    share of each side that is seen. precision: see `compute_dtype`. With cache_dir a photo passes
+    the backbone once, whatever rows and necks are asked for. A row without photo gets NaN.
     """
     size, dtype = image_size or model.record["image_size"], compute_dtype(precision, device)
     rows = np.asarray(rows, np.int64)
     readable = store.readable[rows]
     if not readable.any():
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
-    transform = Evaluation(size, interpolation=model.record["interpolation"])
+    transform = Evaluation(size, fit, model.record["interpolation"])
     fast = engine.pays(device, dtype, len(store.readable))
 
     @cache  # a network is compiled when its first photo is looked at
@@ -65,7 +66,7 @@ def embed(
 
     folder = None
     if cache_dir:
-        folder = Path(cache_dir, "pooled", _key(model, store, size, zoom, dtype, fast))
+        folder = Path(cache_dir, "pooled", _key(model, store, size, fit, zoom, dtype, fast))
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)
@@ -193,10 +194,10 @@ def _places(device: torch.device) -> list[torch.device]:
     return [device, *(torch.device("cuda", i) for i in range(1, torch.cuda.device_count()))]
 
 
-def _key(model, store, size: int, zoom: float, dtype, fast: bool) -> str:
+def _key(model, store, size: int, fit: str, zoom: float, dtype, fast: bool) -> str:
     """What a photo's features depend on beside its pixels; the neck has no part in them."""
     transform = [model.record[k] for k in ("name", "pooling", "mean", "std", "interpolation")]
-    settings = [VERSION, *transform, size, "squash", zoom, str(dtype), store.key]
+    settings = [VERSION, *transform, size, fit, zoom, str(dtype), store.key]
     settings += ["openvino"] if fast else []
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in model.state_dict().items():
