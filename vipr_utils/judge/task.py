@@ -447,14 +447,9 @@ def ranked(
     # steps do not see which products the queries show
     unlabelled = view.queries.drop(columns=["product_id", "product", "group"], errors="ignore")
     answers = references.index.isin(view.gallery.index)
+    some = None if answers.all() else answers
     unsearched = search.Search(
-        queries,
-        gallery,
-        unlabelled,
-        references,
-        answers=None if answers.all() else answers,
-        device=device,
-        cache_dir=cache_dir,
+        queries, gallery, unlabelled, references, answers=some, device=device, cache_dir=cache_dir
     )
     found, seconds = pipeline.apply(list(steps), unsearched)
     rows = np.append(view.gallery.index.get_indexer(found.gallery_rows.index), -1)

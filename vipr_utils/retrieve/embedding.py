@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,21 +51,14 @@ def embed(
         return np.full((len(rows), model.record["embedding_dim"]), np.nan, np.float32)
     transform = Evaluation(size, fit, model.record["interpolation"])
     fast = engine.pays(device, dtype, len(store.readable))
-
-    @cache  # a network is compiled when its first photo is looked at
-    def forward():
-        compiled = engine.compiled(model, size, dtype) if fast else None
-        return compiled or type(model).features
+    forward = engine.compiled_later(model, size, dtype) if fast else type(model).features
 
     def pooled(rows: np.ndarray) -> np.ndarray:
         photos = Photos(store, rows, transform, zoom=zoom)
-        return _forwarded(
-            model, forward(), photos, batch_size=batch_size, device=device, dtype=dtype
-        )
+        return _forwarded(model, forward, photos, batch_size=batch_size, device=device, dtype=dtype)
 
-    folder = None
-    if cache_dir:
-        folder = Path(cache_dir, "pooled", _key(model, store, size, fit, zoom, dtype, fast))
+    key = _key(model, store, size, fit, zoom, dtype, fast) if cache_dir else ""
+    folder = cache_dir and Path(cache_dir, "pooled", key)
     found = np.stack(kept(folder, rows[readable], pooled, block=BLOCK))
     found = found if features else _through_neck(model, found)
     embeddings = np.full((len(rows), found.shape[1]), np.nan, np.float32)

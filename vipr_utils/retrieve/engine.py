@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -41,6 +42,18 @@ def without_telemetry():
     import openvino
 
     return openvino
+
+
+def compiled_later(model, size: int, dtype: torch.dtype) -> Callable:
+    """features(model, images (B, 3, S, S) uint8) -> (B, C), compiled when they are first asked for;
+    torch's own where that fails.
+    """
+
+    @cache
+    def forward() -> Callable:
+        return compiled(model, size, dtype) or type(model).features
+
+    return lambda model, images: forward()(model, images)
 
 
 class _Bytes(nn.Module):
