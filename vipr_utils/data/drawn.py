@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vipr_utils.data.store import decoders, jpeg, read_image, reduced
-from vipr_utils.data.transforms import customer_like
+from vipr_utils.data.store import decoders, read_image
+from vipr_utils.data.transforms import customer_like, jpeg, shrunk
 from vipr_utils.host.files import write_whole
 
 VERSION = 1  # of the pictures: rises with the code that draws them, as does that of embeddings
@@ -79,6 +79,11 @@ def _draw(root: Path, grounds: list[str], path: str, name: str, file: str) -> No
     at = int(rng.integers(len(grounds)))
     if grounds[at] == path:  # its own ground only where there is no other
         at = (at + 1) % len(grounds)
-    photos = [read_image(root / name, least_px=LONGEST_PX) for name in (path, grounds[at])]
-    picture = customer_like(*(reduced(photo, LONGEST_PX) for photo in photos), rng)
-    write_whole(Path(file), jpeg(picture, 95))
+    picture = customer_like(_reduced(root / path), _reduced(root / grounds[at]), rng)
+    write_whole(file, jpeg(picture, 95))
+
+
+def _reduced(path: Path) -> np.ndarray:
+    """A photo whose longer side has LONGEST_PX at most."""
+    photo = read_image(path, least_px=LONGEST_PX)
+    return shrunk(photo, LONGEST_PX / max(photo.shape))

@@ -25,7 +25,7 @@ from safetensors import numpy as safetensors
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from vipr_utils.data import audit, catalog, toy
-from vipr_utils.data.transforms import customer_like, zoomed
+from vipr_utils.data.transforms import customer_like, jpeg, shrunk, zoomed
 from vipr_utils.host import platform
 from vipr_utils.host.device import cores, single_threaded
 from vipr_utils.host.files import locked, retried, write_whole
@@ -101,19 +101,6 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return picture.convert("RGB")
-
-
-def jpeg(image: np.ndarray, quality: int) -> bytes:
-    """The file of a photo (H, W, 3) uint8 RGB; quality is JPEG's, 1 to 100."""
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-
-
-def reduced(photo: np.ndarray, longest: int) -> np.ndarray:
-    """A photo (H, W, 3) whose longer side has so many pixels at most."""
-    scale = min(1.0, longest / max(photo.shape))
-    size = [max(1, round(side * scale)) for side in photo.shape[1::-1]]
-    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 
 
 class Files:
@@ -319,7 +306,7 @@ def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, d
     try:
         pixels = read_image(name, least_px=2 * store_px, content=content)
         layout = audit.colour_layout(read_image(name, least_px=64, content=content))
-    except (BrokenImage, FileNotFoundError) as error:
+    except BrokenImage as error:
         return _unreadable(name, error)
     with Image.open(io.BytesIO(content)) as picture:
         width, height = picture.size
@@ -328,10 +315,8 @@ def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, d
     facts = {"width": width, "height": height, "sha256": hashlib.sha256(content).hexdigest()}
     small = min(width, height) <= 1.5 * store_px and max(width, height) <= 6 * store_px
     if not (small and plain and len(content) <= MOST_BYTES * store_px**2):
-        scale = min(1.0, store_px / min(pixels.shape[:2]))
-        size = [max(1, min(6 * store_px, round(side * scale))) for side in pixels.shape[1::-1]]
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        content = jpeg(pixels, QUALITY)
+        scale = store_px / min(pixels.shape[:2])
+        content = jpeg(shrunk(pixels, scale, most_px=6 * store_px), QUALITY)
     return content, layout, {"file": name, "problem": "", "bytes": len(content)} | facts
 
 
@@ -420,7 +405,7 @@ def loader(photos: Photos, *, device, batch_size: int = 64, batch_sampler=None, 
 
 
 def _in_threads(photos: Photos, batches) -> Iterator[tuple]:
-    def looked_at(items):
+    def looked_at(items) -> tuple:
         return _batch([photos[item] for item in items])
 
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=single_threaded) as pool:
@@ -434,11 +419,11 @@ def _in_threads(photos: Photos, batches) -> Iterator[tuple]:
             yield _joined(coming.popleft())
 
 
-def _joined(parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _joined(parts) -> tuple:
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def _batch(items) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _batch(items) -> tuple:
     images, labels, rows = zip(*items)
     pixels = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return pixels, torch.tensor(labels), torch.tensor(rows)

@@ -21,6 +21,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
+from vipr_utils.data.transforms import jpeg
 from vipr_utils.host import platform
 
 VERSION = 3
@@ -435,9 +436,7 @@ def _draw(photos: pd.DataFrame, folder: Path, seed: int, image_size: int) -> Non
         for product, _, split, domain, photo, name in photos.to_numpy():
             draw = shop_photo if domain == "shop" else customer_photo
             image = draw(product, photo, seed, image_size)
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-            _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])
-            (folder / split / name).write_bytes(data.tobytes())
+            (folder / split / name).write_bytes(jpeg(image, 80))
     finally:
         cv2.setUseOptimized(optimized)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -52,14 +53,27 @@ MEAN_COLOUR = np.uint8([124, 116, 104])
 GREY = np.full((3, 3), (0.299, 0.587, 0.114))
 
 
+def shrunk(photo: np.ndarray, scale: float, *, most_px: float = math.inf) -> np.ndarray:
+    """A photo (H, W, 3) uint8 with its sides times the scale where that is under 1; each has a
+    pixel at least and most_px at most."""
+    scale = min(1.0, scale)
+    size = [max(1, min(most_px, round(side * scale))) for side in photo.shape[1::-1]]
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+
+
+def jpeg(photo: np.ndarray, quality: int) -> bytes:
+    """A photo (H, W, 3) uint8 RGB as a file."""
+    bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
 def normalised(pixels: torch.Tensor, *, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
     """uint8 (..., 3, S, S) -> float32 (x / 255 - mean) / std, computed where the pixels are.
 
     By rows of S * 3 numbers as channels-last photos hold them, which takes a third of the time.
     """
     side = pixels.shape[-1]
-    mean = torch.tensor(mean, device=pixels.device).repeat(side)
-    std = torch.tensor(std, device=pixels.device).repeat(side)
+    mean, std = torch.tensor([mean, std], device=pixels.device).repeat(1, side)
     rows = pixels.movedim(-3, -1).flatten(-2).float()
     rows = rows.mul_(1 / 255).sub_(mean).div_(std)
     return rows.unflatten(-1, (side, 3)).movedim(-1, -3)

@@ -111,8 +111,8 @@ def compute_dtype(name: str, device: torch.device, *, training: bool = False) ->
         )
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    amx = torch.cpu._is_amx_tile_supported()
+    avx512 = torch.cpu._is_avx512_bf16_supported()
     pays = device.type == "cpu" and (amx or (avx512 and not training))
     return torch.bfloat16 if pays else torch.float32
 

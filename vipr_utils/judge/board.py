@@ -58,21 +58,22 @@ class Board:
         distance: str = "cosine",
         image_size: int | tuple[int, ...] = 0,
         baseline: str = "",
-        setting: str = "",
         cut_short: str = "",
     ) -> None:
         """Score a candidate on every view; a model's time an image is measured as well.
 
-        baseline: the entry it is compared with, query by query; setting: what the table says of it,
-        else its steps or pixels. Raises ValueError where a step cannot be fitted on this gallery.
+        baseline: the entry it is compared with, query by query. Of its setting the table says the
+        pixels of a model, else the steps. Raises ValueError where a step cannot be fitted on this
+        gallery.
         """
         embeddings, record, ms = model_or_embeddings, {}, float("nan")
+        setting = " + ".join(steps)
         if not isinstance(embeddings, np.ndarray):
             record = model_or_embeddings.record
             embeddings = self.task.embed(model_or_embeddings, image_size=image_size)
             ms = self.task.ms_per_image(model_or_embeddings, image_size=image_size)
             image_size = image_size or record["image_size"]
-            setting = setting or f"{image_size} px"
+            setting = f"{image_size} px"
         search = partial(self.task.retrieve, embeddings, steps=steps, distance=distance)
         headline, measured = _measured(partial(search, self.view))
         views = self.task.views if self.view == "test" else []
@@ -81,7 +82,7 @@ class Board:
             name,
             {self.view: headline} | others,
             baseline=baseline,
-            cost={"setting": setting or " + ".join(steps), "ms_per_image": ms, **measured},
+            cost={"setting": setting, "ms_per_image": ms, **measured},
             cut_short=cut_short or self._cut_short(record, baseline),
             record=record,
         )
@@ -145,13 +146,13 @@ class Board:
         found = self.entries[name].views.get(view or self.view)
         return float(np.nan_to_num(found.metrics.get("map_at_5", 0.0))) if found else 0.0
 
-    def difference(self, name: str, view: str = "") -> tuple[float, float, float]:
+    def difference(self, name: str) -> tuple[float, float, float]:
         """(difference of mAP@5 to the baseline, low, high): paired by query, over products."""
-        entry, view = self.entries[name], view or self.view
+        entry = self.entries[name]
         return metrics.paired_difference(
-            entry.views[view].average_precision,
-            self.entries[entry.baseline].views[view].average_precision,
-            self.task.views[view].queries["product_id"],
+            entry.views[self.view].average_precision,
+            self.entries[entry.baseline].views[self.view].average_precision,
+            self.task.views[self.view].queries["product_id"],
             seed=self.task.seed,
         )
 
@@ -166,25 +167,26 @@ class Board:
         for name, entry in self.entries.items():
             headline = entry.views[self.view]
             precision = metrics.guie_precision_at_k(headline.hits, headline.n_relevant)
-            row = {
-                "name": name,
-                **{view: self.score(name, view) for view in entry.views if view != self.view},
-                **self._figures(name, self.view),
-                "mp_at_5": float(pd.Series(precision).mean()),  # NaN where nothing can be right
-                **entry.cost,
-                "million": entry.record.get("parameters", 0) / 1e6,
-                "cut_short": entry.cut_short,
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "name": name,
+                    **{view: self.score(name, view) for view in entry.views if view != self.view},
+                    **headline.metrics,
+                    **self._gained(name),
+                    "mp_at_5": float(pd.Series(precision).mean()),  # NaN where nothing can be right
+                    **entry.cost,
+                    "million": entry.record.get("parameters", 0) / 1e6,
+                    "cut_short": entry.cut_short,
+                }
+            )
         return rows
 
-    def _figures(self, name: str, view: str) -> dict:
-        """The metrics of an entry on a view, and the difference to its baseline there."""
-        figures = dict(self.entries[name].views[view].metrics)
+    def _gained(self, name: str) -> dict:
+        """The difference of an entry to its baseline."""
         if not self.entries[name].baseline:
-            return figures | {"gain": ""}
-        difference, low, high = self.difference(name, view)
-        return figures | {
+            return {"gain": ""}
+        difference, low, high = self.difference(name)
+        return {
             "difference": difference,
             "difference_low": low,
             "difference_high": high,
@@ -217,10 +219,10 @@ class Board:
         listed = {"rows": list(rows.values()), "refused": self.refused}
         validation = entry.views.get("validation")
         if self.folder and validation:  # what is kept for each backbone, and how good it is
-            networks = {}
-            for backbone, names in self._of_backbones().items():
-                networks[backbone] = self.score(self.choose(names), "validation")
-            record["networks"] = networks
+            record["networks"] = {
+                backbone: self.score(self.choose(names), "validation")
+                for backbone, names in self._of_backbones().items()
+            }
         return self.task.save_run(
             folder,
             metrics=rows.get(chosen, {}) | dict(figures) | listed,

@@ -29,10 +29,9 @@ from vipr_utils.judge.board import TIE
 from vipr_utils.judge.task import Retrieval, Sides, Task, some_products
 from vipr_utils.learn import models
 from vipr_utils.retrieve import labels, pipeline, rerank, verification
-from vipr_utils.retrieve.encoder import Encoder, Look
+from vipr_utils.retrieve.encoder import WHOLE, Encoder, Look
 from vipr_utils.retrieve.index import Index
 
-WHOLE = (1.0, 1.0)
 PROJECTIONS = ("centring()", "learned_whitening(64)", "learned_whitening(128)")
 WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
@@ -198,12 +197,10 @@ class Choice:
             chosen = runs.load(folder)["chosen"]["index"]
         except (runs.RunError, KeyError, TypeError):
             return None
-        parts = []
-        for part in chosen["parts"]:
-            parts.append(Part(**part | {"zoom": tuple(part["zoom"])}))
+        parts = tuple(Part(**part | {"zoom": tuple(part["zoom"])}) for part in chosen["parts"])
         if not {part.network for part in parts} <= set(self.networks):
             return None
-        return Candidate(tuple(parts), tuple(chosen["steps"]))
+        return Candidate(parts, tuple(chosen["steps"]))
 
     def encoder(self, candidate: Candidate) -> Encoder:
         """What embeds any photo as the candidate does: its projections fitted on known photos."""
@@ -211,15 +208,16 @@ class Choice:
         looks = []
         for part in candidate.parts:
             seen = self._look(replace(part, projection="", weight=1.0), "test").known
-            look = Look(
-                self.networks[part.network],
-                self.sizes[part.network],
-                part.zoom,
-                part.features,
-                part.weight,
-                pipeline.fitted(pipeline.split(part.projection), seen, known),
+            looks.append(
+                Look(
+                    self.networks[part.network],
+                    self.sizes[part.network],
+                    part.zoom,
+                    part.features,
+                    part.weight,
+                    pipeline.fitted(pipeline.split(part.projection), seen, known),
+                )
             )
-            looks.append(look)
         seen = rerank.unit(self.joined(candidate.parts, "test").known)
         steps = list(candidate.steps[: pipeline.fitted_first(candidate.steps)])
         return Encoder(tuple(looks), pipeline.fitted(steps, seen, known), self.task.store.px)

@@ -24,10 +24,11 @@ import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from vipr_utils.data.store import Store, jpeg, reduced
+from vipr_utils.data.store import Store
+from vipr_utils.data.transforms import jpeg, shrunk
 from vipr_utils.host.files import write_whole
 from vipr_utils.judge import runs
-from vipr_utils.judge.task import Retrieval, Task, View, scored, some_products
+from vipr_utils.judge.task import Retrieval, Task, View, scored, sizes, some_products
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SIDE = 176  # pixels of a photo's longer side
@@ -88,7 +89,7 @@ def _content(
     shown = shown[shown >= 0]
     gallery = view.gallery.iloc[shown]
     rows = [*view.queries.index, *gallery.index]
-    photos = [jpeg(reduced(store[row], SIDE), QUALITY) for row in rows]
+    photos = [_photo(store[row]) for row in rows]
     addresses = _addresses(path, photos)
     n = len(view.queries)
     return {
@@ -114,6 +115,11 @@ def _part(
     """The lists of some queries."""
     lists = ("scores", "ranks", "hits", "n_relevant")
     return replace(found, **{name: getattr(found, name)[some] for name in lists})
+
+
+def _photo(image: np.ndarray) -> bytes:
+    """JPEG of a photo (H, W, 3) reduced to SIDE."""
+    return jpeg(shrunk(image, SIDE / max(image.shape)), QUALITY)
 
 
 def _addresses(
@@ -185,7 +191,7 @@ def _figures(
     found: dict[str, Retrieval],
 ) -> str:
     """'2,485 queries, 2,721 gallery photos; mAP@5 0.905 [0.876, 0.934]'"""
-    said = f"{len(view.queries):,} queries, {len(view.gallery):,} gallery photos"
+    said = sizes(view)
     for name, result in found.items():
         figures = result.metrics
         if "map_at_5" in figures:

@@ -89,7 +89,8 @@ class RunError(ValueError):
 
 
 def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
-    """Write <folder>/run.json whole and return its path. NaN becomes null.
+    """Write <folder>/run.json whole and return its path. NaN becomes null; of params that are
+    folders the name alone is written, for a record may be published.
 
     figures: notebook, data, protocol, metrics (may hold `rows`, one per system), model, device;
     where there are any precision (`precision_used`), validation (`catalog.Validation.record`) and
@@ -97,7 +98,7 @@ def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
     """
     record = {
         "run": Path(folder).name,
-        "params": _published(params),
+        "params": params | {name: Path(params[name]).name for name in params.keys() & FOLDERS},
         "validation": None,
         "cut_short": "",
         **figures,
@@ -113,11 +114,6 @@ def save(folder: Path, *, params: dict, seconds: float, **figures) -> Path:
     write_whole(path, json.dumps(finite, indent=1, ensure_ascii=False) + "\n")
     path.with_name(UNFINISHED).unlink(missing_ok=True)
     return path
-
-
-def _published(params: dict) -> dict:
-    """Parameters with folders by name alone, for a record may be published."""
-    return params | {name: Path(params[name]).name for name in params.keys() & FOLDERS}
 
 
 def _plain(value):

@@ -102,12 +102,18 @@ def slices(
     return pd.DataFrame(list(table.values()), names, FIGURES)
 
 
-def by_group(found: Retrieval, view: View, *, most: int = 10, seed: int = 0) -> pd.DataFrame:
-    """`slices` of the groups that have LEAST queries, the `most` with the lowest mAP@5."""
+def by_group(found: Retrieval, view: View, *, seed: int = 0) -> pd.DataFrame:
+    """`slices` of the groups that have LEAST queries, the 10 with the lowest mAP@5."""
     groups = view.queries["group"]
     named = groups.astype(str).where(groups >= 0, "")
     table = slices(found, view, named.to_frame("group"), seed=seed)
-    return table.sort_values("map_at_5").head(most)
+    return table.sort_values("map_at_5").head(10)
+
+
+def numbered_in_product(products: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N,) a number from 0 for each photo among those of its product (N,), in random order."""
+    shuffled = pd.Series(products)[rng.permutation(len(products))]
+    return shuffled.groupby(shuffled).cumcount().sort_index().to_numpy()
 
 
 def photos_a_product(
@@ -118,7 +124,6 @@ def photos_a_product(
     *,
     draws: int = 5,
     seed: int = 0,
-    device="cpu",
 ) -> pd.DataFrame:
     """How often the first answer is right where each product has so many gallery photos: a row a
     count, with photos, precision_at_1, low, high, n_queries, n_products.
@@ -136,10 +141,8 @@ def photos_a_product(
     for count in counts:
         right = []
         for _ in range(draws):
-            order = rng.permutation(len(products))
-            earlier = pd.Series(order).groupby(products[order]).cumcount().to_numpy()
-            rows = np.sort(order[earlier < count])
-            _, ranks = top_k(queries[asked], gallery[rows], 1, device=device)
+            rows = np.flatnonzero(numbered_in_product(products, rng) < count)
+            _, ranks = top_k(queries[asked], gallery[rows], 1)
             right.append(products[rows][ranks[:, 0]] == labels)
         shares = np.mean(right, axis=0)
         low, high = metrics.bootstrap_interval(shares, labels, seed=seed)

@@ -146,7 +146,7 @@ class Task:
         found = f"{found}\nvalidation: {queries}, split {self.validation.split}"
         some, whole = self.epoch_view, self.views["validation"]
         if len(some.gallery) < len(whole.gallery):
-            found += f"\nepochs validate on {_sizes(some)}"
+            found += f"\nepochs validate on {sizes(some)}"
         return found
 
     def _repr_html_(self) -> str:
@@ -157,7 +157,7 @@ class Task:
 
     def describe(self) -> str:
         """'protocol test, 97 queries, 205 gallery photos': for captions."""
-        return f"protocol {self.protocol}, {_sizes(self.views['test'])}"
+        return f"protocol {self.protocol}, {sizes(self.views['test'])}"
 
     def summary(self) -> pd.DataFrame:
         """Images and products of each part: what is learned from, each view's sides."""
@@ -248,8 +248,11 @@ class Task:
 
     def _embedded(self, model, rows: pd.DataFrame, image_size, **settings) -> np.ndarray:
         """(N, D) embeddings of these rows, settings as in `embedding.embed`."""
-        machine = {"device": self.device, "batch_size": self.batch_size}
-        settings = {"precision": self.precision} | machine | settings
+        settings = {
+            "precision": self.precision,
+            "device": self.device,
+            "batch_size": self.batch_size,
+        } | settings
         if isinstance(image_size, tuple):
             return embed_at_sizes(model, self.store, rows.index, image_sizes=image_size, **settings)
         return embed(model, self.store, rows.index, image_size=image_size, **settings)
@@ -300,9 +303,8 @@ class Task:
         zoom: shares of each side, of customers' photos and of shop photos. Where a domain is
         unknown a query counts as a customer's photo, a gallery photo as the shop's.
         """
-        sides = []
-        for rows, unknown in zip([self.views[view].queries, self.known(view)], DOMAINS):
-            seen = embed_zoomed(
+        sides = [
+            embed_zoomed(
                 model,
                 self.store,
                 rows.index,
@@ -315,7 +317,8 @@ class Task:
                 precision=self.precision,
                 cache_dir=self.cache_dir,
             )
-            sides.append(seen)
+            for rows, unknown in zip([self.views[view].queries, self.known(view)], DOMAINS)
+        ]
         return Sides(*sides)
 
     def retrieve(
@@ -354,12 +357,9 @@ class Task:
         """(the sides behind projections fitted on the known photos, [{step, seconds}])."""
         if not steps:
             return sides, []
-        rows, seconds = self.known(view), []
-        found = search.Search(rerank.unit(sides.queries), rerank.unit(sides.known), rows, rows)
-        for step, project in zip(steps, pipeline.check(steps)):
-            began = perf_counter()
-            found = project(found)
-            seconds.append({"step": step, "seconds": perf_counter() - began})
+        rows = self.known(view)
+        unprojected = search.Search(*map(rerank.unit, sides), rows, rows)
+        found, seconds = pipeline.in_turn(zip(steps, pipeline.check(steps)), unprojected)
         return Sides(found.queries, found.gallery), seconds
 
     def evaluate(
@@ -375,8 +375,15 @@ class Task:
         }
 
     def _ranked(self, view: View, queries, gallery, **asked) -> Retrieval:
-        machine = {"device": self.device, "cache_dir": self.cache_dir}
-        return ranked(view, queries, gallery, seed=self.seed, **machine, **asked)
+        return ranked(
+            view,
+            queries,
+            gallery,
+            seed=self.seed,
+            device=self.device,
+            cache_dir=self.cache_dir,
+            **asked,
+        )
 
     # ------------------------------------------------------------------------------ the record
 
@@ -411,7 +418,8 @@ def some_products(rows: pd.DataFrame, most: int) -> pd.Index:
     return counts.index[counts.cumsum() - counts < most]
 
 
-def _sizes(view: View) -> str:
+def sizes(view: View) -> str:
+    """'2,485 queries, 2,721 gallery photos'"""
     return f"{len(view.queries):,} queries, {len(view.gallery):,} gallery photos"
 
 
@@ -458,11 +466,11 @@ def ranked(
         return scored(view, scores, ranks, seed=seed)
     # steps do not see which products the queries show
     unlabelled = view.queries.drop(columns=["product_id", "product", "group"], errors="ignore")
-    machine = {"device": device, "cache_dir": cache_dir}
-    unsearched = search.Search(queries, gallery, unlabelled, references, **machine)
     answers = references.index.isin(view.gallery.index)
-    if not answers.all():
-        unsearched = replace(unsearched, answers=answers)
+    some = None if answers.all() else answers
+    unsearched = search.Search(
+        queries, gallery, unlabelled, references, answers=some, device=device, cache_dir=cache_dir
+    )
     found, seconds = pipeline.apply(list(steps), unsearched)
     rows = np.append(view.gallery.index.get_indexer(found.gallery_rows.index), -1)
     return scored(view, found.scores, rows[found.ranks], seconds=seconds, seed=seed)

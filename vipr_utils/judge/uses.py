@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from vipr_utils.data import catalog
 from vipr_utils.judge import metrics
+from vipr_utils.judge.slices import numbered_in_product
 from vipr_utils.judge.task import Sides, Task
 from vipr_utils.retrieve import encoder, labels, pipeline, rerank
 from vipr_utils.retrieve.search import top_k
@@ -80,10 +81,10 @@ def strangers(
     queries = task.views[view].queries
     photos = task.known(view)
     secret = catalog.unseen_products(photos, hidden, seed)
-    strange = queries["product_id"].isin(secret).to_numpy()
-    shown = ~photos["product_id"].isin(secret).to_numpy()
+    strange = ~_without(secret, queries)
+    shown = _without(secret, photos)
     few = photos["product_id"].nunique() - len(secret) < 2
-    asked_there = ~task.validation.queries["product_id"].isin(secret)
+    asked_there = _without(secret, task.validation.queries)
     if few or not asked_there.any() or strange.all() or not strange.any():
         return None
     judge, project = _fitted_without(task, secret, learned)
@@ -104,6 +105,11 @@ def strangers(
     return Strangers(there, strange, judge.least, figures)
 
 
+def _without(secret: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
+    """(N,) bool: the rows of other products than these."""
+    return ~rows["product_id"].isin(secret).to_numpy()
+
+
 def _fitted_without(
     task: Task,
     secret: np.ndarray,
@@ -111,8 +117,7 @@ def _fitted_without(
 ):
     """(a Judge, a function of embeddings (N, D)) fitted on validation without these products."""
     queries, photos = task.validation.queries, task.known("validation")
-    asked = ~queries["product_id"].isin(secret).to_numpy()
-    shown = ~photos["product_id"].isin(secret).to_numpy()
+    asked, shown = _without(secret, queries), _without(secret, photos)
     rows, seen = photos[shown], rerank.unit(learned.known[shown])
     most = min(WIDTH, rows["product_id"].nunique() - 1)
     try:
@@ -134,9 +139,7 @@ def spread(
     """How many photos get the right label where so many of each product have one: a row a count;
     spread over the graph of embeddings x (N, D), and taken from the nearest photo that has one.
     """
-    order = np.random.default_rng(seed).permutation(len(x))
-    earlier = pd.Series(order).groupby(products[order]).cumcount()
-    nth = earlier.to_numpy()[np.argsort(order)]
+    nth = numbered_in_product(products, np.random.default_rng(seed))
     table = {}
     for count in counts:
         start = np.where(nth < count, products, -1)

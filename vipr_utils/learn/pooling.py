@@ -48,10 +48,10 @@ class RMAC(nn.Module):
 
     def regions(self, x: torch.Tensor) -> torch.Tensor:
         """(B, R, C): the L2-normalised maximum of every region, before whitening."""
-        maxima = []
-        for top, left, side in region_grid(*x.shape[2:]):
-            region = x[:, :, top : top + side, left : left + side]
-            maxima.append(region.amax((2, 3)))
+        maxima = [
+            x[:, :, top : top + side, left : left + side].amax((2, 3))
+            for top, left, side in region_grid(*x.shape[2:])
+        ]
         return F.normalize(torch.stack(maxima, 1).float(), dim=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -441,13 +441,13 @@ class _Training:
         """
         recipe, precision = self.recipe, self.identity["precision"]
         path = _found(self.folder, "checkpoint.pt")
-        if not path and self.leads:
-            progress.LOG.info(
-                f"training starts: {len(self.photos):,} photos, "
-                f"{len(self.sampler.batches(0)):,} steps an epoch, {recipe.epochs} epochs, "
-                f"{precision} on {recipe.device}, processes: {recipe.processes}"
-            )
         if not path:
+            if self.leads:
+                progress.LOG.info(
+                    f"training starts: {len(self.photos):,} photos, "
+                    f"{len(self.sampler.batches(0)):,} steps an epoch, {recipe.epochs} epochs, "
+                    f"{precision} on {recipe.device}, processes: {recipe.processes}"
+                )
             return
         data = _read(path)
         if differing := _differing(data["identity"], self.identity, "precision", "max_minutes"):

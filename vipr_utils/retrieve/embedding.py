@@ -114,9 +114,7 @@ def fit_region_whitening(
     rows,
     *,
     device=torch.device("cpu"),
-    batch_size: int = 64,
     image_size: int = 0,
-    fit: str = "squash",
     precision: str = "auto",
     power: float = 1.0,
 ):
@@ -133,14 +131,14 @@ def fit_region_whitening(
             "pooling='rmac'"
         )
     rows, size = np.asarray(rows), image_size or model.record["image_size"]
-    seen = Evaluation(size, fit, model.record["interpolation"])
+    seen = Evaluation(size, interpolation=model.record["interpolation"])
     photos = Photos(store, rows[store.readable[rows]], seen)
 
     def regions(model, pixels: torch.Tensor) -> torch.Tensor:
         return model.pooling.regions(model.maps(pixels)).flatten(0, -2)
 
     dtype = compute_dtype(precision, device)
-    found = _forwarded(model, regions, photos, batch_size=batch_size, device=device, dtype=dtype)
+    found = _forwarded(model, regions, photos, batch_size=64, device=device, dtype=dtype)
     white = rerank.fit_whitening(found, found.shape[1], power=power)
     layer = model.pooling.whitening
     with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from vipr_utils.learn.models import Embedder
 from vipr_utils.retrieve.embedding import embed_zoomed
@@ -42,12 +41,10 @@ class Encoder:
     projections: tuple[Projection, ...] = ()
     store_px: int = 352
 
-    def __call__(
-        self, store, rows, customer, *, device="cpu", precision="auto", batch_size: int = 64
-    ) -> np.ndarray:
+    def __call__(self, store, rows, customer, *, precision: str = "float32") -> np.ndarray:
         """(N, D) float32 of length 1 for these rows of a store; NaN for one that is unreadable.
 
-        customer (N,) bool, or one for all: whether a customer took the photo.
+        customer (N,) bool, or one for all: whether a customer took the photo. Computed on the CPU.
         """
         parts = []
         for look in self.looks:
@@ -59,9 +56,7 @@ class Encoder:
                 customer=customer,
                 image_size=look.image_size,
                 features=look.features,
-                device=torch.device(device),
                 precision=precision,
-                batch_size=batch_size,
             )
             parts.append(unit(projected(unit(seen), look.projections)))
         return self.together(joined(parts, [look.weight for look in self.looks]))

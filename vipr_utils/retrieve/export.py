@@ -72,7 +72,7 @@ def onnx(encoder: Encoder, path: Path) -> float:
     for look in encoder.looks:
         shape = 2, 3, look.image_size, look.image_size
         views.append(torch.from_numpy(rng.integers(0, 256, shape, np.uint8)))
-    with whole_file(Path(path)) as part:
+    with whole_file(path) as part:
         apart = _written(network, views, part, metadata(encoder))
         if not apart <= NEAR:
             raise ValueError(f"ONNX Runtime is {apart:.2g} away from torch, expected {NEAR:g}")
@@ -81,26 +81,21 @@ def onnx(encoder: Encoder, path: Path) -> float:
 
 def _written(network: Network, views: list[torch.Tensor], path: Path, about: dict) -> float:
     """Write the network and what is said of it; how far it is from torch at most."""
-    import onnx as library
-
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing
-        torch.onnx.export(
+        program = torch.onnx.export(
             network,
             tuple(views),
-            str(path),
             input_names=[f"view{i}" for i in range(len(views))],
             output_names=["embedding"],
             dynamic_shapes=(tuple({0: batch} for _ in views),),
             opset_version=OPSET,
-            external_data=False,
             dynamo=True,
             verbose=False,
         )
-    model = library.load(str(path))
-    library.helper.set_model_props(model, about)
-    library.save(model, str(path))
+    program.model.metadata_props.update(about)
+    program.save(path)
     return _apart(network, path, views)
 
 

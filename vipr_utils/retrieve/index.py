@@ -62,7 +62,7 @@ class Version:
         if not found:
             return None
         right, there = (labels.Confidence(**found[name]) for name in ("right", "there"))
-        return labels.Judge(right, there, found["least"], found["keep"])
+        return labels.Judge(right, there, found["least"])
 
 
 class Answers(NamedTuple):
@@ -78,19 +78,12 @@ class Index:
     """An index that is on disk; any number of processes read it, one at a time changes it.
 
     encoder: from photos to vectors; version: what is in force for this reader, until `reload` or an
-    update of its own.
+    update of its own. Photos are embedded on the CPU in float32: whoever reads it finds the same.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        device: str = "cpu",
-        precision: str = "float32",
-    ) -> None:
+    def __init__(self, folder: Path) -> None:
         """Raises IndexFault where there is none, or a part is damaged."""
         self.folder = Path(folder)
-        self.device, self.precision = device, precision
         self._changing = threading.RLock()  # of `version`, by the threads of this process
         self._segments: dict[str, tuple[pd.DataFrame, np.ndarray]] = {}
         self.version = self._in_force()
@@ -107,14 +100,12 @@ class Index:
         steps=(),
         judge: labels.Judge | None = None,
         about: dict | None = None,
-        **machine,
     ) -> Index:
         """An index of these rows (N: COLUMNS, answered) and their vectors (N, D), as the encoder
         gave them; one that is there gets them as its next version.
 
         steps: what reorders a list, see `pipeline.local`. judge: fitted on validation. about: what
-        it was made from. machine: device, precision. Raises ValueError for steps that an index
-        cannot answer by.
+        it was made from. Raises ValueError for steps that an index cannot answer by.
         """
         folder, steps = Path(folder), list(steps)
         if pipeline.fitted_first(steps) or not pipeline.local(steps):
@@ -132,7 +123,7 @@ class Index:
                 "segments": _write_segments(folder, rows, unit(vectors)),
             }
             versions.publish(folder, state, f"built from {len(rows):,} photos")
-        return cls(folder, **machine)
+        return cls(folder)
 
     # ------------------------------------------------------------------------------------ reading
 
@@ -163,28 +154,26 @@ class Index:
         )
 
     def _read(self, number: int, sha256: str) -> Version:
+        """With its segments in memory; those of the version before are not read again."""
         content = versions.file_of(self.folder, number).read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise versions.IndexFault(
                 f"{self.folder}: version {number} is damaged: {versions.ROLL_BACK}"
             )
-        return self._loaded(number, sha256, json.loads(content))
-
-    def _loaded(self, number: int, sha256: str, state: dict) -> Version:
-        """With its segments in memory; those of the version before are not read again."""
+        state = json.loads(content)
         if state["format"] != FORMAT:
             raise versions.IndexFault(
                 f"{self.folder} has format {state['format']}, expected {FORMAT}: build it anew"
             )
-        segments, tables, vectors = {}, [], []
+        parts = [segment["part"] for segment in state["segments"]]
+        self._segments = {
+            part: self._segments.get(part) or _read_segment(self.folder, part) for part in parts
+        }
+        tables, vectors = [], []
         for i, segment in enumerate(state["segments"]):
-            part = segment["part"]
-            segments[part] = self._segments.get(part) or _read_segment(self.folder, part)
-            rows, values = segments[part]
-            alive = np.setdiff1d(np.arange(len(rows)), segment["removed"])
-            tables.append(rows.iloc[alive].assign(segment=i, place=alive))
-            vectors.append(values[alive] if segment["removed"] else values)
-        self._segments = segments
+            rows, values = self._kept(segment)
+            tables.append(rows.assign(segment=i, place=rows.index))
+            vectors.append(values)
         rows = pd.concat(tables, ignore_index=True)
         rows["product_id"] = pd.factorize(rows["product"])[0]
         return Version(number, sha256, state, rows, Prepared(np.concatenate(vectors), "index"))
@@ -219,8 +208,7 @@ class Index:
             rows = np.flatnonzero(packed.readable)
             found = np.full((len(part), self.version.vectors.rows.shape[1]), np.nan, np.float32)
             if len(rows):
-                machine = {"device": self.device, "precision": self.precision}
-                found[rows] = self.encoder(packed, rows, customer[start + rows], **machine)
+                found[rows] = self.encoder(packed, rows, customer[start + rows])
             vectors.append(found)
             problems.append(packed.problems.set_axis(start + packed.problems.index))
             reached(start + len(part))
@@ -352,8 +340,8 @@ class Index:
                 elif _alive(segment):
                     segments += _write_segments(self.folder, *self._kept(segment))
             state = self.version.state | {"segments": segments}
-            written = versions.publish(self.folder, state, what)
-            self.version = self._loaded(*written)
+            number, sha256, _ = versions.publish(self.folder, state, what)
+            self.version = self._read(number, sha256)
 
     def _without(
         self,
@@ -369,10 +357,12 @@ class Index:
         ]
 
     def _kept(self, segment: dict) -> tuple[pd.DataFrame, np.ndarray]:
-        """Rows and vectors of a segment that are not removed."""
+        """Rows and vectors of a segment that are not removed; rows are called by their place."""
         rows, vectors = self._segments[segment["part"]]
-        alive = np.setdiff1d(np.arange(len(rows)), segment["removed"])
-        return rows.iloc[alive], vectors[alive]
+        if not segment["removed"]:
+            return rows, vectors
+        kept = rows.drop(index=segment["removed"])
+        return kept, vectors[kept.index]
 
 
 # ------------------------------------------------------------------------------------------- lists
@@ -500,7 +490,14 @@ def _load_encoder(folder: Path, state: dict) -> Encoder:
     for i, look in enumerate(state["looks"]):
         versions.whole(folder, look["model"])
         model = models.load(folder / "parts" / look["model"])
-        settings = {name: look[name] for name in ("image_size", "features", "weight")}
-        zoom = tuple(look["zoom"])
-        looks.append(Look(model, zoom=zoom, projections=projections(f"look{i}"), **settings))
+        looks.append(
+            Look(
+                model,
+                look["image_size"],
+                tuple(look["zoom"]),
+                look["features"],
+                look["weight"],
+                projections(f"look{i}"),
+            )
+        )
     return Encoder(tuple(looks), projections("joined"), state["store_px"])

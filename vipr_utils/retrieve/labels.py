@@ -20,10 +20,11 @@ from sklearn.metrics import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from vipr_utils.retrieve.rerank import votes_for
 from vipr_utils.retrieve.search import top_k
 
-CHUNK = 256  # queries that vote at once
 NEIGHBOURS = 10  # photos that vote, and that a photo hands its label to
+KEPT = 0.95  # share of the queries whose product is there that are taken for such
 MOST_LABELS = 20  # products that a photo can be of while labels spread
 
 # ------------------------------------------------------------------------------------- prediction
@@ -54,11 +55,7 @@ def vote(scores: np.ndarray, ranks: np.ndarray, products: np.ndarray, alpha: flo
     products = np.append(products, -1)[ranks]  # (Q, k)
     scores = np.where(ranks >= 0, scores, -1.0).astype(np.float32)
     weights = scores.clip(0) ** alpha
-    totals = np.empty_like(weights)
-    for start in range(0, len(totals), CHUNK):
-        part = slice(start, start + CHUNK)
-        same = products[part, :, None] == products[part, None]
-        totals[part] = np.einsum("qnk,qk->qn", same, weights[part])
+    totals = votes_for(products, weights)
     totals[ranks < 0] = -1
     rows, at = np.arange(len(ranks)), totals.argmax(axis=1)  # of equal votes the nearest photo's
     winner = products[rows, at]
@@ -100,38 +97,39 @@ class Judge:
     """Says of votes how probably they are right, and whether the product is in the catalogue.
 
     right: given that it is there; there: that it is; least: what `there` must reach, so that a
-    share `keep` of the queries it was fitted on whose product is there were kept.
+    share KEPT of the queries it was fitted on whose product is there were kept.
     """
 
     right: Confidence
     there: Confidence
     least: float
-    keep: float = 0.95
 
     @classmethod
-    def fit(cls, votes: Votes, labels: np.ndarray, strangers: Votes, keep: float = 0.95) -> Judge:
+    def fit(cls, votes: Votes, labels: np.ndarray, strangers: Votes) -> Judge:
         """labels (Q,): the products that validation queries show. strangers: votes for the same
         queries by a gallery without their products.
         """
         evidence = np.concatenate([votes.evidence, strangers.evidence])
         known = np.arange(len(evidence)) < len(votes.evidence)
         there = Confidence.fit(evidence, known)
-        least = float(np.quantile(there(votes.evidence), 1 - keep))
-        return cls(Confidence.fit(votes.evidence, votes.product == labels), there, least, keep)
+        least = float(np.quantile(there(votes.evidence), 1 - KEPT))
+        return cls(Confidence.fit(votes.evidence, votes.product == labels), there, least)
 
     def __call__(self, votes: Votes) -> tuple[np.ndarray, np.ndarray]:
         """(confidence, there), (Q,) each: of being right, and whether the product is there."""
         return self.right(votes.evidence), self.there(votes.evidence) >= self.least
 
 
-def judge(queries, labels, gallery, products, *, k: int = NEIGHBOURS, device="cpu") -> Judge:
+def judge(queries, labels, gallery, products, *, device="cpu") -> Judge:
     """A Judge fitted on validation queries (Q, D) that show the products `labels` (Q,), by a
     gallery (G, D) of the products (G,), all of length 1 and as numbers.
     """
-    votes = vote(*top_k(queries, gallery, k, device=device), products)
+    votes = vote(*top_k(queries, gallery, NEIGHBOURS, device=device), products)
     # ids that a query never meets: here the photos of its own product
-    apart = {"query_ids": labels, "gallery_ids": products}
-    strangers = vote(*top_k(queries, gallery, k, device=device, **apart), products)
+    strange_lists = top_k(
+        queries, gallery, NEIGHBOURS, query_ids=labels, gallery_ids=products, device=device
+    )
+    strangers = vote(*strange_lists, products)
     return Judge.fit(votes, labels, strangers)
 
 
@@ -197,7 +195,6 @@ def propagate(
     k: int = NEIGHBOURS,
     alpha: float = 0.9,
     rounds: int = 30,
-    device="cpu",
 ) -> np.ndarray:
     """(N,) labels of embeddings (N, D) of length 1, spread from those that have one over a graph of
     their k nearest; -1 for what none reaches.
@@ -212,7 +209,7 @@ def propagate(
     names, numbers = np.unique(labels[given], return_inverse=True)
     rows = np.flatnonzero(given)
     start = sparse.csr_array((np.ones(len(rows)), (rows, numbers)), (len(x), len(names)))
-    graph, spread = neighbour_graph(x, k, device=device), start
+    graph, spread = neighbour_graph(x, k), start
     for _ in range(rounds):
         spread = _largest(alpha * (graph @ spread) + (1 - alpha) * start, MOST_LABELS)
     reached = spread.sum(axis=1) > 0
@@ -220,16 +217,16 @@ def propagate(
     return np.where(given, labels, found)
 
 
-def neighbour_graph(x: np.ndarray, k: int, *, device="cpu") -> sparse.csr_array:
+def neighbour_graph(x: np.ndarray, k: int) -> sparse.csr_array:
     """(N, N) D^-1/2 W D^-1/2: W has max(cosine, 0)^3 where one of two rows is among the k nearest
     of the other."""
     itself = np.arange(len(x))
-    scores, ranks = top_k(x, x, k, query_ids=itself, gallery_ids=itself, device=device)
+    scores, ranks = top_k(x, x, k, query_ids=itself, gallery_ids=itself)
     rows, at = np.nonzero(ranks >= 0)
     weights = scores[rows, at].astype(np.float64).clip(0) ** 3
     graph = sparse.csr_array((weights, (rows, ranks[rows, at])), (len(x), len(x)))
     graph = graph.maximum(graph.T)
-    scale = sparse.diags_array(1 / np.sqrt(np.asarray(graph.sum(axis=1)).clip(1e-12)))
+    scale = sparse.diags_array(1 / np.sqrt(graph.sum(axis=1).clip(1e-12)))
     return (scale @ graph @ scale).tocsr()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -119,12 +119,18 @@ def apply(
     queries = rerank.unit(Prepared(search.queries, "query").rows)
     gallery = rerank.unit(Prepared(search.gallery).rows)
     search = replace(search, queries=queries, gallery=gallery)
+    search, seconds = in_turn(plan, search)
+    return replace(search, scores=search.scores[:, :k], ranks=search.ranks[:, :k]), seconds
+
+
+def in_turn(plan: Iterable, search: Search) -> tuple[Search, list[dict]]:
+    """(the Search after each (name, step) of a plan, [{step, seconds}])."""
     seconds = []
     for name, step in plan:
         began = perf_counter()
         search = step(search)
         seconds.append({"step": name, "seconds": perf_counter() - began})
-    return replace(search, scores=search.scores[:, :k], ranks=search.ranks[:, :k]), seconds
+    return search, seconds
 
 
 def fitted(steps: list[str], gallery: np.ndarray, rows: pd.DataFrame) -> tuple:

@@ -153,8 +153,8 @@ def centring(search: Search) -> Search:
 
 
 def pca(search: Search, dim: int) -> Search:
-    """The gallery's `dim` main directions, see `fit_whitening`."""
-    return fit_whitening(search.gallery, dim, power=0.0).applied(search)
+    """The gallery's `dim` main directions, as they are."""
+    return whitening(search, dim, power=0.0)
 
 
 def whitening(search: Search, dim: int, power: float = 1.0) -> Search:
@@ -197,7 +197,8 @@ def database_augmentation(search: Search, k: int, alpha: float | None = None) ->
         return search
     scores, near = _neighbours(search.gallery, k - 1, device=search.device)
     weights = 1.0 - np.arange(near.shape[1]) / k if alpha is None else scores.clip(0) ** alpha
-    return replace(search, gallery=unit(_weighted_sum(weights, near, search.gallery)))
+    mixed = _sparse(near, len(near), weights) @ search.gallery
+    return replace(search, gallery=unit(mixed))
 
 
 def expanded(search: Search, weights: np.ndarray) -> Search:
@@ -205,16 +206,12 @@ def expanded(search: Search, weights: np.ndarray) -> Search:
     are added, L2-normalised.
     """
     near = search.ranks[:, : weights.shape[1]]
-    queries = search.queries + _weighted_sum(weights, near, search.gallery)
+    added = _sparse(near, len(search.gallery), weights) @ search.gallery
+    queries = search.queries + added
     k = search.ranks.shape[1]
     if search.answers is not None:  # lists are twice as long as they were asked for
         k //= 2
     return replace(search, queries=unit(queries)).searched(k)
-
-
-def _weighted_sum(weights: np.ndarray, ranks: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """(Q, D): sum over ranks (Q, k) of weight * gallery row; -1 counts for nothing."""
-    return _sparse(ranks, len(gallery), weights) @ gallery
 
 
 def _sparse(lists: np.ndarray, width: int, values=1.0) -> sparse.csr_array:
@@ -249,14 +246,21 @@ def product_votes(search: Search, k: int = 5, alpha: float = 3.0) -> Search:
     products = np.append(search.gallery_rows["product_id"], -1)[search.ranks]  # (Q, K)
     weights = search.scores[:, :k].clip(0) ** alpha
     weights = np.where(search.ranks[:, :k] >= 0, weights, 0)
-    votes = np.empty(products.shape)
-    for start in range(0, len(votes), CHUNK):
-        part = slice(start, start + CHUNK)
-        same = products[part, :, None] == products[part, None, :k]  # (q, K, k)
-        votes[part] = np.einsum("qnk,qk->qn", same, weights[part])
+    votes = votes_for(products, weights)
     votes[search.ranks < 0] = -1
     order = np.lexsort((-search.scores, -votes))
     return search.ordered(order)
+
+
+def votes_for(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(Q, K): for each of the products (Q, K) in a list the weights (Q, k) of its own among the
+    first k."""
+    votes = np.empty(products.shape, weights.dtype)
+    for start in range(0, len(votes), CHUNK):
+        part = slice(start, start + CHUNK)
+        same = products[part, :, None] == products[part, None, : weights.shape[1]]  # (q, K, k)
+        votes[part] = np.einsum("qnk,qk->qn", same, weights[part])
+    return votes
 
 
 # ------------------------------------------------------------------------------------ k-reciprocal

@@ -80,10 +80,9 @@ def run_all(todo: list[Run], *, force: bool = False, jobs: int = 0) -> Iterator[
 
     def several(wave: list[Run]) -> Iterator[Result]:
         alone = min(len(wave), processes) == 1  # it has the whole machine
-        return pool.map(lambda run: one(run, {} if alone else own.slot), wave)
-
-    def one(run: Run, slot: dict) -> Result:
-        return run_one(run, force=force, slot=slot, stop=stop)
+        return pool.map(
+            lambda run: run_one(run, force=force, slot={} if alone else own.slot, stop=stop), wave
+        )
 
     with ThreadPoolExecutor(processes, initializer=take_slot) as pool:  # each run is a process
         try:

@@ -187,11 +187,10 @@ def _state(index: Index) -> str:
 def _answers(index: Index, photos: list[Path], given: argparse.Namespace) -> Iterator[str]:
     """A line for each answer under that of its photo, or a line of JSON for each photo."""
     answers = index.search(photos, given.k)
-    lists = dict(list(answers.lists.drop(columns="query").groupby(answers.lists["query"])))
     products = answers.products.set_index("query")
     for number, path in enumerate(photos):
         problem = answers.problems["problem"].get(number, "")
-        table = lists.get(number, answers.lists[:0])
+        table = answers.lists[answers.lists["query"] == number].drop(columns="query")
         told = {} if problem else products.loc[number].to_dict()
         if given.json:
             yield json.dumps(

@@ -379,9 +379,7 @@ def collect(folder: Path, output_dir: Path) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".collect-") as scratch:
         pattern = f"/{re.escape(run)}/(?!stores/)"
-        answer = client("kernels", "output", kernel, "-p", scratch, "--file-pattern", pattern)
-        if "next page token" in answer.lower():  # old clients stop there
-            raise KaggleError(f"{kernel}: part of the outputs is missing: update the kaggle client")
+        client("kernels", "output", kernel, "-p", scratch, "--file-pattern", pattern)
         new = next(Path(scratch).glob(f"*/{run}"), Path(scratch, run))
         _check(kernel, prepared, new)
         if (output_dir / run).exists():
@@ -490,8 +488,7 @@ def _lines(given: argparse.Namespace, out: Path) -> Iterator[object]:
             todo = load_runs(given.names, dict(given.p))
             for run in todo:
                 upstream = [other.name for other in todo if other.notebook.stem < run.notebook.stem]
-                choices = {"owner": given.owner, "upstream": upstream, "session": given.session}
-                yield prepare(run, out, **choices)
+                yield prepare(run, out, owner=given.owner, upstream=upstream, session=given.session)
         case "push":
             yield from push(given.names, hours=given.hours)
         case "wait":

@@ -1,7 +1,7 @@
 """What runs would take here: minutes, memory and disk, by a few seconds of measuring, and sums.
 
 Every figure is of this machine, as busy as it is now. A photo costs what some photos of the data
-cost, a network what one with arbitrary weights costs at its size. Then
+cost, a network what one with random weights costs at its size. Then
 
     training = trainings x epochs x photos to fit x step, at most trainings x max_minutes
     embedding = passes x photos x forward
@@ -108,7 +108,7 @@ def photo_cost(root: Path, px: int, augmentation: str) -> PhotoCost:
 
 @cache
 def network_cost(name: str, px: int, device: torch.device, trained: bool) -> NetworkCost:
-    """Measured with weights drawn at random, on one image, on a GPU on 32; no step if it is not
+    """Measured with random weights, on one image, on a GPU on 32; no step if it is not
     trained.
     """
     n = 32 if device.type == "cuda" else 1

@@ -11,21 +11,16 @@ told otherwise, and knows no users: what stands in front of it decides who may a
 from __future__ import annotations
 
 import asyncio
-import queue
 import socket
 import threading
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from functools import partial
-from importlib import resources
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 
 from vipr_utils.data.store import BrokenImage, picture_size
@@ -87,40 +82,32 @@ def problems(*codes: int) -> dict:
 
 
 class Desk:
-    """One thread that answers; photos that wait together are embedded together."""
+    """Answers one batch after the other; photos that wait together are embedded together."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self.waiting: queue.Queue = queue.Queue(WAITING)
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
+        self.waiting: asyncio.Queue = asyncio.Queue(WAITING)
 
-    def ask(self, content: bytes, k: int) -> Future:
-        """Of a Found. Raises queue.Full where too many wait."""
-        answer = Future()
+    async def ask(self, content: bytes, k: int) -> Found:
+        """Raises asyncio.QueueFull where too many wait."""
+        answer = asyncio.get_running_loop().create_future()
         self.waiting.put_nowait((content, k, answer))
-        return answer
+        return await answer
 
-    def close(self) -> None:
-        self.waiting.put(None)
-        self.thread.join()
-
-    def _serve(self) -> None:
-        while (first := self.waiting.get()) is not None:
-            batch = [first]
+    async def serve(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            batch = [await self.waiting.get()]
             while len(batch) < TOGETHER and not self.waiting.empty():
-                following = self.waiting.get()
-                if following is None:
-                    self.waiting.put(None)
-                    break
-                batch.append(following)
+                batch.append(self.waiting.get_nowait())
             contents, counts, answers = zip(*batch)
             try:
-                self.index.reload()
-                found = self._found(list(contents), counts)
+                found = await asyncio.to_thread(self._found, list(contents), counts)
             except Exception as error:  # whatever it is, those who wait must hear of it
                 found = [error] * len(batch)
             for answer, value in zip(answers, found):
+                if answer.done():  # nobody waits any more
+                    continue
                 if isinstance(value, Exception):
                     answer.set_exception(value)
                 else:
@@ -128,6 +115,7 @@ class Desk:
 
     def _found(self, contents: list[bytes], counts: tuple[int, ...]) -> list:
         """A Found or a BrokenImage for each photo."""
+        self.index.reload()
         answers = self.index.search(contents, k=max(counts))
         products = answers.products.replace(np.nan, None).set_index("query")
         found = []
@@ -185,8 +173,8 @@ class Service:
         """The products that a customer's photo shows, best first."""
         content = await _photo(request)
         try:
-            return await asyncio.wrap_future(self.desk.ask(content, k))
-        except queue.Full:
+            return await self.desk.ask(content, k)
+        except asyncio.QueueFull:
             raise HTTPException(503, "too many photos wait: try again") from None
         except BrokenImage as error:
             raise HTTPException(400, str(error)) from error
@@ -231,38 +219,25 @@ def app(index: Index) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_):
+        answering = asyncio.create_task(service.desk.serve())
         yield
-        service.desk.close()
+        answering.cancel()
 
-    settings = {"docs_url": None, "redoc_url": None}  # those load scripts from elsewhere
-    api = FastAPI(title="ViPR index", description=__doc__, lifespan=lifespan, **settings)
-    _add_docs(api)
+    api = FastAPIOffline(  # its page at /docs loads nothing from elsewhere
+        redoc_url=None,
+        favicon_url="data:,",
+        title="ViPR index",
+        description=__doc__,
+        lifespan=lifespan,
+    )
     api.get("/healthz")(service.state)
-    photo = {"openapi_extra": PHOTO}
-    api.post("/search", responses=problems(400, 408, 413, 503), **photo)(service.search)
-    api.post("/products", status_code=201, responses=problems(400, 408, 413), **photo)(service.add)
+    api.post("/search", responses=problems(400, 408, 413, 503), openapi_extra=PHOTO)(service.search)
+    adds = api.post(
+        "/products", status_code=201, responses=problems(400, 408, 413), openapi_extra=PHOTO
+    )
+    adds(service.add)
     api.delete("/products/{name:path}", responses=problems(404, 409))(service.remove)
     return api
-
-
-def _add_docs(api: FastAPI) -> None:
-    """The OpenAPI page at /docs, with its script and style from an installed package."""
-    files = resources.files("fastapi_offline") / "static"
-    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
-        answer = partial(_file, str(files / name))
-        api.add_route(f"/docs/{name}", answer, include_in_schema=False)
-    page = get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title=api.title,
-        swagger_js_url="/docs/swagger-ui-bundle.js",
-        swagger_css_url="/docs/swagger-ui.css",
-        swagger_favicon_url="data:,",
-    )
-    api.add_route("/docs", lambda _: page, include_in_schema=False)
-
-
-def _file(path: str, _: Request) -> FileResponse:
-    return FileResponse(path)
 
 
 def listening(host: str, port: int) -> socket.socket:
