@@ -9,8 +9,6 @@ board   the table of a folder of runs
 kaggle  take the kit to Kaggle and its results home
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 

@@ -1,7 +1,5 @@
 """What is alike in a catalog, or does not belong there: copies, leaks, visits, odd ones out."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import pandas as pd

@@ -1,7 +1,5 @@
 """CSV files of names, read as text, and refused by row with the remedy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

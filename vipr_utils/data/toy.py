@@ -5,8 +5,6 @@ one accent colour, an icon and a word. Every photo is drawn from a generator see
 or product, photo), so a product looks the same whatever else is asked for, and the bytes repeat.
 """
 
-from __future__ import annotations
-
 import colorsys
 import json
 import os

@@ -1,7 +1,5 @@
 """The device that computes: one that was seen to work, its threads, seeds and precision."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """The logger of what goes on: stages, epochs, photos embedded, each with the time left."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable

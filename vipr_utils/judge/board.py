@@ -1,7 +1,5 @@
 """What was tried on one task, compared query by query and chosen by validation."""
 
-from __future__ import annotations
-
 import tracemalloc
 from dataclasses import dataclass
 from functools import partial

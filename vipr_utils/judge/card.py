@@ -1,7 +1,5 @@
 """A model card in the Hub's form, from the record of a run."""
 
-from __future__ import annotations
-
 from huggingface_hub import EvalResult, ModelCardData
 
 from vipr_utils.judge.metrics import DEFINITION

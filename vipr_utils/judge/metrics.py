@@ -10,8 +10,6 @@ and `summary` counts it.
 [0.7, 0.2]
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -7,8 +7,6 @@ each query. The checks share no code with the search, so that they can prove it 
     vipr score submission.csv DATA_ROOT [--gallery-domain shop]
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

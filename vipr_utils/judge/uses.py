@@ -1,7 +1,5 @@
 """What ranked lists are good for beside the lists: figures of prediction, strangers and labels."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

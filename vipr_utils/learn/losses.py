@@ -5,8 +5,6 @@ in float32: half precision is left before any distance is taken. Margins carry t
 distance: cosine in [0, 2], euclidean in [0, 2], manhattan in [0, 2 sqrt(D)].
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -1,7 +1,5 @@
 """From a feature map (B, C, H, W) to one vector (B, C) a photo."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import torch

@@ -4,8 +4,6 @@ Every sampler is a pure function of (seed, epoch): `batches(epoch)` gives the sa
 machine and after every restart, whatever ran before.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import deque

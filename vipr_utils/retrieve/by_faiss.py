@@ -5,8 +5,6 @@ a million photos: approximate lists by cosine, with a warning that says how much
 they hold; galleries of fewer than LEAST_ROWS and euclidean distances are searched exactly.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

@@ -1,7 +1,5 @@
 """Photos + model -> embeddings (N, D) float32, kept on disk."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

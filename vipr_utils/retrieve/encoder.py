@@ -1,7 +1,5 @@
 """Photos -> the vectors that a catalogue index searches, by all that was fitted for it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Frozen networks on a CPU by OpenVINO, where it is installed (extra `fast`): 1.9 times as fast in
 float32 as torch, 3.6 times in bfloat16 (EfficientNet-Lite0 at 224 px, Intel Xeon with AMX)."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

@@ -1,7 +1,5 @@
 """An encoder as ONNX, for those who search without torch (extra `export`)."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from pathlib import Path

@@ -5,8 +5,6 @@ lists change scores and ranks, or expand queries by them. All are inductive, tha
 answered without a look at the other queries, save the one whose name says so.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import math
@@ -57,7 +55,7 @@ def bind(step: str) -> partial:
         function = STEPS[call.func.id]
         positional = [ast.literal_eval(value) for value in call.args]
         named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, AttributeError, KeyError, ValueError):
+    except Exception:  # Python has many words for what is no call
         forms = ", ".join(f"{name}({_numbers(function)})" for name, function in STEPS.items())
         raise ValueError(f"step {step!r} is unknown: write one as a call, of {forms}") from None
     signature = inspect.signature(function)
@@ -68,7 +66,7 @@ def bind(step: str) -> partial:
         raise ValueError(f"step {step!r}: {error}; {expected}") from None
     del numbers["search"]
     for name, value in numbers.items():
-        whole = signature.parameters[name].annotation == "int"
+        whole = signature.parameters[name].annotation is int
         fits = type(value) is int if whole else type(value) in (int, float)
         if not fits or not 0 <= value < math.inf:
             kind = "a whole number" if whole else "a number"
@@ -79,7 +77,7 @@ def bind(step: str) -> partial:
 def _numbers(function: Callable) -> str:
     """The signature without the search: 'k: int, alpha: float = 3.0'."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    return ", ".join(str(parameter).replace("'", "") for parameter in parameters)
+    return ", ".join(map(str, parameters))
 
 
 def split(stack: str) -> list[str]:

@@ -5,8 +5,6 @@ at the other queries, save the one whose name says so. What helps is a matter of
 each one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np

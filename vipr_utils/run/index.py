@@ -11,8 +11,6 @@ export INDEX FILE        FILE.onnx: what embeds its photos, with --run a model c
 serve INDEX              answer over HTTP, this machine alone unless --host says more
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -11,8 +11,6 @@ Terms that are small beside these are left out, and so is verification, which no
 where it does not fit into max_minutes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache

@@ -1,7 +1,5 @@
 """What a batch says at its end: data, ladder, score, submission, and where to look."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -8,8 +8,6 @@ Photos come as the body of a request, never as a path. It answers this machine a
 told otherwise, and knows no users: what stands in front of it decides who may ask.
 """
 
-from __future__ import annotations
-
 import asyncio
 import queue
 import socket

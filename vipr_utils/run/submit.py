@@ -3,8 +3,6 @@
 vipr submit RUN [--data DIR] [and the options of `vipr run`]
 """
 
-from __future__ import annotations
-
 import argparse
 
 from vipr_utils.host import platform
