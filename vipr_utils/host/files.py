@@ -1,7 +1,5 @@
 """Files that are written whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -20,7 +18,8 @@ FULL_DISK = re.compile(  # the last three are torch's words
     "file write failed|PytorchStreamWriter failed|unexpected pos"
 )
 WAITS_S = (0.1, 0.5, 2.5)  # before a disk that failed is asked again
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)  # also what is no name
+# also what is no name, and a link to itself
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 
 def retried(read, path: Path):
