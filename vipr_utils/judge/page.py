@@ -7,8 +7,6 @@ of the two finds. Photos lie in a folder beside the page, or in the file itself 
 stays under INLINE_BYTES.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import hashlib
@@ -25,10 +23,10 @@ import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from vipr_utils.data.store import Store
+from vipr_utils.data.store import Store, jpeg
 from vipr_utils.host.files import whole_file
 from vipr_utils.judge import runs
-from vipr_utils.judge.task import Retrieval, Task, View, scored, some_products
+from vipr_utils.judge.task import Retrieval, Task, View, scored, sizes, some_products
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SIDE = 176  # pixels of a photo's longer side
@@ -130,8 +128,7 @@ def _photo(image: np.ndarray) -> bytes:
     scale = min(1.0, SIDE / max(image.shape[:2]))
     size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    return jpeg(small, QUALITY)
 
 
 def _addresses(
@@ -203,7 +200,7 @@ def _figures(
     found: dict[str, Retrieval],
 ) -> str:
     """'2,485 queries, 2,721 gallery photos; mAP@5 0.905 [0.876, 0.934]'"""
-    said = f"{len(view.queries):,} queries, {len(view.gallery):,} gallery photos"
+    said = sizes(view)
     for name, result in found.items():
         figures = result.metrics
         if "map_at_5" in figures:

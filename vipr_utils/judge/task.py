@@ -1,7 +1,5 @@
 """A retrieval task on somebody's photos: what is learned from, asked, and how it is scored."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -145,7 +143,7 @@ class Task:
         found = f"{found}\nvalidation: {queries}, split {self.validation.split}"
         some, whole = self.epoch_view, self.views["validation"]
         if len(some.gallery) < len(whole.gallery):
-            found += f"\nepochs validate on {_sizes(some)}"
+            found += f"\nepochs validate on {sizes(some)}"
         return found
 
     def _repr_html_(self) -> str:
@@ -156,7 +154,7 @@ class Task:
 
     def describe(self) -> str:
         """'protocol test, 97 queries, 205 gallery photos': for captions."""
-        return f"protocol {self.protocol}, {_sizes(self.views['test'])}"
+        return f"protocol {self.protocol}, {sizes(self.views['test'])}"
 
     def summary(self) -> pd.DataFrame:
         """Images and products of each part: what is learned from, each view's sides."""
@@ -391,7 +389,8 @@ def some_products(rows: pd.DataFrame, most: int) -> pd.Index:
     return counts.index[counts.cumsum() - counts < most]
 
 
-def _sizes(view: View) -> str:
+def sizes(view: View) -> str:
+    """'2,485 queries, 2,721 gallery photos'"""
     return f"{len(view.queries):,} queries, {len(view.gallery):,} gallery photos"
 
 
