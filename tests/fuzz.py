@@ -27,6 +27,34 @@ LIMITS = ["-timeout=30", "-rss_limit_mb=4096", "-max_len=4096", "-verbosity=0"]
 GALLERY = [f"g{i}.jpg" for i in range(6)]
 TRAIN = "name,class,group,domain\n" + "".join(f"{name},{name[1]},0,shop\n" for name in GALLERY)
 TEST = "name,class\nq0.jpg,0\nq1.jpg,1\nq2.jpg,9\n"
+# words that a file is put together from, beside those that the fuzzer finds in the code
+WORDS = [
+    "name",
+    "class",
+    "group",
+    "domain",
+    "shop",
+    "-1",
+    "id",
+    "images",
+    "g0.jpg",
+    "q0.jpg",
+    "../",
+]
+WORDS += [
+    "pca(",
+    "verify(",
+    "k1=",
+    "[]",
+    "{}",
+    "{[]:1}",
+    "{[]}",
+    "--",
+    "1+",
+    " + ",
+    "**",
+    "lambda:",
+]
 TABLES = ["train.csv", "test.csv", "test_kaggletest.csv"]
 
 
@@ -146,6 +174,8 @@ def in_this_process(name: str, seconds: int, folder: Path) -> None:
         run, documented, seeds = TARGETS[name](work.resolve())
     for number, seed in enumerate(seeds):
         (corpus / str(number)).write_bytes(seed)
+    escaped = ["".join(f"\\x{byte:02x}" for byte in word.encode()) for word in WORDS]
+    (folder / "words").write_text("".join(f'"{word}"\n' for word in escaped))
     found = {"executions": 0, "documented": 0, "seconds": 0.0, "faults": {}}
     began, told = time.monotonic(), 0.0
 
@@ -165,7 +195,8 @@ def in_this_process(name: str, seconds: int, folder: Path) -> None:
             told = found["seconds"]
             (folder / "found.json").write_text(json.dumps(found))
 
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", *LIMITS, str(corpus)], one)
+    limits = [f"-max_total_time={seconds}", f"-dict={folder / 'words'}", *LIMITS]
+    atheris.Setup([sys.argv[0], *limits, str(corpus)], one)
     atheris.Fuzz()
 
 
