@@ -19,7 +19,9 @@ from vipr_utils.data.tables import CatalogError
 from vipr_utils.host.files import retried, write_whole
 
 CATALOG = ["image_id", "name", "path", "split", "product_id", "product", "group", "domain"]
-WHOLE = r"(0|[1-9]\d{0,17})(\.0*)?"  # pandas writes 3.0 for 3 where a field of the column is empty
+WHOLE = (
+    r"(0|[1-9][0-9]{0,17})(\.0*)?"  # pandas writes 3.0 for 3 where a field of the column is empty
+)
 ENOUGH = 100  # queries to choose by
 MOST_HELD = 0.4  # share of a product's photos to find them
 
@@ -107,8 +109,7 @@ def _numbered(names: pd.Series, is_train: pd.Series) -> tuple[pd.Series, pd.Seri
     numbers = {"": -1}
     if (whole | (names == ""))[is_train].all():
         names = names.mask(whole, names.str.replace(r"\.0*$", "", regex=True))
-        for name in set(names[whole]):
-            numbers[name] = int(name)
+        numbers |= {name: int(name) for name in set(names[whole])}
 
     of_train = set(names[is_train])
     texts = set(names) - set(numbers)

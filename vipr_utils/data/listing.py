@@ -31,7 +31,8 @@ PHOTOS = (
     ".tif",
     ".tiff",
 )
-INSIDE = r"(?![A-Za-z]:|[/\\])(?!(.*[/\\])?\.\.([/\\]|$)).+"  # no drive, no root, no ..
+# no drive, no root, no .., no control character
+INSIDE = r"(?![A-Za-z]:|[/\\])(?!(.*[/\\])?\.\.([/\\]|$))[^\x00-\x1f]+"
 
 
 def listed(root: Path, split: str, products=()) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -86,7 +87,8 @@ def _from_tables(files: list[Path]) -> pd.DataFrame:
 
     # what is there must be right
     for column in ("class", "group"):
-        table[column] = table[column].str.strip()
+        # csv.writer puts no quotes around a carriage return, which would end the row
+        table[column] = table[column].str.replace("\r", " ").str.strip()
 
     outside = ~table["name"].str.fullmatch(INSIDE)
     nameless = table["class"].isin(UNKNOWN) & (files[0].name == "train.csv")
@@ -110,13 +112,24 @@ def from_folder(folder: Path, split: str, products) -> tuple[pd.DataFrame, pd.Da
     Its own folders are the products. Those of test are so where one of them is a product of train,
     else they are days, shops or cameras.
     """
-    found = os.walk(folder, followlinks=True)
-    files = sorted(Path(where, file) for where, _, names in found for file in names)
-    names = pd.Series([file.relative_to(folder).as_posix() for file in files], dtype=str)
+    files, places = [], {}
+    for where, folders, inside in os.walk(folder, followlinks=True):
+        folders.sort()
+        # a link to a folder that was listed, perhaps one above, is a stray itself
+        if places.setdefault(os.path.realpath(where), where) != where:
+            folders[:], inside = [], [""]
+        files += [Path(where, file) for file in inside]
+
+    # in a name that is no Unicode ? takes the place of what is none: such a file is absent
+    names = [
+        file.relative_to(folder).as_posix().encode(errors="replace").decode()
+        for file in sorted(files)
+    ]
+    names = pd.Series(names, dtype=str)
     classes = names.str.extract("^(.*?)/", expand=False).fillna("")
 
     # .DS_Store, notes.txt, and photos of train that no folder names
-    hidden = names.str.contains(r"(?:^|/)\.")
+    hidden = names.str.contains(r"(?:^|/)\.|[\x00-\x1f]")
     other = hidden | ~names.str.lower().str.endswith(PHOTOS)
     loose = ~other & (classes == "") & (split == "train")
     if split == "test" and not classes.isin(products).any():

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors
+from safetensors import safe_open
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from vipr_utils.data import audit, catalog, toy
@@ -41,11 +41,17 @@ QUALITY = 95
 MOST_BYTES = 0.5  # for each pixel of the store's square, of a photo that is kept as it is
 PART = 8  # photos of a batch that a thread looks at in one go
 AHEAD = 1  # batches that threads load beside the one in use
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"]
 SAMPLE = 200  # photos that tell how large a store will be
 
 
 class BrokenImage(ValueError):
     """A file that cannot be shown as the photo it claims to be: names path and reason."""
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Of the formats that photos come in: other decoders start programs or unpack without bound."""
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def read_image(path: Path | str, *, least_px: int = 0, content: bytes | None = None) -> np.ndarray:
@@ -60,7 +66,7 @@ def read_image(path: Path | str, *, least_px: int = 0, content: bytes | None = N
     try:
         if content is None:
             content = retried(Path.read_bytes, Path(path))
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as picture:
+        with warnings.catch_warnings(), _opened(content) as picture:
             warnings.simplefilter("ignore")  # of size and metadata: what matters is an error
             if least_px and picture.format == "JPEG":
                 picture.draft(None, (least_px, least_px))
@@ -77,7 +83,7 @@ def read_image(path: Path | str, *, least_px: int = 0, content: bytes | None = N
 def picture_size(content: bytes) -> tuple[int, int]:
     """(width, height) in pixels that a photo's head tells; raises BrokenImage as `read_image`."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with _opened(content) as picture:
             return picture.size
     except Exception as error:
         raise BrokenImage("the body is no readable image: send the photo's own bytes") from error
@@ -126,12 +132,10 @@ class Store(Files):
     def __init__(self, *folders: Path) -> None:
         self.folders, self.key = folders, folders[0].name
         self.px = int(self.key.split("-")[-1])
-        self.blocks = [_block(folder, row) for folder in folders for row in _first_rows(folder)]
-        if None in self.blocks:
-            raise OSError(f"block {self.blocks.index(None)} is absent or damaged")
-        tables = [
-            pd.read_json(io.StringIO(b.metadata()["files"]), dtype=False) for b in self.blocks
-        ]
+        blocks = [_block(folder, row) for folder in folders for row in _first_rows(folder)]
+        if None in blocks:
+            raise OSError(f"block {blocks.index(None)} is absent or damaged")
+        self.blocks, tables = zip(*blocks)
         super().__init__(pd.concat(tables, ignore_index=True))
         self._block_of = np.repeat(range(len(tables)), [len(table) for table in tables])
         self._ends = np.concatenate([table["bytes"].cumsum() for table in tables])
@@ -186,13 +190,14 @@ def _first_rows(folder: Path) -> range:
     return range(0, int(folder.name.split("-")[-3]), BLOCK)
 
 
-def _block(folder: Path, first_row: int) -> safe_open | None:
-    """BLOCK photos, mapped: jpegs (bytes, one file behind the other), layouts, and the table of
-    them as metadata; None where they are absent or damaged.
+def _block(folder: Path, first_row: int) -> tuple[safe_open, pd.DataFrame] | None:
+    """(BLOCK photos, mapped: jpegs (bytes, one file behind the other) and layouts; their table,
+    which lies in the metadata); None where they are absent or damaged.
     """
     try:
-        return safe_open(folder / f"{first_row}.safetensors", "np")
-    except (OSError, SafetensorError):
+        block = safe_open(folder / f"{first_row}.safetensors", "np")
+        return block, pd.read_json(io.StringIO(block.metadata()["files"]), dtype=False)
+    except Exception:  # damage has many ways to fail
         return None
 
 
@@ -308,7 +313,7 @@ def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, d
         layout = audit.colour_layout(read_image(name, least_px=64, content=content))
     except BrokenImage as error:
         return _unreadable(name, error)
-    with Image.open(io.BytesIO(content)) as picture:
+    with _opened(content) as picture:
         width, height = picture.size
         upright = picture.getexif().get(0x0112, 1) == 1
         plain = picture.format == "JPEG" and picture.mode == "RGB" and upright

@@ -24,7 +24,8 @@ FULL_DISK = re.compile(  # the last three are torch's words
 )
 ORPHAN_S = 24 * 3600  # age of a temporary file whose writer is of another machine
 WAITS_S = (0.1, 0.5, 2.5)  # before a disk that failed is asked again
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)  # also what is no name
+# also what is no name, and a link to itself
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 
 def retried(read, path: Path):

@@ -126,10 +126,11 @@ def attached(name: str, mounts: tuple[str, ...] = MOUNTS) -> list[Path]:
     """
     if where() == "local":
         return []
-    found = []
-    for mount in mounts:  # pathlib's glob would list the last folder too, from Python 3.12 on
-        found += sorted(glob.glob(f"{PLATFORM_ROOT}/{mount}/{glob.escape(name)}"))
-    return [Path(path) for path in found]
+    return [  # pathlib's glob would list the last folder too, from Python 3.12 on
+        Path(path)
+        for mount in mounts
+        for path in sorted(glob.glob(f"{PLATFORM_ROOT}/{mount}/{glob.escape(name)}"))
+    ]
 
 
 def _lists_products(table: Path) -> bool:

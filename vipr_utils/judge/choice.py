@@ -195,7 +195,7 @@ class Choice:
         is none in the folder, or one of its networks takes no part here."""
         try:
             chosen = runs.load(folder)["chosen"]["index"]
-        except (runs.RunError, KeyError, TypeError):
+        except Exception:  # none, or a stranger's
             return None
         parts = tuple(Part(**part | {"zoom": tuple(part["zoom"])}) for part in chosen["parts"])
         if not {part.network for part in parts} <= set(self.networks):
@@ -374,11 +374,11 @@ class Choice:
         """
         projections = base.steps[: pipeline.fitted_first(base.steps)]
         affordable = [stack for stack in stacks if self._affordable(stack)]
-        found = []
-        for own in (projections, base.steps):
-            for stack in affordable:
-                found.append(replace(base, steps=(*own, *pipeline.split(stack))))
-        return found
+        return [
+            replace(base, steps=(*own, *pipeline.split(stack)))
+            for own in (projections, base.steps)
+            for stack in affordable
+        ]
 
     def _teams(self, alone: list[Candidate]) -> list[Candidate]:
         """The best network, and up to two more joined to it, each under several weights."""

@@ -135,9 +135,13 @@ def load(folder: Path) -> dict:
         raise RunError(f"{path} does not exist: the run has not finished; run its notebook again")
     remedy = "remove it and run the notebook again"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
         missing = [key for key in KEYS if key not in record]
-    except (OSError, ValueError, TypeError) as error:
+        if not missing:
+            # these fail where a value is of another kind
+            _rows(record)
+            _merit(record)
+    except Exception as error:
         raise RunError(f"{path} is no readable JSON ({error}): {remedy}") from error
     if missing:
         raise RunError(f"{path} lacks {', '.join(missing)}, so no run wrote it: {remedy}")

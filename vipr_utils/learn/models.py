@@ -224,8 +224,9 @@ def create(
     source, path, digest = "random", None, ""
     if not _starts_at_random(name, weights):
         source, path = find_weights(name, weights)
-        digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     model = Embedder(name, embedding_dim=embedding_dim, pooling=pooling, weights=path)
+    if path:
+        digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     model.record["weights"] = {"source": source, "sha256": digest}
     return model.eval()
 

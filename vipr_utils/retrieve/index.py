@@ -86,8 +86,9 @@ class Index:
         self.folder = Path(folder)
         self._changing = threading.RLock()  # of `version`, by the threads of this process
         self._segments: dict[str, tuple[pd.DataFrame, np.ndarray]] = {}
-        self.version = self._in_force()
-        self.encoder = _load_encoder(self.folder, self.version.state["encoder"])
+        with versions.whole_or_fault(self.folder):
+            self.version = self._in_force()
+            self.encoder = _load_encoder(self.folder, self.version.state["encoder"])
 
     @classmethod
     def build(

@@ -57,7 +57,7 @@ def bind(step: str) -> partial:
         function = STEPS[call.func.id]
         positional = [ast.literal_eval(value) for value in call.args]
         named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, AttributeError, KeyError, ValueError):
+    except Exception:  # Python has many words for what is no call
         forms = ", ".join(f"{name}({_numbers(function)})" for name, function in STEPS.items())
         raise ValueError(f"step {step!r} is unknown: write one as a call, of {forms}") from None
     signature = inspect.signature(function)
@@ -79,7 +79,7 @@ def bind(step: str) -> partial:
 def _numbers(function: Callable) -> str:
     """The signature without the search: 'k: int, alpha: float = 3.0'."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    return ", ".join(str(parameter).replace("'", "") for parameter in parameters)
+    return ", ".join(map(str, parameters))
 
 
 def split(stack: str) -> list[str]:

@@ -263,8 +263,11 @@ def verified_pairs(rows: pd.DataFrame, *, cache_dir: Path | None = None) -> np.n
 
     Source: Gordo et al. 2017, arXiv:1610.07940 (cleaning of landmarks).
     """
-    pairs = []
-    for photos in rows.groupby("product_id").groups.values():
-        pairs.extend(combinations(photos, 2))
+
+    pairs = [
+        pair
+        for photos in rows.groupby("product_id").groups.values()
+        for pair in combinations(photos, 2)
+    ]
     pairs = np.array(pairs, np.int64).reshape(-1, 2)
     return pairs[_inlier_counts(rows, rows, pairs, cache_dir) >= LEAST]

@@ -12,17 +12,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
 from vipr_utils.host.files import locked, write_whole
 
 KEPT = 10  # versions to go back to
-ROLL_BACK = "go back to a version before it (rollback), or build the index anew"
+ROLL_BACK = "go back to a version that is whole (rollback, by number), or build the index anew"
 
 
 class IndexFault(ValueError):
     """A folder that is no index, or a damaged one: what is wrong and what helps."""
+
+
+@contextmanager
+def whole_or_fault(place: object) -> Iterator[None]:
+    """What fails in here is an IndexFault that says the place."""
+    try:
+        yield
+    except IndexFault:
+        raise
+    except Exception as error:  # damage has many ways to fail
+        raise IndexFault(f"{place} is damaged ({error}): {ROLL_BACK}") from error
 
 
 def file_of(folder: Path, number: int) -> Path:
@@ -31,18 +44,17 @@ def file_of(folder: Path, number: int) -> Path:
 
 def numbers(folder: Path) -> list[int]:
     """Of all versions that are there, ascending."""
-    return sorted(int(file.stem) for file in (folder / "versions").glob("[0-9]*.json"))
+    files = (folder / "versions").glob("*.json")
+    return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
 
 def current(folder: Path) -> tuple[int, str]:
     """(number, SHA-256) of the version in force."""
-    try:
+    if not (folder / "CURRENT").exists():
+        raise IndexFault(f"{folder} holds no index: build one")
+    with whole_or_fault(f"{folder}/CURRENT"):
         found = json.loads((folder / "CURRENT").read_bytes())
-        return found["version"], found["sha256"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise IndexFault(f"{folder} holds no index: build one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise IndexFault(f"{folder}/CURRENT is damaged ({error}): {ROLL_BACK}") from error
+        return int(found["version"]), found["sha256"]
 
 
 def switch(folder: Path, number: int, sha256: str) -> None:
@@ -53,7 +65,10 @@ def switch(folder: Path, number: int, sha256: str) -> None:
 def publish(folder: Path, state: dict, what: str) -> tuple[int, str, dict]:
     """Write the next version and put it in force; (number, SHA-256, state) of it. What no version
     that is kept needs is cleared away. Called by who has locked the folder."""
-    parent = current(folder)[0] if (folder / "CURRENT").is_file() else 0
+    try:
+        parent = current(folder)[0]
+    except IndexFault:  # none there, or damaged: built anew
+        parent = 0
     number = max([parent, *numbers(folder)]) + 1
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     state = state | {"version": number, "parent": parent, "created": created, "what": what}
@@ -76,7 +91,7 @@ def _clear(folder: Path, needed: set[int]) -> None:
                 named |= _parts(json.loads(file.read_bytes()))
             else:
                 file.unlink()
-        except (ValueError, KeyError):  # damaged: nobody can go back to it
+        except Exception:  # damaged: nobody can go back to it
             file.unlink()
     for file in (folder / "parts").iterdir():
         if file.name not in named:
@@ -114,10 +129,11 @@ def rollback(folder: Path, number: int = 0) -> None:
     """
     with locked(folder):
         there = numbers(folder)
-        if not number:
-            state = json.loads(file_of(folder, current(folder)[0]).read_bytes())
-            number = state["parent"]
-        if number not in there:
-            raise IndexFault(f"{folder} has no version {number}, those there are {there}")
-        content = file_of(folder, number).read_bytes()
+        with whole_or_fault(f"{folder} (versions {there})"):
+            if not number:
+                number = json.loads(file_of(folder, current(folder)[0]).read_bytes())["parent"]
+            if number not in there:
+                raise IndexFault(f"{folder} has no version {number}, those there are {there}")
+            content = file_of(folder, number).read_bytes()
+            _parts(json.loads(content))
         switch(folder, number, hashlib.sha256(content).hexdigest())

@@ -225,7 +225,6 @@ def _inputs(run: Run) -> str:
     weights = run.values.get("weights", "")
     if weights == "auto":
         weights = os.environ.get("VIPR_WEIGHTS", "")
-    cells = json.loads(run.notebook.read_text(encoding="utf-8"))["cells"]
     places = sorted(Path(__file__).parents[1].rglob("*.py"))
     if weights:
         places.append(platform.home() / Path(weights).expanduser())
@@ -240,7 +239,7 @@ def _inputs(run: Run) -> str:
         folder = platform.find_run(run.params["model_run"], output_dir=str(output_dir))
         places.append(folder / "run.json")
     values = run.values | {"output_dir": "", "VIPR_PRECISION": os.environ.get("VIPR_PRECISION")}
-    sources = ["".join(cell["source"]) for cell in cells]
+    sources = ["".join(cell["source"]) for cell in json.loads(run.notebook.read_bytes())["cells"]]
     return joblib.hash([values, weights, sources, list(map(_state, places))])
 
 

@@ -318,7 +318,7 @@ def _metadata(folder: Path) -> dict:
 def _read(file: Path) -> dict:
     if not file.is_file():
         raise KaggleError(f"{file} does not exist: make it by vipr kaggle bundle, weights, prepare")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(file.read_bytes())
 
 
 def settled(section: str, name: str, *, hours: float) -> Iterator[str]:

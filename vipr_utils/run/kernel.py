@@ -124,7 +124,7 @@ def say(line: str) -> None:
 def sections(notebook: Path) -> dict[int, str]:
     """{cell: 'Counts, cell 9 of 36'} where the code of a section begins, as papermill counts."""
     found, at, heading = {}, 0, ""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(notebook.read_bytes())["cells"]
     for cell in cells:
         at += 1
         text = "".join(cell["source"])
@@ -138,7 +138,7 @@ def sections(notebook: Path) -> dict[int, str]:
 
 def duration_s(executed: Path) -> float:
     """Seconds that an executed notebook took; 0 where there is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        notebook = json.loads(executed.read_text(encoding="utf-8"))
+    with suppress(Exception):  # it tells none, or is no notebook
+        notebook = json.loads(executed.read_bytes())
         return float(notebook["metadata"]["papermill"]["duration"])
     return 0.0

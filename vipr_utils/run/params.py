@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,8 +75,8 @@ def naming(place: object) -> Iterator[None]:
     """What is found wrong in here is a BadParameters that says the place."""
     try:
         yield
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
-        raise BadParameters(f"{place}: {error}") from None
+    except Exception as error:  # a stranger's file has many ways to be wrong
+        raise BadParameters(f"{place}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------- types
@@ -91,10 +92,11 @@ def parameters_of(notebook: Path) -> dict[str, tuple[str, object]]:
         from papermill import inspect_notebook
     except ImportError:
         raise BadParameters("papermill is missing: pip install papermill ipykernel") from None
-    return {
-        name: (found["inferred_type_name"], ast.literal_eval(found["default"]))
-        for name, found in inspect_notebook(str(notebook)).items()
-    }
+    with naming(notebook):
+        return {
+            name: (found["inferred_type_name"], ast.literal_eval(found["default"]))
+            for name, found in inspect_notebook(str(notebook)).items()
+        }
 
 
 def check(value: object, kind: str) -> object:
@@ -103,9 +105,10 @@ def check(value: object, kind: str) -> object:
     Raises ValueError with the remedy. Step and Stack are calls: see `pipeline`.
     """
     outer, _, inner = kind.removesuffix("]").partition("[")
+    shown = reprlib.repr(value)  # aliases of YAML can make a value of any length
     if outer == "Literal":
         if value not in inner.split(", "):
-            raise ValueError(f"expected one of {inner}, got {value!r}")
+            raise ValueError(f"expected one of {inner}, got {shown}")
         return value
     if outer == "list" and type(value) is list:
         return _checked_list(value, inner)
@@ -113,7 +116,7 @@ def check(value: object, kind: str) -> object:
         return float(value)
     if type(value) is not SCALARS.get(kind):
         advice = _advice(value, kind)
-        raise ValueError(f"expected {kind}, got {value!r} ({type(value).__name__}){advice}")
+        raise ValueError(f"expected {kind}, got {shown} ({type(value).__name__}){advice}")
     return value
 
 
@@ -146,13 +149,13 @@ def _typed(text: str, kind: str) -> object:
         return text
     try:
         return float(text) if kind == "float" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+    except Exception:
         return text  # `check` names what is wrong with it
 
 
 def _require_known(name: str, known: Iterable[str]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
+        near = difflib.get_close_matches(str(name), known, n=3)
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"unknown parameter; {advice}")
 
@@ -219,7 +222,7 @@ def _runs_of(file: Path) -> list[Run]:
     if file.suffix == ".ipynb":
         return [Run(file, {}, {}, file)]
     with naming(file):
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(file.read_bytes()) or {}
         if not isinstance(content, dict):
             raise ValueError("expected lines 'name: value'")
         notebook = find_notebook(content.get("notebook", file.stem))
