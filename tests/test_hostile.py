@@ -1121,7 +1121,7 @@ def test_numbers_of_a_step_come_back_as_they_were_written(data, name):
     numbers = {}
     for parameter in list(signature(function).parameters.values())[1:]:
         whole = some.integers(0, 10**9)
-        kinds = whole if parameter.annotation is int else whole | some.floats(0, 1e9)
+        kinds = whole if parameter.annotation == "int" else whole | some.floats(0, 1e9)
         numbers[parameter.name] = data.draw(kinds)
     step = f"{name}({', '.join(f'{key}={value!r}' for key, value in numbers.items())})"
     bound = pipeline.bind(step)

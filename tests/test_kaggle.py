@@ -387,6 +387,7 @@ def outputs(folder, csv=b"id,images\n", **changes):
         "git": f"abc kit {wanted.pop('kit')}",
         "params": wanted | {"data_root": ""},
         "data": {"root": "products-10k"},
+        "metrics": {},
         "finished": "2026-01-01",
     }
     inside = f"submissions/{record['run']}"

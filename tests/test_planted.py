@@ -402,7 +402,8 @@ def test_kernel_that_ran_on_the_toy_set_is_not_collected(tmp_path, monkeypatch):
     root, _ = toy.data_root_or_toy("", str(tmp_path))
     prepared = {"run": "06_submission", "notebook": "06_submission", "kit": ""}
     for data, refused in ((root.name, True), ("products-10k", False)):
-        record = dict.fromkeys(runs.KEYS, "") | prepared | {"params": {}, "data": {"root": data}}
+        record = dict.fromkeys(runs.KEYS, "") | prepared | {"params": {}, "metrics": {}}
+        record["data"] = {"root": data}
         (tmp_path / "run.json").write_text(json.dumps(record))
         if refused:
             with pytest.raises(kaggle.KaggleError, match="ran on the toy set: join it on kaggle"):

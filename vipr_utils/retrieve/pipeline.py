@@ -79,7 +79,7 @@ def bind(step: str) -> partial:
 def _numbers(function: Callable) -> str:
     """The signature without the search: 'k: int, alpha: float = 3.0'."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    return ", ".join(map(str, parameters))
+    return ", ".join(str(parameter).replace("'", "") for parameter in parameters)
 
 
 def split(stack: str) -> list[str]:

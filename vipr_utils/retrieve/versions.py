@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vipr_utils.host.files import locked, write_whole
+from vipr_utils.host.files import ABSENT, locked, write_whole
 
 KEPT = 10  # versions to go back to
 ROLL_BACK = "go back to a version that is whole (rollback, by number), or build the index anew"
@@ -35,6 +35,8 @@ def whole_or_fault(place: object) -> Iterator[None]:
     except IndexFault:
         raise
     except Exception as error:  # damage has many ways to fail
+        if isinstance(error, OSError) and error.errno not in ABSENT:
+            raise  # a disk that fails in passing says nothing of the index
         raise IndexFault(f"{place} is damaged ({error}): {ROLL_BACK}") from error
 
 
@@ -91,6 +93,8 @@ def _clear(folder: Path, needed: set[int]) -> None:
                 named |= _parts(json.loads(file.read_bytes()))
             else:
                 file.unlink()
+        except OSError:  # a disk that fails in passing: the next update clears
+            return
         except Exception:  # damaged: nobody can go back to it
             file.unlink()
     for file in (folder / "parts").iterdir():
