@@ -201,6 +201,17 @@ def test_weights_of_another_network_are_refused_though_every_tensor_fits(tmp_pat
         assert models.create("efficientnet_lite0", weights=str(nameless))
 
 
+def test_weights_named_after_the_architecture_serve_each_of_its_tags(tmp_path):
+    state = models.create("resnet18", weights="none").backbone.state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    for name in ("resnet18", "resnet18.tv_in1k"):
+        made = models.create(name, weights=str(tmp_path / "resnet18.pth"))
+        assert made.record["weights"]["source"] == "file resnet18.pth"
+    torch.save(state, tmp_path / "resnet18.a1_in1k.pth")
+    with pytest.raises(models.WeightsError, match="made for 'resnet18.a1_in1k'"):
+        models.create("resnet18.tv_in1k", weights=str(tmp_path / "resnet18.a1_in1k.pth"))
+
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "siamese_small"])
 def test_network_sees_red_green_blue_normalised_as_its_own_weights_want_it(name, tmp_path):
     """By hand, in numpy: other means, another order of the channels, 0..1 or 0..255 all differ."""

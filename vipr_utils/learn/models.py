@@ -319,7 +319,9 @@ def read_state(path: Path, name: str = "") -> dict[str, torch.Tensor]:
     """
     content = timm.models.load_state_dict(str(path))
     made_for = content.get("record", {}).get("name", Path(path).stem)
-    if name not in ("", made_for) and timm.is_model(made_for):
+    # resnet50 is any resnet50.tag, whose normalisation is the name's
+    same = name.startswith(f"{made_for}.") or f"{made_for}.".startswith(f"{name}.")
+    if name and not same and timm.is_model(made_for):
         raise ValueError(f"it was made for {made_for!r}: take that backbone, or rename the file")
     state = content.get("state", content)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
