@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps processors $(PROCESSORS) rehearsal fiftieth bench test-kaggle test-colab stamp notebooks results picture clean
+.PHONY: demo test lint unit smoke nbval sweeps processors $(PROCESSORS) rehearsal fiftieth bench soak coverage test-kaggle test-colab stamp notebooks results picture clean
 
 demo: .venv/demo.stamp
 	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
@@ -65,6 +65,18 @@ processors: $(PROCESSORS)
 
 $(PROCESSORS): .venv/test.stamp
 	$(BIN)/python tests/processors.py $@
+
+# The long part of the checks: calls that fail, kills, hostile files, fuzzing, mutants. Hours; benchmarks/soak.json
+# keeps what was found. PARTS="calls fuzz" runs these alone.
+soak: .venv/soak.stamp
+	$(BIN)/python tests/soak.py $(PARTS)
+	$(BIN)/python tests/tables.py
+
+# Lines of the package that the tests run, and branches of what must not fail silently.
+SURE := metrics submission catalog files index versions
+coverage: .venv/soak.stamp
+	OMP_NUM_THREADS=1 VIPR_PRECISION=float32 $(BIN)/python -m pytest tests -n 2 --dist worksteal --cov=vipr_utils --cov-report=term-missing:skip-covered --cov-branch --cov-fail-under=92
+	$(BIN)/python -m coverage report --include="$(shell echo $(SURE:%=vipr_utils/*/%.py) | tr ' ' ',')" --fail-under=95
 
 # The kit beside its rivals and the floor below it: benchmarks/results.json, then its table in RESULTS.md.
 bench: .venv/bench.stamp
@@ -122,6 +134,10 @@ picture: .venv/demo.stamp
 .venv/test.stamp: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ .venv/demo.stamp
+
+.venv/soak.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[soak]'
+	touch $@ .venv/test.stamp .venv/demo.stamp
 
 .venv/bench.stamp: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,bench]'

@@ -3,9 +3,9 @@
     python tests/fuzz.py 150                    each target for so many seconds
     python tests/fuzz.py 600 images steps       these alone
 
-Prints executions for each target. Exit code 1, with the traceback and the input, where anything but
-the documented errors came out, or a process died, hung for 30 seconds or took 4 GB; 2 where atheris
-is absent.
+Prints a line of JSON for each target. Exit code 1, with the traceback and the input, where anything
+but the documented errors came out, or a process died, hung for 30 seconds or took 4 GB; 2 where
+atheris is absent.
 """
 
 import argparse
@@ -209,13 +209,14 @@ def fuzzed(name: str, seconds: int) -> bool:
             ended = subprocess.run(command, stdout=log, stderr=log, cwd=folder)
         told = folder / "found.json"
         found = json.loads(told.read_text()) if told.is_file() else {"executions": 0, "faults": {}}
-        rate = found["executions"] / max(found.get("seconds", 0), 1)
-        print(
-            f"{name}: {found['executions']:,} executions, {rate:,.0f} a second, "
-            f"{found.get('documented', 0):,} refused as documented, "
-            f"{len(found['faults'])} undocumented errors",
-            flush=True,
-        )
+        counted = {
+            "target": name,
+            "executions": found["executions"],
+            "seconds": round(found.get("seconds", 0)),
+            "refused as documented": found.get("documented", 0),
+            "undocumented errors": len(found["faults"]),
+        }
+        print(json.dumps(counted), flush=True)
         print(*found["faults"].values(), sep="\n\n", end="")
         if ended.returncode or not found["executions"]:
             log = (folder / "log.txt").read_text(errors="replace")[-3000:]
