@@ -26,7 +26,7 @@ from vipr_utils.host.files import write_whole
 TESTS = Path(__file__).resolve().parent
 RECORD = TESTS.parent / "benchmarks" / "soak.json"
 KILLS = 50
-FUZZ_S = 600  # for each target
+FUZZ_S = 150  # for each target
 
 
 def pytest(*arguments: str) -> list[str]:

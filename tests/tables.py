@@ -15,6 +15,7 @@ from vipr_utils.judge import runs
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "submissions" / "reference"
 BENCH = ROOT / "benchmarks" / "results.json"
+SOAK = ROOT / "benchmarks" / "soak.json"
 CATALOGUE = ROOT / "benchmarks" / "catalogue.json"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 FOLD = 12  # rows of a table that are still shown open
@@ -467,6 +468,54 @@ def living_catalogue(path: Path) -> str:
     return figures_of("A catalogue that lives", text, found)
 
 
+def soaked(path: Path) -> str:
+    """What the long checks tried and what was lost, from tests/soak.py."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lost = {part: "nothing" if found["passed"] else "FAILED" for part, found in record.items()}
+    found = []
+    if "calls" in record:
+        cases = record["calls"]["told"]
+        ways = {"fails": "failed", "is full": "found the disk full", "kills": "killed the process"}
+        counts = [f"{sum(case[way] for case in cases):,} {name}" for way, name in ways.items()]
+        name = f"system calls under {len(cases)} kinds of files, every one in turn"
+        found.append((name, ", ".join(counts), lost["calls"]))
+    if "series killed" in record:
+        told = record["series killed"]["told"][0]
+        phases = ", ".join(f"{n} {phase}" for phase, n in told["kills"].items() if n)
+        tried = f"{sum(told['kills'].values())} ({phases}); {told['ended']} came to their end"
+        found.append(("kills of a series at random moments", tried, lost["series killed"]))
+    if "index killed" in record:
+        found.append(("kills of updates of an index", "50", lost["index killed"]))
+    if "long" in record:
+        for told in record["long"]["told"]:
+            megabytes = [told[when]["memory_mb"] for when in ("before", "after")]
+            tried = "{:,.0f} MB after a quarter, {:,.0f} MB after all".format(*megabytes)
+            found.append((f"{told['times']:,} {told['work']}, one process", tried, lost["long"]))
+    for part, name in (
+        ("hostile", "tests of hostile files"),
+        ("planted", "tests of planted faults"),
+    ):
+        if part in record:
+            passed = record[part]["tests"].get("passed", 0)
+            found.append((name, f"{passed:,} passed", lost[part]))
+    if "fuzz" in record:
+        for told in record["fuzz"]["told"]:
+            tried = f"{told['executions']:,} in {told['seconds']:,} s"
+            found.append((f"executions of fuzzed {told['target']}", tried, lost["fuzz"]))
+    if "mutants" in record:
+        for told in record["mutants"]["told"]:
+            tried = f"{told['mutants']:,}, of which {told['survive']:,} survive, with reasons"
+            found.append((f"mutants of `{told['module']}`", tried, lost["mutants"]))
+    hours = sum(part["minutes"] for part in record.values()) / 60
+    text = (
+        f"`make soak`: {hours:.1f} hours on {record['calls']['hardware']}. A file must be that of "
+        "before or after; what goes on must come to what was never interrupted; hostile files must "
+        "meet documented errors alone."
+    )
+    table = pd.DataFrame(found, columns=["what", "tried", "lost"])
+    return section("Nothing lost, nothing silently wrong", text, table)
+
+
 def results(folder: Path = REFERENCE) -> str:
     """The tables of RESULTS.md."""
     table = rows(folder)
@@ -479,6 +528,8 @@ def results(folder: Path = REFERENCE) -> str:
         sections.append(catalogue_uses(folder / "series" / "grocery"))
     if folder == REFERENCE and CATALOGUE.is_file():
         sections.append(living_catalogue(CATALOGUE))
+    if folder == REFERENCE and SOAK.is_file():
+        sections.append(soaked(SOAK))
     if folder == REFERENCE and BENCH.is_file():
         sections.append(beside_rivals(BENCH))
     if (folder / "rehearsal.json").is_file():
