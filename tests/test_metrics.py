@@ -280,11 +280,20 @@ def test_interval_without_settings_is_that_of_a_thousand_draws_from_seed_0():
     assert (found["map_at_5_low"], found["map_at_5_high"]) == interval
 
 
-def test_seed_of_a_paired_difference_is_that_of_its_interval():
-    values, products = np.random.default_rng(5).random(60), np.arange(60) // 3
-    _, *found = metrics.paired_difference(values, np.zeros(60), products, seed=3)
-    assert tuple(found) == metrics.bootstrap_interval(values, products, seed=3)
-    assert tuple(found) != metrics.bootstrap_interval(values, products)
+def test_seed_of_a_run_or_a_difference_is_that_of_its_interval():
+    products = np.arange(60) // 3
+    hits = np.random.default_rng(6).random((60, 5)) < 0.3
+    values = metrics.average_precision_at_k(hits, [5] * 60)
+    want = metrics.bootstrap_interval(values, products, seed=3)
+    assert want != metrics.bootstrap_interval(values, products)
+    assert metrics.paired_difference(values, np.zeros(60), products, seed=3)[1:] == want
+    found = metrics.summary(hits, [5] * 60, products, seed=3)
+    assert (found["map_at_5_low"], found["map_at_5_high"]) == want
+
+
+def test_right_and_wrong_answers_of_two_runs_have_a_difference_too():
+    found = metrics.paired_difference([True, True, False], [False, True, False], [1, 2, 3])
+    assert found[0] == pytest.approx(1 / 3)
 
 
 def test_one_product_alone_has_no_interval():

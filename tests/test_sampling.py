@@ -29,6 +29,52 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert flat(0, 1) != flat(1, 1)
 
 
+@pytest.mark.parametrize(
+    "epoch, settings, batches",
+    [
+        (0, {}, [[13, 11, 1, 0], [12, 10, 2, 4], [5, 7, 8, 9], [6, 5, 3, 1]]),
+        (2, {}, [[4, 2, 11, 10], [7, 5, 0, 3], [1, 4, 13, 12], [6, 7, 8, 9]]),
+        (1, {"balanced_from": 1}, [[3, 4, 7, 6], [9, 8, 12, 10], [5, 7, 9, 8], [2, 0, 13, 11]]),
+        (0, {"max_images": 3}, [[12, 11, 7, 6], [10, 12, 0, 2], [9, 8, 5, 7]]),
+    ],
+)
+def test_batches_are_the_same_on_every_machine(epoch, settings, batches):
+    """Photos 0-4, 5-7, 8-9 and 10-13 are of a product each."""
+    labels = np.repeat([0, 1, 2, 3], [5, 3, 2, 4])
+    found = PKSampler(labels, batch_size=4, images=2, seed=3, **settings).batches(epoch)
+    assert [batch.tolist() for batch in found] == batches
+
+
+def test_shuffled_batches_are_the_same_on_every_machine():
+    found = ShuffledSampler(np.arange(7), batch_size=3, seed=3).batches(2)
+    assert [batch.tolist() for batch in found] == [[4, 0, 2], [1, 6, 3]]
+
+
+@pytest.mark.parametrize("kind", ["products", "shuffled", "shuffled_domains"])
+def test_seed_without_a_word_is_0_and_reaches_the_batches_of_every_kind(kind):
+    def first(**settings):
+        shop = LONG_TAIL % 2 == 0
+        return sampler(kind, LONG_TAIL, batch_size=16, shop=shop, **settings).batches(0)[0].tolist()
+
+    assert first() == first(seed=0) != first(seed=1)
+    made = {"products": PKSampler, "shuffled": ShuffledSampler}.get(kind)
+    if made:
+        positions = LONG_TAIL if kind == "products" else np.arange(len(LONG_TAIL))
+        for settings in ({}, {"seed": 1}):
+            assert made(positions, batch_size=16, **settings).batches(0)[0].tolist() == first(
+                **settings
+            )
+
+
+def test_settings_of_products_reach_their_sampler():
+    asked = {"seed": 5, "min_images": 2, "max_images": 7, "balanced_from": 3}
+    found = sampler("products", LONG_TAIL, batch_size=24, **asked)
+    want = PKSampler(LONG_TAIL, batch_size=24, **asked)
+    assert (found.images, found.products, len(found.rows)) == (4, 6, 16)
+    for epoch in (0, 3):
+        np.testing.assert_array_equal(found.batches(epoch), want.batches(epoch))
+
+
 @pytest.mark.parametrize("photos", [1, 2, 3, 4, 5, 6, 7, 9])
 def test_a_run_repeats_a_photo_only_where_the_product_has_fewer_than_the_run(photos):
     labels = np.repeat(np.arange(6), photos)
