@@ -191,8 +191,16 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
     ],
 )
 def test_wrong_file_names_row_query_fault_and_remedy(root, old, new, message):
-    with pytest.raises(SubmissionError, match=message):
-        submission.validate(changed(root, old, new), root)
+    path = changed(root, old, new)
+    with pytest.raises(SubmissionError, match=message) as refused:
+        submission.validate(path, root)
+    assert str(refused.value).startswith(str(path))
+
+
+def test_missing_query_that_is_named_is_the_first_of_the_data_root(root):
+    (root / "test.csv").write_text("name,class\nq0.jpg,0\nz.jpg,1\na.jpg,2\n")
+    with pytest.raises(SubmissionError, match=r"row 3 \(z.jpg\): no row .* Rows like it: 2"):
+        submission.validate(changed(root, GOOD[GOOD.index("q1.jpg") :], ""), root)
 
 
 def test_image_of_another_domain_is_unknown_to_a_narrowed_gallery(root):
@@ -303,6 +311,15 @@ def test_query_without_a_readable_photo_is_answered_by_what_others_lists_hold_mo
     assert lists["q0.jpg"] == [f"g{i}.jpg" for i in RANKS[1]]
     assert set(lists["q1.jpg"][:2]) == {"g7.jpg", "g3.jpg"} and len(set(lists["q1.jpg"])) == 5
     submission.validate(path, root)
+
+
+def test_first_photo_of_the_gallery_is_as_usual_an_answer_as_any(root):
+    queries = rows_of(root, "test", ["q2.jpg", "q0.jpg"])
+    gallery = rows_of(root, "train", [f"g{i}.jpg" for i in range(7, -1, -1)])
+    gallery.index += 100  # rows of a catalog begin anywhere
+    ranks = np.array([[7, 0, 2, 1, 3], [0, 4, 5, 6, -1]])
+    path = submission.write_answers(root / "s.csv", root, queries, gallery, ranks)
+    assert pd.read_csv(path, index_col="id")["images"]["q1.jpg"].startswith("g7.jpg ")
 
 
 def test_answers_as_classes_name_the_product_of_the_first_photo_for_every_query(root):
