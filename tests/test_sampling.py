@@ -137,6 +137,39 @@ def test_photos_of_one_domain_are_shown_once_by_domain_batches(shop):
     assert sorted(np.concatenate(found.batches(0))) == list(range(20))
 
 
+def test_one_shop_photo_is_shown_as_an_eighth_of_the_images():
+    shop = np.arange(22) == 4
+    found = sampler("shuffled_domains", np.arange(22), batch_size=8, shop=shop).batches(0)
+    assert np.bincount(np.concatenate(found)).tolist() == [1] * 4 + [3] + [1] * 17
+
+
+@pytest.mark.parametrize("batch_size, images", [(4, 4), (4, 1), (9, 4), (2, 2)])
+def test_batches_of_less_than_two_products_of_two_images_are_refused(batch_size, images):
+    with pytest.raises(ValueError, match=f"batch_size {batch_size} is no multiple of the {images}"):
+        PKSampler(LONG_TAIL, batch_size=batch_size, images=images)
+
+
+@pytest.mark.filterwarnings("error")
+def test_smallest_batches_are_full_without_a_warning():
+    batches = PKSampler(LONG_TAIL, batch_size=4, images=2).batches(0)
+    assert {len(batch) for batch in batches} == {4}
+
+
+def test_product_with_as_many_runs_as_there_are_batches_outweighs_no_other():
+    labels = np.repeat(np.arange(4), [8, 4, 2, 2])  # 4, 2, 1 and 1 runs in 4 batches of 2
+    found = PKSampler(labels, batch_size=4, images=2)
+    order = found._order(np.random.default_rng(0), 0)
+    assert np.bincount(order).tolist() == [4, 2, 1, 1]
+
+
+def test_each_pass_over_a_product_shows_all_its_images_in_a_new_order():
+    found = PKSampler(np.repeat(np.arange(2), 8), batch_size=4, images=2)
+    runs = found._runs(np.arange(8), np.random.default_rng(0))
+    passes = [np.concatenate([next(runs) for _ in range(4)]).tolist() for _ in range(3)]
+    assert [sorted(one) for one in passes] == [list(range(8))] * 3
+    assert len({tuple(one) for one in passes}) == 3
+
+
 def test_max_images_caps_what_one_product_shows_in_an_epoch():
     shown = np.concatenate(PKSampler(LONG_TAIL, batch_size=16, images=4, max_images=8).batches(0))
     assert max(np.bincount(LONG_TAIL[shown])) <= 8
@@ -164,7 +197,9 @@ def test_shuffled_batches_cover_everything_once():
 
 
 def test_a_single_left_over_image_is_dropped_since_batch_statistics_need_two():
-    assert len(np.concatenate(ShuffledSampler(np.arange(101), batch_size=10).batches(0))) == 100
+    for photos, shown in ((101, 100), (102, 102)):
+        batches = ShuffledSampler(np.arange(photos), batch_size=10).batches(0)
+        assert len(np.concatenate(batches)) == shown
 
 
 def test_sampler_by_name_fills_the_batch_or_says_why_not():
