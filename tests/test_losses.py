@@ -41,6 +41,17 @@ def test_distance_matrix_equals_a_loop_over_pairs(distance):
     np.testing.assert_allclose(got.detach(), want, atol=1e-5)
 
 
+def test_names_of_distances():
+    assert losses.DISTANCES == ("cosine", "euclidean", "manhattan")
+
+
+def test_small_euclidean_distances_of_many_vectors_keep_their_digits():
+    x = 1 + 1e-4 * torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    want = torch.cdist(x.double(), x.double())
+    found = losses.distance_matrix(x, x, "euclidean").double()
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("distance", losses.DISTANCES)
 def test_contrastive_equals_a_loop_over_pairs(distance):
     x, labels = batch()
@@ -83,6 +94,32 @@ def test_triplet_equals_a_loop_over_triplets(distance, mining):
     values = [g + margin for g in gaps if g + margin > 0]
     assert float(got.detach()) == pytest.approx(np.mean(values), abs=1e-5)
     assert active == pytest.approx(len(values) / len(gaps))
+
+
+def at_angles(*degrees):
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def test_one_semi_hard_pair_alone_is_all_there_is():
+    """The negative is farther than the positive from the first photo, nearer from the second."""
+    x, labels = at_angles(0.0, 30.0, 40.0), torch.tensor([0, 0, 1])
+    loss, active = losses.triplet(x, labels, margin=0.2, mining="semi_hard")
+    want = math.cos(math.radians(40)) - math.cos(math.radians(30)) + 0.2
+    assert loss.item() == pytest.approx(want, abs=1e-6) and active == 1
+
+
+def test_negative_as_near_as_the_positive_is_not_beyond_it():
+    x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]])
+    loss, _ = losses.triplet(x, torch.tensor([0, 0, 1, 1]), margin=1.5, mining="semi_hard")
+    # (0, 1): the negative at 2; (1, 0): none is farther; (2, 3): none; (3, 2): the negative at 2
+    assert loss.item() == 0.5
+
+
+def test_triplet_that_meets_its_margin_exactly_is_not_active():
+    x, labels = torch.eye(2)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])
+    loss, active = losses.triplet(x, labels, margin=1.0)
+    assert (loss, active) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +223,7 @@ def test_margins_of_arcface_are_saved_and_not_trained():
     head = losses.ArcFace(8, 2, margin=margins)
     assert "margins" in head.state_dict() and [n for n, _ in head.named_parameters()] == ["centres"]
     margins[0] = 9
+    assert losses.ArcFace(8, 2, margin=np.array([0.2, 0.4])).margins.dtype == torch.float32
     assert head.margins.tolist() == pytest.approx([0.2, 0.4])
 
 
@@ -224,8 +262,9 @@ def test_a_batch_without_a_valid_pair_gives_zero_and_a_finite_gradient(name):
     x, _ = batch()
     for labels in (torch.arange(len(x)), torch.zeros(len(x), dtype=torch.long)):
         x.grad = None
-        loss, _ = LOSSES[name](x, labels)
+        loss, share = LOSSES[name](x, labels)
         loss.backward()
+        assert 0 <= share <= 1 and (share == 0 or name == "contrastive")
         assert torch.isfinite(x.grad).all()
         if name != "contrastive":
             assert loss.item() == 0
