@@ -46,6 +46,20 @@ def test_a_query_never_meets_itself_but_meets_its_exact_duplicate(small_chunks):
     assert ranks[3, 0] == 150 and ranks[150, 0] == 3
 
 
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "manhattan"])
+def test_one_query_alone_does_not_meet_itself_either(distance):
+    gallery, ids = vectors(70), np.arange(70)
+    given = {"query_ids": ids[:1], "gallery_ids": ids, "distance": distance}
+    assert 0 not in search.top_k(gallery[:1], gallery, 5, **given)[1]
+
+
+@pytest.mark.parametrize("queries, rows", [(64, 100), (100, 64), (64, 128)])
+def test_numbers_of_queries_and_rows_divide_as_they_like(queries, rows):
+    x, gallery = vectors(queries), vectors(rows, seed=1)
+    want = np.argsort(-(x @ gallery.T), axis=1)[:, :5]
+    np.testing.assert_array_equal(search.top_k(x, gallery)[1], want)
+
+
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 @pytest.mark.parametrize("k", [1, 3, 70])
 def test_equal_scores_stand_in_gallery_order_over_all_blocks(small_chunks, kinds, k):
@@ -336,6 +350,24 @@ def test_where_all_may_be_answered_nothing_is_narrowed():
     rows = pd.DataFrame({"image_id": [f"{i}" for i in range(9)]})
     found = search.Search(vectors(2), vectors(9, seed=1), rows[:2], rows).searched(5)
     assert found.narrowed() is found and found.ranks.shape == (2, 5)
+
+
+def test_sorted_lists_keep_equal_scores_in_order_and_forget_what_was_verified():
+    rows = pd.DataFrame({"image_id": [f"{i}" for i in range(300)]})
+    found = search.Search(vectors(2), vectors(300, seed=1), rows[:2], rows).searched(300)
+    scores = np.tile(np.arange(300) % 3, (2, 1)).astype(float)
+    after = replace(found, inliers=np.ones((2, 300), int)).sorted_by(scores)
+    assert after.inliers is None
+    places = np.concatenate([np.flatnonzero(scores[0] == value) for value in (2, 1, 0)])
+    np.testing.assert_array_equal(after.ranks, found.ranks[:, places])
+    np.testing.assert_array_equal(after.scores, scores[:, places])
+
+
+def test_search_begins_with_nothing_found():
+    rows = pd.DataFrame({"image_id": ["a"]})
+    new = search.Search(vectors(1), vectors(1), rows, rows)
+    found = (new.scores, new.ranks, new.inliers, new.answers, new.cache_dir)
+    assert found == (None,) * 5 and (new.projections, new.device) == ((), "cpu")
 
 
 @pytest.mark.gpu
