@@ -363,6 +363,16 @@ def test_sorted_lists_keep_equal_scores_in_order_and_forget_what_was_verified():
     np.testing.assert_array_equal(after.scores, scores[:, places])
 
 
+def test_engine_that_is_asked_for_is_the_one_that_searches(monkeypatch):
+    asked, nearest = [], search.by_faiss.nearest
+    monkeypatch.setattr(
+        search.by_faiss, "nearest", lambda *given: asked.append(given[-2:]) or nearest(*given)
+    )
+    for distance in ("cosine", "euclidean"):
+        search.top_k(vectors(2), vectors(9), distance=distance, engine="ivfpq")
+    assert asked == [("cosine", "ivfpq"), ("euclidean", "ivfpq")]
+
+
 def test_search_begins_with_nothing_found():
     rows = pd.DataFrame({"image_id": ["a"]})
     new = search.Search(vectors(1), vectors(1), rows, rows)
