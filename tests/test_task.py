@@ -257,6 +257,7 @@ def test_validator_scores_a_model_in_training_and_travels_to_other_processes(tas
 def test_epochs_are_validated_on_some_products_where_the_gallery_is_large(
     task, network, monkeypatch
 ):
+    assert judge_task.MOST_VALIDATED == 10_000
     whole = task.views["validation"]
     for rows, every in zip(task.epoch_view, whole):
         pd.testing.assert_frame_equal(rows, every)
@@ -636,6 +637,16 @@ def test_a_query_in_the_gallery_never_meets_itself():
     found = ranked(View(gallery, gallery), x, x)
     assert found.ranks[0, 0] == 1 and found.ranks[1, 0] == 0
     assert list(found.n_relevant) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("steps", [[], ["centring()"]])
+def test_places_without_a_photo_stay_empty_behind_steps_too(steps):
+    queries, gallery = tables([1, 2], [1, 2, 2])
+    rng = np.random.default_rng(0)
+    q, g = (rng.normal(size=(n, 8)).astype(np.float32) for n in (2, 3))
+    found = ranked(View(queries, gallery), q, g, steps=steps)
+    assert [sorted(row) for row in found.ranks[:, :3].tolist()] == [[0, 1, 2]] * 2
+    assert (found.ranks[:, 3:] == -1).all() and not found.hits[:, 3:].any()
 
 
 def test_unlabelled_queries_give_lists_and_no_score():
