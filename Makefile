@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Checks and committed pages are of float32, which every processor has; `make processors` tries the others.
 unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 
-.PHONY: demo test lint unit smoke nbval sweeps processors $(PROCESSORS) rehearsal fiftieth bench soak coverage test-kaggle test-colab stamp notebooks results picture clean
+.PHONY: demo test lint unit smoke nbval sweeps processors $(PROCESSORS) rehearsal fiftieth bench soak coverage mutants test-kaggle test-colab stamp notebooks results picture clean
 
 demo: .venv/demo.stamp
 	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
@@ -66,6 +66,10 @@ processors: $(PROCESSORS)
 $(PROCESSORS): .venv/test.stamp
 	$(BIN)/python tests/processors.py $@
 
+# Change the modules that make numbers and choices in one place at a time: a survivor that no test notices and
+# tests/survivors.yaml does not explain is an error. Half an hour and more; MODULES=judge/metrics is one of them.
+mutants: .venv/soak.stamp
+	OMP_NUM_THREADS=1 VIPR_PRECISION=float32 $(BIN)/python tests/mutants.py $(MODULES)
 # The long part of the checks: calls that fail, kills, hostile files, fuzzing, mutants. Hours; benchmarks/soak.json
 # keeps what was found. PARTS="calls fuzz" runs these alone.
 soak: .venv/soak.stamp

@@ -1,6 +1,7 @@
 """Metrics against hand-typed vectors, a slow loop, torchmetrics and pytorch-metric-learning."""
 
 import doctest
+import itertools
 
 import numpy as np
 import pytest
@@ -63,6 +64,14 @@ def test_average_precision_divides_by_min_n_k_on_the_hand_checked_vectors():
 def test_reciprocal_rank_matches_the_hand_checked_vectors():
     np.testing.assert_allclose(metrics.mrr_at_k(HITS, N), column(5), rtol=1e-12)
     assert metrics.mrr_at_k([[False] * 5], [3])[0] == 0
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_five_ranks_count_where_no_number_is_asked_for(measure):
+    hits = np.eye(7, dtype=bool)  # one hit each, at ranks 1 to 7
+    found = measure(hits, [9] * 7)
+    np.testing.assert_array_equal(found, measure(hits, [9] * 7, 5))
+    assert (found > 0).tolist() == [True] * 5 + [False] * 2
 
 
 def test_guie_precision_matches_the_hand_checked_vectors():
@@ -178,7 +187,8 @@ def test_rank_minus_one_never_hits_not_even_an_unknown_product():
 
 def test_an_unknown_product_matches_nothing_and_counts_nothing():
     assert not metrics.hits_from_ranks([[0, 1]], [-1], [-1, 3]).any()
-    assert metrics.count_relevant([-1, 3, 4], [-1, 3, 3]).tolist() == [0, 2, 0]
+    counted = metrics.count_relevant([-1, 3, 4], [-1, 3, 3])
+    assert isinstance(counted, np.ndarray) and counted.tolist() == [0, 2, 0]
 
 
 def test_query_without_relevant_image_is_excluded_and_counted():
@@ -256,8 +266,63 @@ def test_bootstrap_repeats_with_its_seed_ignores_nan_and_takes_names_as_products
     )
 
 
+def test_interval_without_settings_is_that_of_a_thousand_draws_from_seed_0():
+    values, products = np.random.default_rng(5).random(60), np.arange(60) // 3
+    rng, members = np.random.default_rng(0), values.reshape(20, 3)
+    means = [members[rng.integers(20, size=20)].mean() for _ in range(1000)]
+    slow = np.quantile(means, [0.025, 0.975])
+    np.testing.assert_allclose(metrics.bootstrap_interval(values, products), slow, rtol=1e-12)
+    paired = metrics.paired_difference(values, np.zeros(60), products)
+    np.testing.assert_allclose(paired[1:], slow, rtol=1e-12)
+    hits = np.random.default_rng(6).random((60, 5)) < 0.3
+    found = metrics.summary(hits, [5] * 60, products)
+    interval = metrics.bootstrap_interval(metrics.average_precision_at_k(hits, [5] * 60), products)
+    assert (found["map_at_5_low"], found["map_at_5_high"]) == interval
+
+
+def test_seed_of_a_run_or_a_difference_is_that_of_its_interval():
+    products = np.arange(60) // 3
+    hits = np.random.default_rng(6).random((60, 5)) < 0.3
+    values = metrics.average_precision_at_k(hits, [5] * 60)
+    want = metrics.bootstrap_interval(values, products, seed=3)
+    assert want != metrics.bootstrap_interval(values, products)
+    assert metrics.paired_difference(values, np.zeros(60), products, seed=3)[1:] == want
+    found = metrics.summary(hits, [5] * 60, products, seed=3)
+    assert (found["map_at_5_low"], found["map_at_5_high"]) == want
+
+
+def test_right_and_wrong_answers_of_two_runs_have_a_difference_too():
+    found = metrics.paired_difference([True, True, False], [False, True, False], [1, 2, 3])
+    assert found[0] == pytest.approx(1 / 3)
+
+
 def test_one_product_alone_has_no_interval():
     assert np.isnan(metrics.bootstrap_interval([0.2, 0.4], [7, 7])).all()
+    assert metrics.bootstrap_interval([0.2, 0.4], [7, 8]) == (0.2, 0.4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "n_gallery, k", [(1, 5), (2, 5), (2, 1), (6, 1), (6, 3), (6, 5), (4, 9), (8, 5)]
+)
+def test_chance_is_the_mean_over_all_orders_of_the_gallery(n_gallery, k):
+    counts = [n for n in (1, 2, 4, n_gallery) if n <= n_gallery]
+    means = []
+    for n in counts:
+        places = itertools.combinations(range(n_gallery), n)  # of the relevant photos
+        lists = [[i if i in right else -1 - i for i in range(n_gallery)] for right in places]
+        means.append(np.mean([slow_apk(range(n), relabelled(row, n), k) for row in lists]))
+    found = metrics.chance_map_at_k([*counts, 0], n_gallery, k)
+    assert isinstance(found, float) and found == pytest.approx(np.mean(means), rel=1e-12)
+    if k == 5:
+        assert metrics.chance_map_at_k(counts, n_gallery) == found
+    assert np.isnan(metrics.chance_map_at_k([0, 0], n_gallery, k))
+
+
+def relabelled(row, n):
+    """The relevant of a list, which are not negative, as 0 to n - 1."""
+    names = iter(range(n))
+    return [next(names) if i >= 0 else i for i in row]
 
 
 def test_paired_difference_sees_what_two_overlapping_intervals_hide():

@@ -29,6 +29,52 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert flat(0, 1) != flat(1, 1)
 
 
+@pytest.mark.parametrize(
+    "epoch, settings, batches",
+    [
+        (0, {}, [[13, 11, 1, 0], [12, 10, 2, 4], [5, 7, 8, 9], [6, 5, 3, 1]]),
+        (2, {}, [[4, 2, 11, 10], [7, 5, 0, 3], [1, 4, 13, 12], [6, 7, 8, 9]]),
+        (1, {"balanced_from": 1}, [[3, 4, 7, 6], [9, 8, 12, 10], [5, 7, 9, 8], [2, 0, 13, 11]]),
+        (0, {"max_images": 3}, [[12, 11, 7, 6], [10, 12, 0, 2], [9, 8, 5, 7]]),
+    ],
+)
+def test_batches_are_the_same_on_every_machine(epoch, settings, batches):
+    """Photos 0-4, 5-7, 8-9 and 10-13 are of a product each."""
+    labels = np.repeat([0, 1, 2, 3], [5, 3, 2, 4])
+    found = PKSampler(labels, batch_size=4, images=2, seed=3, **settings).batches(epoch)
+    assert [batch.tolist() for batch in found] == batches
+
+
+def test_shuffled_batches_are_the_same_on_every_machine():
+    found = ShuffledSampler(np.arange(7), batch_size=3, seed=3).batches(2)
+    assert [batch.tolist() for batch in found] == [[4, 0, 2], [1, 6, 3]]
+
+
+@pytest.mark.parametrize("kind", ["products", "shuffled", "shuffled_domains"])
+def test_seed_without_a_word_is_0_and_reaches_the_batches_of_every_kind(kind):
+    def first(**settings):
+        shop = LONG_TAIL % 2 == 0
+        return sampler(kind, LONG_TAIL, batch_size=16, shop=shop, **settings).batches(0)[0].tolist()
+
+    assert first() == first(seed=0) != first(seed=1)
+    made = {"products": PKSampler, "shuffled": ShuffledSampler}.get(kind)
+    if made:
+        positions = LONG_TAIL if kind == "products" else np.arange(len(LONG_TAIL))
+        for settings in ({}, {"seed": 1}):
+            assert made(positions, batch_size=16, **settings).batches(0)[0].tolist() == first(
+                **settings
+            )
+
+
+def test_settings_of_products_reach_their_sampler():
+    asked = {"seed": 5, "min_images": 2, "max_images": 7, "balanced_from": 3}
+    found = sampler("products", LONG_TAIL, batch_size=24, **asked)
+    want = PKSampler(LONG_TAIL, batch_size=24, **asked)
+    assert (found.images, found.products, len(found.rows)) == (4, 6, 16)
+    for epoch in (0, 3):
+        np.testing.assert_array_equal(found.batches(epoch), want.batches(epoch))
+
+
 @pytest.mark.parametrize("photos", [1, 2, 3, 4, 5, 6, 7, 9])
 def test_a_run_repeats_a_photo_only_where_the_product_has_fewer_than_the_run(photos):
     labels = np.repeat(np.arange(6), photos)
@@ -91,6 +137,39 @@ def test_photos_of_one_domain_are_shown_once_by_domain_batches(shop):
     assert sorted(np.concatenate(found.batches(0))) == list(range(20))
 
 
+def test_one_shop_photo_is_shown_as_an_eighth_of_the_images():
+    shop = np.arange(22) == 4
+    found = sampler("shuffled_domains", np.arange(22), batch_size=8, shop=shop).batches(0)
+    assert np.bincount(np.concatenate(found)).tolist() == [1] * 4 + [3] + [1] * 17
+
+
+@pytest.mark.parametrize("batch_size, images", [(4, 4), (4, 1), (9, 4), (2, 2)])
+def test_batches_of_less_than_two_products_of_two_images_are_refused(batch_size, images):
+    with pytest.raises(ValueError, match=f"batch_size {batch_size} is no multiple of the {images}"):
+        PKSampler(LONG_TAIL, batch_size=batch_size, images=images)
+
+
+@pytest.mark.filterwarnings("error")
+def test_smallest_batches_are_full_without_a_warning():
+    batches = PKSampler(LONG_TAIL, batch_size=4, images=2).batches(0)
+    assert {len(batch) for batch in batches} == {4}
+
+
+def test_product_with_as_many_runs_as_there_are_batches_outweighs_no_other():
+    labels = np.repeat(np.arange(4), [8, 4, 2, 2])  # 4, 2, 1 and 1 runs in 4 batches of 2
+    found = PKSampler(labels, batch_size=4, images=2)
+    order = found._order(np.random.default_rng(0), 0)
+    assert np.bincount(order).tolist() == [4, 2, 1, 1]
+
+
+def test_each_pass_over_a_product_shows_all_its_images_in_a_new_order():
+    found = PKSampler(np.repeat(np.arange(2), 8), batch_size=4, images=2)
+    runs = found._runs(np.arange(8), np.random.default_rng(0))
+    passes = [np.concatenate([next(runs) for _ in range(4)]).tolist() for _ in range(3)]
+    assert [sorted(one) for one in passes] == [list(range(8))] * 3
+    assert len({tuple(one) for one in passes}) == 3
+
+
 def test_max_images_caps_what_one_product_shows_in_an_epoch():
     shown = np.concatenate(PKSampler(LONG_TAIL, batch_size=16, images=4, max_images=8).batches(0))
     assert max(np.bincount(LONG_TAIL[shown])) <= 8
@@ -118,7 +197,9 @@ def test_shuffled_batches_cover_everything_once():
 
 
 def test_a_single_left_over_image_is_dropped_since_batch_statistics_need_two():
-    assert len(np.concatenate(ShuffledSampler(np.arange(101), batch_size=10).batches(0))) == 100
+    for photos, shown in ((101, 100), (102, 102)):
+        batches = ShuffledSampler(np.arange(photos), batch_size=10).batches(0)
+        assert len(np.concatenate(batches)) == shown
 
 
 def test_sampler_by_name_fills_the_batch_or_says_why_not():

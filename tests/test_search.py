@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -45,6 +46,20 @@ def test_a_query_never_meets_itself_but_meets_its_exact_duplicate(small_chunks):
     assert ranks[3, 0] == 150 and ranks[150, 0] == 3
 
 
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "manhattan"])
+def test_one_query_alone_does_not_meet_itself_either(distance):
+    gallery, ids = vectors(70), np.arange(70)
+    given = {"query_ids": ids[:1], "gallery_ids": ids, "distance": distance}
+    assert 0 not in search.top_k(gallery[:1], gallery, 5, **given)[1]
+
+
+@pytest.mark.parametrize("queries, rows", [(64, 100), (100, 64), (64, 128)])
+def test_numbers_of_queries_and_rows_divide_as_they_like(queries, rows):
+    x, gallery = vectors(queries), vectors(rows, seed=1)
+    want = np.argsort(-(x @ gallery.T), axis=1)[:, :5]
+    np.testing.assert_array_equal(search.top_k(x, gallery)[1], want)
+
+
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 @pytest.mark.parametrize("k", [1, 3, 70])
 def test_equal_scores_stand_in_gallery_order_over_all_blocks(small_chunks, kinds, k):
@@ -58,12 +73,45 @@ def test_equal_scores_stand_in_gallery_order_over_all_blocks(small_chunks, kinds
     assert (scores == np.take_along_axis(similarity, want, axis=1)).all()
 
 
-def test_a_gallery_smaller_than_k_is_padded_with_minus_one():
-    scores, ranks = search.top_k(vectors(2), vectors(3, seed=1), 5)
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "manhattan"])
+def test_a_gallery_smaller_than_k_is_padded_with_minus_one(distance):
+    scores, ranks = search.top_k(vectors(2), vectors(3, seed=1), 5, distance=distance)
     assert (ranks[:, 3:] == -1).all() and np.isneginf(scores[:, 3:]).all()
+    assert [sorted(row) for row in ranks[:, :3].tolist()] == [[0, 1, 2]] * 2
     ids = np.array(["a", "b"])
-    _, ranks = search.top_k(vectors(2), vectors(2), 2, query_ids=ids, gallery_ids=ids)
+    given = {"query_ids": ids, "gallery_ids": ids, "distance": distance}
+    _, ranks = search.top_k(vectors(2), vectors(2), 2, **given)
     assert ranks.tolist() == [[1, -1], [0, -1]]
+
+
+def test_five_are_found_where_no_number_is_asked_for_as_arrays_of_numpy():
+    for found in search.top_k(vectors(2), vectors(9, seed=1)):
+        assert isinstance(found, np.ndarray) and found.shape == (2, 5)
+
+
+def test_ids_of_one_side_alone_leave_out_nothing():
+    x, ids = vectors(3), np.array(["a", "b", "c"])
+    for given in ({"query_ids": ids}, {"gallery_ids": ids}):
+        assert search.top_k(x, x, 1, **given)[1].ravel().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("query_ids, gallery_ids", [("ab", "abcde"), ("abc", "abcd")])
+def test_ids_of_another_number_than_rows_are_refused(query_ids, gallery_ids):
+    ids = {"query_ids": list(query_ids), "gallery_ids": list(gallery_ids)}
+    with pytest.raises(ValueError, match="ids do not match: . ids for 3 queries, . for 5 rows"):
+        search.top_k(vectors(3), vectors(5), 2, **ids)
+
+
+def test_embeddings_that_cannot_be_written_are_searched_without_a_warning():
+    gallery = vectors(9)
+    gallery.flags.writeable = False
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            search.top_k(vectors(2), gallery)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_nan_embeddings_are_refused_with_row_and_remedy():
@@ -110,6 +158,15 @@ def test_vectors_that_are_no_unit_vectors_are_compared_by_cosine_and_left_as_the
     np.testing.assert_array_equal(ranks, want[1])
     np.testing.assert_array_equal(queries, before[0])
     np.testing.assert_array_equal(gallery, before[1])
+
+
+@pytest.mark.parametrize("length", [1e-7, 0.5, 2.0])
+def test_vectors_of_any_one_length_are_compared_by_cosine(length):
+    queries, gallery = vectors(9), vectors(90, seed=1)
+    scores, ranks = search.top_k(length * queries, length * gallery, 90)
+    cosines = queries @ gallery.T
+    np.testing.assert_allclose(scores, -np.sort(-cosines, axis=1), atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(cosines, ranks, axis=1), scores, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 5, 40, 500])
@@ -173,7 +230,50 @@ def test_only_queries_with_too_many_equals_are_compared_with_all_directly(monkey
     assert compared == [1] and ranks[7].tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("kind", ["far from the origin", "collapsed"])
+def test_rows_that_lie_together_are_compared_without_their_centre(monkeypatch, kind):
+    compared, directly = [], search._directly
+    monkeypatch.setattr(
+        search, "_directly", lambda q, *a: compared.append(len(q)) or directly(q, *a)
+    )
+    search.top_k(*sides(kind), 5, distance="euclidean")
+    assert sum(compared) <= 1
+
+
+@pytest.mark.parametrize("share, sure", [(0.9, False), (1.1, True)])
+def test_worst_case_of_rounding_decides_which_queries_are_compared_directly(
+    monkeypatch, share, sure
+):
+    """A query of length 3 and rows of length 1: five at 60 degrees, the others farther by a share
+    of 4 D 2^-24 (3 + 1)^2, how much squared distances by a product may be wrong."""
+    compared, directly = [], search._directly
+    monkeypatch.setattr(
+        search, "_directly", lambda q, *a: compared.append(len(q)) or directly(q, *a)
+    )
+    dim = 256
+    gap = share * 4 * dim * 2**-24 * (3 + 1) ** 2
+    cosines = np.where(np.arange(40) < 5, 0.5, 0.5 - gap / (2 * 3))
+    gallery = np.zeros((40, dim))
+    gallery[:, 0] = cosines
+    gallery[np.arange(40), 1 + np.arange(40)] = np.sqrt(1 - cosines**2)
+    queries = np.zeros((2, dim), np.float32)
+    queries[:, 0] = 3
+    _, ranks = search.top_k(queries, gallery, 5, distance="euclidean")
+    assert ranks.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert compared == ([] if sure else [2])
+
+
+def test_a_query_compared_with_all_directly_does_not_meet_itself_either():
+    gallery, ids = vectors(500), np.arange(500)
+    gallery[:20] = gallery[7]
+    given = {"query_ids": ids[:2], "gallery_ids": ids}
+    _, ranks = search.top_k(gallery[:2], gallery, 3, distance="euclidean", **given)
+    assert ranks.tolist() == [[1, 2, 3], [0, 2, 3]]
+
+
 def test_unequal_widths_and_empty_galleries_are_refused():
+    with pytest.raises(ValueError, match="k >= 1 and a gallery, got k=0 and 3 gallery rows"):
+        search.top_k(vectors(2), vectors(3), 0)
     with pytest.raises(ValueError, match="16 dimensions, the gallery 8"):
         search.top_k(vectors(2), vectors(3, dim=8))
     with pytest.raises(ValueError, match="0 gallery rows"):
@@ -250,6 +350,34 @@ def test_where_all_may_be_answered_nothing_is_narrowed():
     rows = pd.DataFrame({"image_id": [f"{i}" for i in range(9)]})
     found = search.Search(vectors(2), vectors(9, seed=1), rows[:2], rows).searched(5)
     assert found.narrowed() is found and found.ranks.shape == (2, 5)
+
+
+def test_sorted_lists_keep_equal_scores_in_order_and_forget_what_was_verified():
+    rows = pd.DataFrame({"image_id": [f"{i}" for i in range(300)]})
+    found = search.Search(vectors(2), vectors(300, seed=1), rows[:2], rows).searched(300)
+    scores = np.tile(np.arange(300) % 3, (2, 1)).astype(float)
+    after = replace(found, inliers=np.ones((2, 300), int)).sorted_by(scores)
+    assert after.inliers is None
+    places = np.concatenate([np.flatnonzero(scores[0] == value) for value in (2, 1, 0)])
+    np.testing.assert_array_equal(after.ranks, found.ranks[:, places])
+    np.testing.assert_array_equal(after.scores, scores[:, places])
+
+
+def test_engine_that_is_asked_for_is_the_one_that_searches(monkeypatch):
+    asked, nearest = [], search.by_faiss.nearest
+    monkeypatch.setattr(
+        search.by_faiss, "nearest", lambda *given: asked.append(given[-2:]) or nearest(*given)
+    )
+    for distance in ("cosine", "euclidean"):
+        search.top_k(vectors(2), vectors(9), distance=distance, engine="ivfpq")
+    assert asked == [("cosine", "ivfpq"), ("euclidean", "ivfpq")]
+
+
+def test_search_begins_with_nothing_found():
+    rows = pd.DataFrame({"image_id": ["a"]})
+    new = search.Search(vectors(1), vectors(1), rows, rows)
+    found = (new.scores, new.ranks, new.inliers, new.answers, new.cache_dir)
+    assert found == (None,) * 5 and (new.projections, new.device) == ((), "cpu")
 
 
 @pytest.mark.gpu

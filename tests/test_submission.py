@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from vipr_utils.data import catalog
-from vipr_utils.judge import submission
+from vipr_utils.judge import metrics, submission
 from vipr_utils.judge.submission import SubmissionError
 from vipr_utils.judge.task import View, ranked
 
@@ -72,6 +72,74 @@ def test_score_is_that_of_an_independent_scorer_and_counts_the_unanswerable_quer
     assert (scored["n_queries"], scored["n_excluded"], scored["n_gallery"]) == (2, 1, 9)
 
 
+@pytest.fixture
+def many(root):
+    """(root, submission): 40 queries of 12 products, one in five of a product without a photo."""
+    rng, labels = np.random.default_rng(0), np.arange(40) % 12
+    photos = [f"g{i}.jpg,p{i % 10},{'shop' if i % 3 else 'customer'}" for i in range(60)]
+    (root / "train.csv").write_text("\n".join(["name,class,domain", *photos, ""]))
+    queries = [f"q{i}.jpg,p{label}" for i, label in enumerate(labels)]
+    (root / "test.csv").write_text("\n".join(["name,class", *queries, ""]))
+    lists = []
+    for i, label in enumerate(labels):
+        likely = rng.permutation([g for g in range(60) if g % 10 == label or g % 7 == i % 7])
+        lists.append([f"g{g}.jpg" for g in likely[:5]])
+    path = submission.write_ranking(root / "many.csv", [f"q{i}.jpg" for i in range(40)], lists)
+    return root, path, labels, lists
+
+
+@pytest.mark.parametrize("settings", [{}, {"seed": 3}])
+def test_figures_of_a_ranking_are_those_of_its_hits_counted_by_hand(many, settings):
+    root, path, labels, lists = many
+    hits = [[int(name[1:-4]) % 10 == label for name in row] for label, row in zip(labels, lists)]
+    n_relevant = [6 if label < 10 else 0 for label in labels]
+    found = submission.score(path, root, **settings)
+    want = metrics.summary(hits, n_relevant, labels, seed=settings.get("seed", 0))
+    chance = metrics.chance_map_at_k(n_relevant, 60)
+    assert found == {**want, "chance": chance, "n_gallery": 60}
+    assert (found["n_queries"], found["n_excluded"], found["n_products"]) == (34, 6, 10)
+    assert found["map_at_5"] == pytest.approx(independent_map_at_5(path, root), abs=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"seed": 3}])
+def test_figures_of_classes_are_those_of_right_answers_counted_by_hand(many, settings):
+    root, _, labels, lists = many
+    first = np.array([int(row[0][1:-4]) % 10 for row in lists])
+    path = submission.write_classification(
+        root / "c.csv", [f"q{i}.jpg" for i in range(40)], [f"p{i}" for i in first]
+    )
+    found = submission.score(path, root, **settings)
+    right = (first == labels).astype(float)
+    low, high = metrics.bootstrap_interval(right, labels, seed=settings.get("seed", 0))
+    assert 0.2 < right.mean() < 0.8
+    assert found.pop("definition").startswith("top-1 accuracy")
+    assert found == {
+        "top_1_accuracy": pytest.approx(right.mean()),
+        "top_1_accuracy_low": low,
+        "top_1_accuracy_high": high,
+        "n_queries": 40,
+        "n_excluded": 0,
+        "n_products": 12,
+        "n_gallery": 60,
+    }
+
+
+def test_gallery_of_one_domain_is_answered_with_checked_and_scored(root, capsys):
+    queries = rows_of(root, "test", ["q0.jpg", "q1.jpg"])
+    gallery = rows_of(root, "train", ["g0.jpg", "g1.jpg"])  # g2, the shop's too, cannot be read
+    ranks = np.array([[1, 0, -1, -1, -1], [1, 0, -1, -1, -1]])
+    shop = {"gallery_domain": "shop"}
+    path = submission.write_answers(root / "s.csv", root, queries, gallery, ranks, **shop)
+    lists = pd.read_csv(path, index_col="id")["images"]
+    assert set(lists) == {"g1.jpg g0.jpg g2.jpg"}
+    assert list(submission.validate(path, root, **shop)["id"]) == ["q0.jpg", "q1.jpg", "q2.jpg"]
+    found = submission.score(path, root, **shop)
+    assert found["n_gallery"] == 3
+    assert found["map_at_5"] == pytest.approx((1 / 2 + 1) / 2)
+    assert submission.main([str(path), str(root), "--gallery-domain", "shop"]) == 0
+    assert "mAP@5 0.750 [0.500, 1.000] over 2 queries (1 excluded), 3 g" in capsys.readouterr().out
+
+
 def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_root, tmp_path):
     photos, _ = toy_data
     _, queries, gallery = catalog.split(photos, "test")
@@ -123,8 +191,16 @@ def test_written_file_of_a_real_search_scores_as_the_search_did(toy_data, toy_ro
     ],
 )
 def test_wrong_file_names_row_query_fault_and_remedy(root, old, new, message):
-    with pytest.raises(SubmissionError, match=message):
-        submission.validate(changed(root, old, new), root)
+    path = changed(root, old, new)
+    with pytest.raises(SubmissionError, match=message) as refused:
+        submission.validate(path, root)
+    assert str(refused.value).startswith(str(path))
+
+
+def test_missing_query_that_is_named_is_the_first_of_the_data_root(root):
+    (root / "test.csv").write_text("name,class\nq0.jpg,0\nz.jpg,1\na.jpg,2\n")
+    with pytest.raises(SubmissionError, match=r"row 3 \(z.jpg\): no row .* Rows like it: 2"):
+        submission.validate(changed(root, GOOD[GOOD.index("q1.jpg") :], ""), root)
 
 
 def test_image_of_another_domain_is_unknown_to_a_narrowed_gallery(root):
@@ -158,6 +234,8 @@ def test_lists_for_other_queries_are_not_written_and_an_older_file_stays(tmp_pat
     before = path.read_bytes()
     with pytest.raises(ValueError, match="argument 2 is longer"):
         submission.write_ranking(path, ["q"], [list("abcde"), list("abcde")])
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        submission.write_classification(path, ["q", "r"], [1])
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -186,6 +264,15 @@ def test_classification_form_is_written_checked_and_scored(root):
     submission.write_classification(path, ["q0.jpg", "q1.jpg", "q2.jpg"], [0, float("nan"), 1])
     with pytest.raises(SubmissionError, match=r"row 3 \(q1.jpg\): class '' is no class"):
         submission.validate(path, root)
+
+
+def test_class_of_a_name_that_ends_as_a_number_does_is_taken_as_it_stands(root):
+    (root / "train.csv").write_text("name,class\na.jpg,2.0\nb.jpg,2.00\nc.jpg,7\nd.jpg,20\n")
+    (root / "test.csv").write_text("name,class\nq.jpg,2.00\nr.jpg,7\ns.jpg,20\n")
+    path = submission.write_classification(
+        root / "c.csv", ["q.jpg", "r.jpg", "s.jpg"], ["2.00", "7.0", "20"]
+    )
+    assert submission.score(path, root)["top_1_accuracy"] == 1
 
 
 def test_unknown_labels_give_no_score(root):
@@ -224,6 +311,15 @@ def test_query_without_a_readable_photo_is_answered_by_what_others_lists_hold_mo
     assert lists["q0.jpg"] == [f"g{i}.jpg" for i in RANKS[1]]
     assert set(lists["q1.jpg"][:2]) == {"g7.jpg", "g3.jpg"} and len(set(lists["q1.jpg"])) == 5
     submission.validate(path, root)
+
+
+def test_first_photo_of_the_gallery_is_as_usual_an_answer_as_any(root):
+    queries = rows_of(root, "test", ["q2.jpg", "q0.jpg"])
+    gallery = rows_of(root, "train", [f"g{i}.jpg" for i in range(7, -1, -1)])
+    gallery.index += 100  # rows of a catalog begin anywhere
+    ranks = np.array([[7, 0, 2, 1, 3], [0, 4, 5, 6, -1]])
+    path = submission.write_answers(root / "s.csv", root, queries, gallery, ranks)
+    assert pd.read_csv(path, index_col="id")["images"]["q1.jpg"].startswith("g7.jpg ")
 
 
 def test_answers_as_classes_name_the_product_of_the_first_photo_for_every_query(root):
@@ -269,7 +365,18 @@ def test_list_that_is_too_short_is_filled_up_with_unreadable_photos_at_last(root
 def test_command_line_prints_the_score_or_why_not(root, capsys):
     path = changed(root, "q0", "q0")
     assert submission.main([str(path), str(root)]) == 0
-    assert "mAP@5 0.419" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        f"valid: {path}\nmAP@5 0.419 [0.083, 0.756] over 2 queries (1 excluded), 9 gallery images\n"
+        f"{metrics.DEFINITION}; interval: 95 % bootstrap over 2 products\n"
+    )
+    classes = submission.write_classification(
+        root / "c.csv", ["q0.jpg", "q1.jpg", "q2.jpg"], [0, 1, 1]
+    )
+    assert submission.main([str(classes), str(root)]) == 0
+    assert "top-1 accuracy 0.667 [0.000, 1.000] over 3 queries (0" in capsys.readouterr().out
+    (root / "test.csv").write_text("name\nq0.jpg\nq1.jpg\nq2.jpg\n")
+    assert submission.main([str(path), str(root)]) == 0
+    assert "mAP@5 unknown: no query has a label" in capsys.readouterr().out
     assert submission.main([str(changed(root, " g6.jpg", "")), str(root)]) == 1
     assert "4 images, expected 5" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """A task's views, its embeddings and its scores, against what is computed by hand."""
 
+import inspect
 import pickle
 
 import numpy as np
@@ -11,11 +12,11 @@ from vipr_utils.data import catalog
 from vipr_utils.data.store import open_data
 from vipr_utils.host import platform
 from vipr_utils.host.device import tune
-from vipr_utils.judge import metrics
+from vipr_utils.judge import metrics, runs
 from vipr_utils.judge import task as judge_task
 from vipr_utils.judge.task import Task, View, ranked, scored, some_products
 from vipr_utils.learn import models
-from vipr_utils.retrieve import embedding, rerank, search
+from vipr_utils.retrieve import embedding, pipeline, rerank, search
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +257,7 @@ def test_validator_scores_a_model_in_training_and_travels_to_other_processes(tas
 def test_epochs_are_validated_on_some_products_where_the_gallery_is_large(
     task, network, monkeypatch
 ):
+    assert judge_task.MOST_VALIDATED == 10_000
     whole = task.views["validation"]
     for rows, every in zip(task.epoch_view, whole):
         pd.testing.assert_frame_equal(rows, every)
@@ -318,6 +320,286 @@ def test_run_is_recorded_with_data_split_and_precision(task, network, tmp_path):
     assert list(record["precision"]) == ["embedding"] and record["protocol"] == "test"
 
 
+# --------------------------------------------------------------------- settings that are handed on
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """handed(module, name, answer): the list of the (arguments, settings) of its calls."""
+
+    def record(module, name, answer=None):
+        calls = []
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *arguments, **settings: calls.append((arguments, settings)) or answer,
+        )
+        return calls
+
+    return record
+
+
+def test_settings_of_a_task_without_a_word():
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(Task).parameters.items()
+    }
+    assert defaults == {
+        "data_root": "",
+        "protocol": "test",
+        "gallery_domain": "",
+        "image_size": 224,
+        "seen_px": 0,
+        "holdout": 0.1,
+        "validation": "auto",
+        "batch_size": 64,
+        "seed": 0,
+        "device": "auto",
+        "precision": "auto",
+        "cache_dir": "",
+    }
+
+
+def test_settings_of_a_task_reach_what_reads_and_splits(toy_root, tmp_path, monkeypatch):
+    asked = {}
+    for module, name in (
+        (judge_task, "open_data"),
+        (judge_task, "seed_everything"),
+        (judge_task, "working_device"),
+        (catalog, "split"),
+        (catalog, "hold_out"),
+        (catalog, "spares_photos"),
+    ):
+        real = getattr(module, name)
+
+        def noted(*arguments, real=real, name=name, **settings):
+            asked[name] = arguments, settings
+            return real(*arguments, **settings)
+
+        monkeypatch.setattr(module, name, noted)
+    task = Task(
+        str(toy_root),
+        protocol="test",
+        gallery_domain="shop",
+        image_size=32,
+        seen_px=40,
+        holdout=0.3,
+        batch_size=3,
+        seed=5,
+        device="cpu",
+        precision="float32",
+        cache_dir=str(tmp_path),
+    )
+    assert asked["open_data"] == ((str(toy_root), str(tmp_path)), {"px": 32, "seen_px": 40})
+    assert asked["seed_everything"] == ((5,), {}) and asked["working_device"] == (("cpu",), {})
+    assert asked["split"][0][1:] == ("test",)
+    assert asked["split"][1] == {"seed": 5, "gallery_domain": "shop"}
+    assert asked["hold_out"][1] == {"holdout": 0.3, "gallery_domain": "shop"}
+    assert asked["spares_photos"][0][1] == "shop"
+    assert (task.seed, task.batch_size, task.precision) == (5, 3, "float32")
+    assert (task.protocol, task.gallery_domain, str(task.device)) == ("test", "shop", "cpu")
+    assert task.cache_dir == platform.cache_folder(str(tmp_path)) and len(task.lost) == 0
+
+
+def test_validation_is_drawn_where_it_is_asked_for_and_an_unknown_one_refused(toy_root, tmp_path):
+    given = {"image_size": 32, "device": "cpu", "cache_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="validation 'all' is unknown: use 'auto' or 'drawn'"):
+        Task(str(toy_root), validation="all", **given)
+    plain = Task(str(toy_root), holdout=0, **given)
+    task = Task(str(toy_root), validation="drawn", gallery_domain="shop", **given)
+    queries = task.validation.queries
+    assert set(queries["split"]) == {"drawn"}
+    assert len(queries) == len(task.fit) == len(plain.fit) and task.validation.how == "drawn"
+    assert task.validation.fit.equals(task.fit) and set(queries["domain"]) == {"customer"}
+    assert task.validation.gallery.equals(task.fit[task.fit["domain"] == "shop"])
+    assert len(task.photos) > len(plain.photos) and task.photos.attrs == plain.photos.attrs
+    assert task.photos.index.is_unique and list(task.photos) == list(plain.photos)
+    assert not (task.known("validation")["split"] == "drawn").any()
+
+
+def test_settings_of_embeddings_reach_what_embeds(task, handed):
+    machine = {"precision": "auto", "device": task.device, "batch_size": 64}
+    calls = handed(judge_task, "embed", "embeddings")
+    assert task.embed("model") == "embeddings"
+    task.embed("model", image_size=32, zoom=0.8, precision="float32")
+    for (model, store, rows), settings in calls:
+        assert model == "model" and store is task.store and rows.equals(task.photos.index)
+        assert settings["cache_dir"] == task.cache_dir
+    assert calls[0][1] == {**machine, "image_size": 0, "cache_dir": task.cache_dir}
+    wanted = {**machine, "precision": "float32", "image_size": 32, "zoom": 0.8}
+    assert calls[1][1] == {**wanted, "cache_dir": task.cache_dir}
+    sizes = handed(judge_task, "embed_at_sizes", "of several sizes")
+    assert task.embed("model", image_size=(32, 48)) == "of several sizes"
+    arguments, settings = sizes[0]
+    assert arguments[:2] == ("model", task.store) and arguments[2].equals(task.photos.index)
+    assert settings == {**machine, "image_sizes": (32, 48), "cache_dir": task.cache_dir}
+
+
+def test_settings_of_zooms_and_whitening_reach_what_embeds(task, handed):
+    machine = {
+        "precision": "auto",
+        "device": task.device,
+        "batch_size": 64,
+        "cache_dir": task.cache_dir,
+    }
+    calls = handed(judge_task, "embed_zoomed", "side")
+    found = task.zoomed("model", "test", zoom=(0.5, 0.7))
+    assert tuple(found) == ("side", "side")
+    task.zoomed("model", "test", zoom=(0.5, 0.7), image_size=32, features=True)
+    for ((model, store, rows), settings), (size, features) in zip(
+        calls, [(0, False), (0, False), (32, True), (32, True)], strict=True
+    ):
+        assert model == "model" and store is task.store
+        assert len(settings.pop("customer")) == len(rows)
+        given = {"zoom": (0.5, 0.7), "image_size": size, "features": features}
+        assert settings == {**machine, **given}
+    whitening = handed(judge_task, "with_learned_whitening", "whitened")
+    assert task.whitened("model", 8) == task.whitened("model", 9, image_size=32) == "whitened"
+    for (arguments, settings), (dim, size) in zip(whitening, [(8, 0), (9, 32)], strict=True):
+        model, store, rows, width = arguments
+        assert (model, width) == ("model", dim) and store is task.store and rows.equals(task.fit)
+        assert settings == {**machine, "image_size": size}
+
+
+def test_milliseconds_of_an_image_are_over_128_of_them(task, monkeypatch, handed):
+    calls = handed(task, "_embedded")
+    monkeypatch.setattr(judge_task, "perf_counter", iter([10.0, 10.5, 20.0, 21.0]).__next__)
+    some = min(128, len(task.photos))
+    assert task.ms_per_image("model") == pytest.approx(500 / some)
+    monkeypatch.setattr(task, "photos", pd.concat([task.photos] * 3))
+    assert task.ms_per_image("model", image_size=48) == pytest.approx(1000 / 128)
+    sizes = [arguments[2] for arguments, _ in calls]
+    assert sizes == [0, 48] and len(calls[1][0][1]) == 128
+
+
+def test_validation_in_training_hands_on_its_distance_and_size(task, handed):
+    embedded = handed(task, "_embedded", "side")
+    answer = judge_task.Retrieval(None, None, None, None, {"map_at_5": 0.5})
+    lists = handed(task, "_ranked", answer)
+    assert task.validate("model") == task.validate("model", distance="manhattan", image_size=48)
+    assert [arguments[2] for arguments, _ in embedded] == [0, 0, 48, 48]
+    assert all(arguments[0] == "model" and not settings for arguments, settings in embedded)
+    for (view, *sides), _ in lists:
+        assert sides == ["side", "side"] and view.queries.equals(task.epoch_view.queries)
+    assert [settings["distance"] for _, settings in lists] == ["cosine", "manhattan"]
+
+
+def test_training_photos_carry_their_settings(task):
+    def transform(image, rng):
+        return image
+
+    photos = task.training_photos(transform)
+    assert photos.transform is transform and photos.store is task.store
+    assert photos.seed == task.seed and (photos.zoom == 1.0).all()
+
+
+def test_evaluation_hands_on_distance_steps_and_size(task, monkeypatch):
+    sizes, asked = [], []
+    monkeypatch.setattr(task, "embed", lambda model, image_size: sizes.append(image_size) or "e")
+    monkeypatch.setattr(task, "retrieve", lambda e, view, **s: asked.append((e, view, s)) or view)
+    assert task.evaluate("model") == {view: view for view in task.views}
+    task.evaluate("model", steps=["centring()"], distance="euclidean", image_size=48)
+    given = [
+        {"steps": (), "distance": "cosine"},
+        {"steps": ["centring()"], "distance": "euclidean"},
+    ]
+    assert asked == [("e", view, settings) for settings in given for view in task.views]
+    assert sizes == [0, 48]
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "manhattan"])
+def test_lists_are_of_the_distance_and_the_queries_asked_for(task, distance):
+    rng = np.random.default_rng(0)
+    embeddings = (rng.normal(size=(len(task.photos), 6)) * 3).astype(np.float32)
+    view = task.views["test"]
+    found = task.retrieve(embeddings, distance=distance)
+    rows = [task.rows(embeddings, table).astype(float) for table in view]
+    differences = rows[0][:, None] - rows[1][None]
+    order = 2 if distance == "euclidean" else 1
+    exact = np.linalg.norm(differences, ord=order, axis=2)
+    np.testing.assert_allclose(-found.scores, np.sort(exact, axis=1)[:, :5], rtol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(exact, found.ranks, 1), -found.scores, rtol=1e-4)
+    asked = np.arange(len(view.queries)) % 3 == 1
+    for steps in ([], ["centring()"]):
+        if steps and distance == "manhattan":
+            continue
+        whole = task.retrieve(embeddings, steps=steps, distance=distance)
+        some = task.retrieve(embeddings, steps=steps, distance=distance, asked=asked)
+        np.testing.assert_array_equal(some.ranks, whole.ranks[asked])
+        np.testing.assert_array_equal(some.n_relevant, whole.n_relevant[asked])
+
+
+def test_seconds_of_every_step_are_told_in_order(task):
+    embeddings = np.random.default_rng(0).normal(size=(len(task.photos), 16)).astype(np.float32)
+    steps = ["centring()", "pca(4)", "alpha_query_expansion(3, 3)"]
+    found = task.retrieve(embeddings, steps=steps)
+    assert [row["step"] for row in found.seconds] == [*steps[:2], "search", steps[2]]
+    assert all(0 <= row["seconds"] < 60 for row in found.seconds)
+    assert task.retrieve(embeddings).seconds == []
+
+
+def test_seed_device_and_cache_reach_search_steps_and_score(task, monkeypatch, handed):
+    monkeypatch.setattr(task, "seed", 3)
+    calls = handed(judge_task, "ranked", "lists")
+    assert task._ranked("view", "queries", "gallery", steps=["step"]) == "lists"
+    machine = {"device": task.device, "cache_dir": task.cache_dir, "seed": 3}
+    assert calls == [(("view", "queries", "gallery"), {**machine, "steps": ["step"]})]
+
+
+@pytest.mark.parametrize("steps", [[], ["centring()"], ["product_votes(3)"]])
+def test_interval_of_lists_is_drawn_with_their_seed(task, steps):
+    embeddings = np.random.default_rng(0).normal(size=(len(task.photos), 16)).astype(np.float32)
+    view = task.views["test"]
+    sides = task.sides(embeddings, "test")
+    for seed in (0, 3):
+        found = ranked(view, *sides, references=task.known("test"), steps=steps, seed=seed)
+        want = metrics.summary(
+            found.hits, found.n_relevant, view.queries["product_id"].to_numpy(), seed=seed
+        )
+        chance = metrics.chance_map_at_k(found.n_relevant, len(view.gallery))
+        assert found.metrics == {"n_gallery": len(view.gallery), **want, "chance": chance}
+    unseeded = ranked(view, *sides, references=task.known("test"), steps=steps)
+    assert (
+        unseeded.metrics["map_at_5_low"]
+        == ranked(view, *sides, references=task.known("test"), steps=steps, seed=0).metrics[
+            "map_at_5_low"
+        ]
+    )
+
+
+def test_device_and_cache_reach_the_steps(task, monkeypatch):
+    seen = []
+    apply = pipeline.apply
+    monkeypatch.setattr(
+        pipeline, "apply", lambda steps, found: seen.append(found) or apply(steps, found)
+    )
+    embeddings = np.random.default_rng(0).normal(size=(len(task.photos), 16)).astype(np.float32)
+    task.retrieve(embeddings, "shop", steps=["product_votes(3)"])
+    (found,) = seen
+    assert found.device is task.device and found.cache_dir == task.cache_dir
+    assert not {"product_id", "product", "group"} & set(found.query_rows)
+    assert list(found.gallery_rows.index) == list(task.known("shop").index)
+    task.retrieve(embeddings, "test", steps=["product_votes(3)"])
+    assert seen[1].answers is None
+
+
+def test_record_of_a_run_holds_what_the_task_knows(task, tmp_path, handed, monkeypatch):
+    calls = handed(runs, "save", "path")
+    monkeypatch.setattr(judge_task, "monotonic", lambda: task.started + 7)
+    assert task.save_run(tmp_path, trained=True, notebook="00") == "path"
+    scores = {"map_at_5": 0.5, "map_at_5_low": 0.4, "map_at_5_high": 0.6}
+    assert task.save_run(tmp_path, validated=scores) == "path"
+    (arguments, trained), (_, plain) = calls
+    assert arguments == (tmp_path,) and trained["notebook"] == "00"
+    assert set(trained["precision"]) == {"embedding", "training"}
+    assert set(plain["precision"]) == {"embedding"}
+    for record in (trained, plain):
+        assert record["protocol"] == "test" and record["device"] == "cpu"
+        assert record["seconds"] == 7 and record["data"] == catalog.describe_data(task.photos)
+    assert trained["validation"] is None
+    assert plain["validation"] == task.validation.record(scores)
+    assert (tmp_path / "split.csv").is_file()
+
+
 # ----------------------------------------------------------------------- lists of embeddings
 
 
@@ -355,6 +637,16 @@ def test_a_query_in_the_gallery_never_meets_itself():
     found = ranked(View(gallery, gallery), x, x)
     assert found.ranks[0, 0] == 1 and found.ranks[1, 0] == 0
     assert list(found.n_relevant) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("steps", [[], ["centring()"]])
+def test_places_without_a_photo_stay_empty_behind_steps_too(steps):
+    queries, gallery = tables([1, 2], [1, 2, 2])
+    rng = np.random.default_rng(0)
+    q, g = (rng.normal(size=(n, 8)).astype(np.float32) for n in (2, 3))
+    found = ranked(View(queries, gallery), q, g, steps=steps)
+    assert [sorted(row) for row in found.ranks[:, :3].tolist()] == [[0, 1, 2]] * 2
+    assert (found.ranks[:, 3:] == -1).all() and not found.hits[:, 3:].any()
 
 
 def test_unlabelled_queries_give_lists_and_no_score():
