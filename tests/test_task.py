@@ -277,6 +277,7 @@ def test_epochs_are_validated_on_some_products_where_the_gallery_is_large(
 def test_products_of_a_sample_are_the_same_everywhere():
     rows = pd.DataFrame({"product_id": np.repeat(np.arange(50), 4)})
     assert sorted(some_products(rows, 20)) == [2, 10, 11, 28, 41]
+    assert sorted(some_products(rows[::-1], 20)) == [2, 10, 11, 28, 41], "in any order of rows"
     assert sorted(some_products(rows, 200)) == sorted(some_products(rows, 10**9)) == list(range(50))
 
 
