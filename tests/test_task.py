@@ -49,7 +49,8 @@ def test_task_says_what_it_found(task):
     said = str(task)
     assert "data: toy" in said and f"{len(task.validation.queries)} queries" in said
     assert task.validation.split in said
-    assert task.summary().loc["fit", "images"] == len(task.fit)
+    counts = [len(task.fit), task.fit["product_id"].nunique()]
+    assert task.summary().loc["fit"].to_dict() == dict(zip(["images", "products"], counts))
     assert task.describe().startswith("protocol test, ")
 
 
