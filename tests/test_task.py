@@ -49,7 +49,8 @@ def test_task_says_what_it_found(task):
     said = str(task)
     assert "data: toy" in said and f"{len(task.validation.queries)} queries" in said
     assert task.validation.split in said
-    assert task.summary().loc["fit", "images"] == len(task.fit)
+    counts = [len(task.fit), task.fit["product_id"].nunique()]
+    assert task.summary().loc["fit"].to_dict() == dict(zip(["images", "products"], counts))
     assert task.describe().startswith("protocol test, ")
 
 
@@ -277,6 +278,7 @@ def test_epochs_are_validated_on_some_products_where_the_gallery_is_large(
 def test_products_of_a_sample_are_the_same_everywhere():
     rows = pd.DataFrame({"product_id": np.repeat(np.arange(50), 4)})
     assert sorted(some_products(rows, 20)) == [2, 10, 11, 28, 41]
+    assert sorted(some_products(rows[::-1], 20)) == [2, 10, 11, 28, 41], "in any order of rows"
     assert sorted(some_products(rows, 200)) == sorted(some_products(rows, 10**9)) == list(range(50))
 
 
