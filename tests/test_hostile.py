@@ -793,6 +793,7 @@ def test_files_that_are_no_versions_and_damaged_ones_are_not_gone_back_to(indexe
         with pytest.raises(versions.IndexFault, match="is damaged"):
             versions.rollback(folder, number)
     assert len(Index(folder)) == 5  # what was in force still is
+    assert Index(folder).versions()["number"].tolist() == [2]
     versions.file_of(folder, 2).unlink()
     with pytest.raises(versions.IndexFault, match="go back to a version"):
         versions.rollback(folder)
@@ -801,7 +802,7 @@ def test_files_that_are_no_versions_and_damaged_ones_are_not_gone_back_to(indexe
 # ------------------------------------------------------------------------ stores that were attached
 
 
-@pytest.mark.parametrize("files", [None, "", "3", "{", '{"file": 3}', "[" * 9000])
+@pytest.mark.parametrize("files", [None, "", "3", "{", "[]", '{"file": 3}', "[" * 9000])
 def test_damaged_store_is_built_anew(files, tmp_path):
     root = hostile_root(tmp_path, "name,class\na.jpg,1\n")
     photos, _ = catalog.read(root)

@@ -196,7 +196,8 @@ def _block(folder: Path, first_row: int) -> tuple[safe_open, pd.DataFrame] | Non
     """
     try:
         block = safe_open(folder / f"{first_row}.safetensors", "np")
-        return block, pd.read_json(io.StringIO(block.metadata()["files"]), dtype=False)
+        table = pd.read_json(io.StringIO(block.metadata()["files"]), dtype=False)
+        return (block, table) if {"file", "problem", "bytes"} <= set(table) else None
     except Exception:  # damage has many ways to fail
         return None
 

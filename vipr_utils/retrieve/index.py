@@ -12,6 +12,7 @@ import io
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,9 +184,10 @@ class Index:
         """Those that can be gone back to: number, created, photos, what, in_force."""
         table = []
         for number in versions.numbers(self.folder):
-            state = json.loads(versions.file_of(self.folder, number).read_bytes())
-            photos = sum(s["rows"] - len(s["removed"]) for s in state["segments"])
-            table.append([number, state["created"], photos, state["what"]])
+            with suppress(ValueError, KeyError, TypeError):  # damaged: nobody can go back to it
+                state = json.loads(versions.file_of(self.folder, number).read_bytes())
+                photos = sum(s["rows"] - len(s["removed"]) for s in state["segments"])
+                table.append([number, state["created"], photos, state["what"]])
         found = pd.DataFrame(table, columns=["number", "created", "photos", "what"])
         return found.assign(in_force=found["number"] == versions.current(self.folder)[0])
 
