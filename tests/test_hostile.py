@@ -22,6 +22,7 @@ from functools import cache as cache_of
 from inspect import signature
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,6 +45,15 @@ from vipr_utils.retrieve.encoder import Encoder, Look
 from vipr_utils.retrieve.index import Index
 from vipr_utils.run import params
 
+FORGIVEN = (
+    "ffd8ffffdb0043000806060789504e470d0a0a0000009f0d4948445200000010000000100802003600909168"
+    "3600000802000000909168360000003849444101000211113103327b5b5dda000c0301000211fde83f007bff"
+    "d9ffd8ffffdb0043000806060789504e470d0a0a0000009f0d49484452000000100000001008020036009091"
+    "683600000038494441549c630d0a64313439351f273d38e63c2e333432ffdb0043017e0909090c0b0cffffff"
+    "89504e470d0a1a0a0000000d4948445200000010000000100802000000909168360000003849444101000211"
+    "113103327b5b5d3a317dffc0001108001000100301220002110103110103ffda000c030100021103113f007b"
+    "ffd9"
+)
 SOAK = bool(os.environ.get("VIPR_SOAK"))
 OF_EACH = 100 if SOAK else 12  # truncations and bit flips of each kind of image
 CASE_S = 20  # far more than any of these takes
@@ -800,6 +810,14 @@ def test_files_that_are_no_versions_and_damaged_ones_are_not_gone_back_to(indexe
 
 
 # ------------------------------------------------------------------------ stores that were attached
+
+
+def test_damage_that_one_decoder_forgives_and_the_other_does_not_is_packed_anew():
+    """A JPEG of 16 x 16 px with stray bytes between its parts, found by fuzzing."""
+    content = bytes.fromhex(FORGIVEN)
+    assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) is None
+    packed = store.Packed([content], 64)
+    assert packed.readable.all() and packed[0].shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("files", [None, "", "3", "{", "[]", '{"file": 3}', "[" * 9000])

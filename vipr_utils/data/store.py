@@ -182,7 +182,11 @@ class Packed(Files):
         super().__init__(pd.DataFrame(facts))
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return cv2.imdecode(np.frombuffer(self.jpegs[row], np.uint8), cv2.IMREAD_COLOR_RGB)
+        return _decoded(self.jpegs[row])
+
+
+def _decoded(jpeg: bytes) -> np.ndarray | None:
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
 def _first_rows(folder: Path) -> range:
@@ -320,7 +324,8 @@ def pack(content: bytes, store_px: int, name: str) -> tuple[bytes, np.ndarray, d
         plain = picture.format == "JPEG" and picture.mode == "RGB" and upright
     facts = {"width": width, "height": height, "sha256": hashlib.sha256(content).hexdigest()}
     small = min(width, height) <= 1.5 * store_px and max(width, height) <= 6 * store_px
-    if not (small and plain and len(content) <= MOST_BYTES * store_px**2):
+    small = small and plain and len(content) <= MOST_BYTES * store_px**2
+    if not small or _decoded(content) is None:  # Pillow forgives damage that OpenCV does not
         scale = store_px / min(pixels.shape[:2])
         content = jpeg(shrunk(pixels, scale, most_px=6 * store_px), QUALITY)
     return content, layout, {"file": name, "problem": "", "bytes": len(content)} | facts
