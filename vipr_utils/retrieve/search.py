@@ -161,9 +161,16 @@ def _by_euclid(q, g: Prepared, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]
     Queries for which another row might be as near, by the worst case of rounding, are searched
     directly.
     """
+    centre = _centre(g.rows).to(q.device)
+    moved = q - centre
+    longest = []  # of each section
 
     def prepared(section, lengths):
-        """Rows as columns, and half the squares of their lengths."""
+        """Rows without the centre, as columns, and half the squares of their lengths."""
+        if centre.any():
+            section = section - centre
+            lengths = torch.linalg.vector_norm(section, dim=1)
+        longest.append(lengths.amax())
         return section.T, lengths.square() / 2
 
     def nearness(block, section):
@@ -171,15 +178,15 @@ def _by_euclid(q, g: Prepared, k: int, ids) -> tuple[torch.Tensor, torch.Tensor]
         rows, halves = section
         return (block @ rows).sub_(halves)
 
-    near, named = _running(q, g, k + SPARE, ids, prepared, nearness)
+    near, named = _running(moved, g, k + SPARE, ids, prepared, nearness)
     exact = _exactly(q, g.rows, named)
     at = _largest(exact, k)
     best = exact.gather(1, at)
     rows = named.gather(1, at)
 
     # squared distances of rows that are not named are no less than `others`
-    squares = q.square().sum(dim=1)
-    error = 4 * q.shape[1] * 2**-24 * (squares.sqrt() + g.lengths.amax().to(q.device)).square()
+    squares = moved.square().sum(dim=1)
+    error = 4 * q.shape[1] * 2**-24 * (squares.sqrt() + max(longest)).square()
     others = squares - 2 * near.amin(dim=1) - error
     unsure = (best.amin(dim=1).square() >= others) & others.isfinite()
     if unsure.any():
@@ -197,6 +204,16 @@ def _exactly(q: torch.Tensor, g: torch.Tensor, rows: torch.Tensor) -> torch.Tens
     scores = torch.cat(found)
     scores[rows < 0] = -torch.inf
     return scores
+
+
+def _centre(g: torch.Tensor) -> torch.Tensor:
+    """(D,) what to take off both sides, which leaves distances and makes rounding less: about the
+    mean where all rows lie near it, else zeros.
+    """
+    some = g[:: max(1, len(g) // GALLERY_CHUNK)]
+    mean = some.mean(dim=0)
+    near = (some - mean).square().sum() < 0.1 * some.square().sum()
+    return mean if near else torch.zeros_like(mean)
 
 
 def _running(
