@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import killed
 import numpy as np
@@ -16,7 +17,7 @@ from vipr_utils.data import catalog, store, toy
 from vipr_utils.host import files
 from vipr_utils.retrieve import cache
 
-FORK = multiprocessing.get_context("fork")
+SPAWN = multiprocessing.get_context("spawn")  # a fork of what has trained cannot train
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,12 @@ def small_root(tmp_path_factory):
 
 def series(root, place):
     torch.set_num_threads(1)
-    killed.series(root, place, FORK.Value("i", 0))
+    killed.series(root, place, SimpleNamespace(value=0))
 
 
 def test_two_series_on_one_cache_and_one_output_folder_come_to_what_one_does(small_root, tmp_path):
-    alone = FORK.Process(target=series, args=(small_root, tmp_path / "alone"))
-    both = [FORK.Process(target=series, args=(small_root, tmp_path / "both")) for _ in range(2)]
+    alone = SPAWN.Process(target=series, args=(small_root, tmp_path / "alone"))
+    both = [SPAWN.Process(target=series, args=(small_root, tmp_path / "both")) for _ in range(2)]
     for process in (*both, alone):
         process.start()
     for process in (*both, alone):
