@@ -68,31 +68,23 @@ static int fails(int half) {
 
 static int counts(int flags) { return (what == READ) != ((flags & O_ACCMODE) != O_RDONLY); }
 
-#define OPEN(name) \
-    int name(const char *path, int flags, ...) { \
+/* open and openat, in which `at,` stands before the path or nothing does. */
+#define OPEN(name, parameters, ...) \
+    int name(parameters const char *path, int flags, ...) { \
         NEXT(name); \
         va_list more; \
         va_start(more, flags); \
         mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0; \
         va_end(more); \
         if (below(path) && counts(flags) && fails(0)) return -1; \
-        return next(path, flags, mode); \
+        return next(__VA_ARGS__ path, flags, mode); \
     }
-OPEN(open)
-OPEN(open64)
-
-#define OPENAT(name) \
-    int name(int at, const char *path, int flags, ...) { \
-        NEXT(name); \
-        va_list more; \
-        va_start(more, flags); \
-        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0; \
-        va_end(more); \
-        if (below(path) && counts(flags) && fails(0)) return -1; \
-        return next(at, path, flags, mode); \
-    }
-OPENAT(openat)
-OPENAT(openat64)
+#define AT int at,
+#define HERE at,
+OPEN(open, , )
+OPEN(open64, , )
+OPEN(openat, AT, HERE)
+OPEN(openat64, AT, HERE)
 
 #define OPENED(name) \
     FILE *name(const char *path, const char *mode) { \

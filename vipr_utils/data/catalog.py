@@ -19,9 +19,8 @@ from vipr_utils.data.tables import CatalogError
 from vipr_utils.host.files import retried, write_whole
 
 CATALOG = ["image_id", "name", "path", "split", "product_id", "product", "group", "domain"]
-WHOLE = (
-    r"(0|[1-9][0-9]{0,17})(\.0*)?"  # pandas writes 3.0 for 3 where a field of the column is empty
-)
+# pandas writes 3.0 for 3 where a field of the column is empty
+WHOLE = r"(0|[1-9][0-9]{0,17})(\.0*)?"
 ENOUGH = 100  # queries to choose by
 MOST_HELD = 0.4  # share of a product's photos to find them
 
@@ -178,7 +177,7 @@ def split(
     return train, queries, narrow(gallery, gallery_domain)
 
 
-def unseen_products(train: pd.DataFrame, holdout: float = 0.2, seed: int = 0) -> np.ndarray:
+def unseen_products(train: pd.DataFrame, holdout: float, seed: int) -> np.ndarray:
     """Those that protocol `unseen` does not train on: a share of the products of these rows."""
     products = np.random.default_rng(seed).permutation(np.unique(train["product_id"]))
     return products[: max(1, round(holdout * len(products)))]

@@ -195,7 +195,7 @@ class Choice:
         is none in the folder, or one of its networks takes no part here."""
         try:
             chosen = runs.load(folder)["chosen"]["index"]
-        except Exception:  # none, or a stranger's
+        except (runs.RunError, KeyError, TypeError):
             return None
         parts = tuple(Part(**part | {"zoom": tuple(part["zoom"])}) for part in chosen["parts"])
         if not {part.network for part in parts} <= set(self.networks):
@@ -436,13 +436,15 @@ def _trained(
     learned from the photos to choose by; warns of one that learned from other data, which may hold
     some of them.
     """
-    finished, refused = {}, {}
-    folder = platform.find_run(model_run or "best", output_dir=str(output_dir))
-    if task.validation:  # a run that is named may lie in another folder
+    finished, refused, named = {}, {}, model_run not in ("", "best")
+    if named:  # it may lie in another folder
+        folder = platform.find_run(model_run, output_dir=str(output_dir))
+        output_dir = folder.parent
+    if task.validation:
         finished, refused = runs.validated(
-            folder.parent, task.photos.attrs["fingerprint"], task.validation.split
+            output_dir, task.photos.attrs["fingerprint"], task.validation.split
         )
-    if model_run in ("", "best"):
+    if not named:
         return finished, refused
 
     reason = refused.get(folder.name)
