@@ -1,7 +1,7 @@
 """The whole series at Products-10K's size, by the parameter files of kaggle_t4, without a GPU.
 
     python benchmarks/rehearsal.py /scratch/rehearsal                 # hours, 10 GB of disk
-    python benchmarks/rehearsal.py /scratch/small --share 0.02        # the check of `make test`
+    python benchmarks/rehearsal.py /scratch/small --share 0.02        # the check of `make soak`
 
 9,691 products, 141,931 gallery photos and 55,000 queries are drawn into a folder shaped like
 Kaggle's. Each product is drawn a few times; its other photos are those again, cropped, lit and

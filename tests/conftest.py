@@ -21,6 +21,11 @@ REAL = Path(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, or one process waits for the other's at the end."""
+    items.sort(key=lambda item: "grocery" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def toy_root(tmp_path_factory):
     """Eight products of the toy set at 96 px."""

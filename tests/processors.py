@@ -71,6 +71,17 @@ ONCE = [
     "budget",
     "verification_by_name",
     "checkpoint_of",
+    "rates_fall",
+    "rate_to_its_end",
+    "milestones",
+    "whole_on_disk",
+    "session",
+    "cut_short",
+    "best_validated_epoch",
+    "log_tells",
+    "sends_nothing",
+    "weights_come_from",
+    "hubs_cache",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The long part of the checks: hours of calls that fail, kills, hostile files and fuzzing.
+"""The long part of the checks: calls that fail, kills, hostile files, fuzzing, a rehearsal: hours.
 
     python tests/soak.py                  all parts, one after the other: `make soak`
     python tests/soak.py calls fuzz       these alone
@@ -51,6 +51,7 @@ def commands(work: str) -> dict[str, tuple[list[str], dict]]:
         "planted": (pytest("tests/test_planted.py"), {"VIPR_PLANTED": "1"}),
         "fuzz": (program("fuzz.py", str(FUZZ_S)), {}),
         "mutants": (program("mutants.py"), {}),
+        "fiftieth": (["benchmarks/rehearsal.py", f"{work}/fiftieth", "--share", "0.02"], {}),
     }
 
 

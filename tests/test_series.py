@@ -62,6 +62,18 @@ def test_rows_of_the_sweeps_end(toy_root, tmp_path):
         assert 0 <= record["metrics"]["map_at_5"] <= 1
 
 
+def test_files_of_kaggle_t4_end_on_a_small_set(toy_root, tmp_path):
+    """At Products-10K's numbers it is `make rehearsal`, at a fiftieth of them `make soak`."""
+    places = {"data_root": str(toy_root), "output_dir": str(tmp_path), "cache_dir": str(tmp_path)}
+    tiny = {name: value for name, value in series.COMMON.items() if name != "device"}
+    tiny |= {"network": "test_resnet", "test_size": 32, "head_epochs": 1, "n_products": 3}
+    rows = params.load_runs([series.ROOT / "params" / "kaggle_t4"])
+    assert [row.notebook.stem for row in rows] == series.STEMS
+    for row in rows:
+        series.run(row.notebook.stem, **row.params | tiny | places)
+    assert len(submission.validate(tmp_path / "06_submission" / "submission.csv", toy_root))
+
+
 @pytest.mark.parametrize(
     "shape, used",
     [
