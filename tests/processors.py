@@ -57,6 +57,7 @@ RUNS = {  # name -> kind, precision, threads, suite
     "sse4-page": ("sse4", "float32", 1, PAGE),
     "sse4": ("sse4", "float32", 1, "tests that compute"),
     "avx2-bfloat16": ("avx2", "bfloat16", 1, "tests of networks"),
+    "bfloat16": ("native", "bfloat16", 1, "tests of networks"),
     "bfloat16-two-threads": ("native", "bfloat16", 2, "tests of networks"),
 }
 # Left to `make unit`, which runs native with one thread: they take long and say nothing of a

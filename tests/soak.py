@@ -52,6 +52,7 @@ def commands(work: str) -> dict[str, tuple[list[str], dict]]:
         "fuzz": (program("fuzz.py", str(FUZZ_S)), {}),
         "mutants": (program("mutants.py"), {}),
         "fiftieth": (["benchmarks/rehearsal.py", f"{work}/fiftieth", "--share", "0.02"], {}),
+        "processors": (program("processors.py"), {}),
     }
 
 

@@ -130,10 +130,8 @@ def bootstrap_interval(
     n = len(totals)
     if n < 2:
         return np.nan, np.nan
-    table, rng = totals.to_numpy(float), np.random.default_rng(seed)
-    # each product counts as often as it is drawn
-    drawn = [np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(n_boot)]
-    sums, sizes = np.transpose(drawn)
+    drawn = np.random.default_rng(seed).integers(n, size=(n_boot, n), dtype=np.int32)
+    sums, sizes = (column[drawn].sum(axis=1) for column in totals.to_numpy(float).T)
     return tuple(np.quantile(sums / sizes, [0.025, 0.975]).tolist())
 
 
