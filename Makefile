@@ -9,7 +9,7 @@ OUT ?= submissions
 THREADS ?= 1
 JOBS ?= $(if $(filter 1,$(THREADS)),2,1)
 BIN := .venv/bin
-PROCESSORS := sse4-page sse4 avx2-bfloat16 bfloat16 bfloat16-two-threads
+PROCESSORS := sse4-page sse4 sse4-models avx2-bfloat16 bfloat16-two-threads
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export MPLBACKEND := Agg
 export PYTHONDONTWRITEBYTECODE := 1
@@ -22,7 +22,7 @@ unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 demo: .venv/demo.stamp
 	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
-# The smoke series and what computes under SSE4.1 and in bfloat16 are tests of the same run: tests/test_whole.py.
+# The smoke series and what computes under SSE4.1 are tests of the same run: tests/test_whole.py.
 test: export VIPR_WHOLE := 1
 test: lint unit
 

@@ -44,11 +44,12 @@ if platform.machine() not in ("x86_64", "AMD64"):
     KINDS = {"native": {}}
 
 NETWORK = ["embedding", "losses", "pooling", "training"]
-COMPUTES = [*NETWORK, "metrics", "models", "processors", "rerank", "search"]
+COMPUTES = [*NETWORK, "metrics", "rerank", "search"]
 PAGE = "03_scratch_siamese"
 SUITES = {
     "tests of networks": [f"tests/test_{name}.py" for name in NETWORK],
     "tests that compute": [f"tests/test_{name}.py" for name in COMPUTES],
+    "tests of models and splits": ["tests/test_models.py", "tests/test_processors.py"],
     PAGE: ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", f"notebooks/{PAGE}.ipynb"],
 }
 # Native with one thread is `make unit` and `make smoke`; a page is tried on the kind that is
@@ -56,8 +57,8 @@ SUITES = {
 RUNS = {  # name -> kind, precision, threads, suite
     "sse4-page": ("sse4", "float32", 1, PAGE),
     "sse4": ("sse4", "float32", 1, "tests that compute"),
+    "sse4-models": ("sse4", "float32", 1, "tests of models and splits"),
     "avx2-bfloat16": ("avx2", "bfloat16", 1, "tests of networks"),
-    "bfloat16": ("native", "bfloat16", 1, "tests of networks"),
     "bfloat16-two-threads": ("native", "bfloat16", 2, "tests of networks"),
 }
 # Left to `make unit`, which runs native with one thread: they take long and say nothing of a

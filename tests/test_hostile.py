@@ -264,7 +264,7 @@ def test_bombs_are_refused_before_they_take_memory(name):
 
 def test_memory_of_a_bomb_that_is_read_would_be_seen():
     answer = multiprocessing.get_context("fork").Queue()
-    content = png(9000, 9000, zlib.compress(bytes(9000 * 9001)), colour=0)
+    content = png(13_000, 13_000, zlib.compress(bytes(13_000 * 13_001)), colour=0)
     process = multiprocessing.get_context("fork").Process(target=peak_mib, args=(content, answer))
     process.start()
     said, took = answer.get(timeout=CASE_S)

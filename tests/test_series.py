@@ -1,6 +1,7 @@
 """The whole series on every shape of catalogue: each notebook ends, and 06 leaves a submission."""
 
 import json
+import os
 
 import pandas as pd
 import pytest
@@ -16,6 +17,12 @@ ALIKE = {  # once loaded, as others are
     "folder_with_other_files",
     "kaggles_test_table_alone",
 }
+LONG = {  # left to `make soak`; what is peculiar to them the rest of the suite has too
+    "names_with_blanks_and_umlauts",
+    "two_photos_a_product",
+    "customer_photos_alone",
+}
+LEFT_OUT = ALIKE if os.environ.get("VIPR_SOAK") else ALIKE | LONG
 SWEEPS = (  # of each notebook, protocol and way of pooling one
     "best-seed0,best_submission-seed0,gordo-rmac,gap_unseen-whitened,"
     "study_scratch-triplet-manhattan-seed0,study_subset-lite0"
@@ -33,7 +40,7 @@ def figures_unrendered(monkeypatch):
     monkeypatch.setattr(plots, "_picture", picture)
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ALIKE])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in LEFT_OUT])
 def test_every_notebook_ends_on_every_shape_and_leaves_an_answer_to_every_query(
     shape, toy_root, tmp_path
 ):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif("VIPR_WHOLE" not in os.environ, reason="`make test` sets $VIPR_WHOLE")
-@pytest.mark.parametrize("target", ["smoke", "sse4", "bfloat16"])
+@pytest.mark.parametrize("target", ["smoke", "sse4"])
 def test_it_passes(target):
     done = subprocess.run(["make", target], cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-6000:])
