@@ -519,6 +519,34 @@ def soaked(path: Path) -> str:
     return figures_of("Nothing lost, nothing silently wrong", text, found)
 
 
+def read_packages(path: Path) -> str:
+    """What reading gains beside the best without it, from benchmarks/reading.py."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = []
+    for row in record["rows"]:
+        for part, scores in row["parts"].items():
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*scores["difference"])
+            before, after = scores["precision_at_1"]
+            cells = [row["task"], row["what"], part, scores["queries"]]
+            cells += [f"{scores['without']:.3f}", f"{scores['with']:.3f}", gain]
+            cells += [f"{before:.3f} → {after:.3f}"]
+            if part == "all":
+                cells.append(
+                    f"{row['before']['another variant']} → {row['after']['another variant']}"
+                )
+            else:
+                cells.append("")
+            found.append(cells)
+    names = ["task", "what", "queries of", "number", "without", "with", "gain", "P@1"]
+    table = pd.DataFrame(found, columns=[*names, "another variant first"])
+    text = (
+        "Grocery and drawn packages whose lines differ by a word alone; frozen Lite0 at 224 px, "
+        "no training; both sides chosen on validation, by the climb of notebook 06, reading among "
+        f"its rungs or not. {record['hardware']}."
+    )
+    return section("What is printed on packages", text, table)
+
+
 def results(folder: Path = REFERENCE) -> str:
     """The tables of RESULTS.md."""
     table = rows(folder)
@@ -529,6 +557,8 @@ def results(folder: Path = REFERENCE) -> str:
         sections.append(drawn(folder / "drawn.json"))
     if (folder / "series" / "grocery" / "08_catalogue_uses").is_dir():
         sections.append(catalogue_uses(folder / "series" / "grocery"))
+    if (folder / "reading.json").is_file():
+        sections.append(read_packages(folder / "reading.json"))
     if folder == REFERENCE and CATALOGUE.is_file():
         sections.append(living_catalogue(CATALOGUE))
     if folder == REFERENCE and SOAK.is_file():

@@ -226,16 +226,17 @@ def test_ties_of_one_stage_behind_the_other_do_not_add_up(task):
     assert choice.best(some) == candidates["one"], "none comes near it"
 
 
-def test_cost_is_pairs_to_verify_then_passes_of_a_query_through_networks(choice):
+def test_cost_is_pairs_to_verify_then_reading_then_passes_of_a_query_through_networks(choice):
     choice.sizes["b"] = 64
     a, b = Part("a"), Part("b")
     half, shop = replace(a, zoom=(0.5, 1.0)), replace(a, zoom=(1.0, 0.5))
     one = choice.cost(Candidate((a,)))
-    assert one == (0, choice.networks["a"].record["parameters"] * 32**2)
-    assert choice.cost(Candidate((b,))) == (0, 4 * one[1])
-    assert choice.cost(Candidate((a, half))) == (0, 2 * one[1])
+    assert one == (0, False, choice.networks["a"].record["parameters"] * 32**2)
+    assert choice.cost(Candidate((b,))) == (0, False, 4 * one[2])
+    assert choice.cost(Candidate((a, half))) == (0, False, 2 * one[2])
     assert choice.cost(Candidate((a, shop))) == one, "a query is seen once"
-    assert choice.cost(Candidate((a,), ("verify(0)", "product_votes(3)"))) == (100, one[1])
+    assert choice.cost(Candidate((a,), ("verify(0)", "product_votes(3)"))) == (100, False, one[2])
+    assert choice.cost(Candidate((a,), ("read(0.4)",))) == (0, True, one[2])
 
 
 def test_what_cannot_be_done_here_is_left_out_and_told(choice):

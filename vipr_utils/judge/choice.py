@@ -1,8 +1,9 @@
 """What to answer with, chosen on validation: networks, zoom, views joined, steps.
 
 Candidates are tried in stages, and each stage starts from the best of the one before: a projection
-for each network, its zoom, several zooms joined, several networks joined, steps on the lists, and
-verification of their heads. So some dozens are tried where all combinations would be thousands.
+for each network, its zoom, several zooms joined, several networks joined, what is printed on
+packages, steps on the lists, and verification of their heads. So some dozens are tried where all
+combinations would be thousands.
 
 The test has no part in it: a candidate is scored on the validation queries of its task, or where
 there are thousands on those of some products, and projections are fitted without their photos.
@@ -28,7 +29,7 @@ from vipr_utils.judge import runs
 from vipr_utils.judge.board import TIE
 from vipr_utils.judge.task import Retrieval, Sides, Task, some_products
 from vipr_utils.learn import models
-from vipr_utils.retrieve import labels, pipeline, rerank, verification
+from vipr_utils.retrieve import labels, pipeline, reading, rerank, verification
 from vipr_utils.retrieve.encoder import WHOLE, Encoder, Look
 from vipr_utils.retrieve.index import Index
 
@@ -37,6 +38,8 @@ WHITENED = "learned_whitening(128)"  # of several views joined
 WEIGHTS = (0.5, 1.0, 2.0)
 MOST_NETWORKS = 3
 UNTOLD = 0.01  # share of queries that may gain, though none of those to choose by does
+READ_FIRST = 60  # queries that tell whether reading the gallery may pay
+HEAD = 10  # photos of each of their lists, and of all lists where the gallery is too large to read
 MOST_QUERIES = 4000  # of validation that candidates are tried on
 MOST_BYTES = 4 * 2**30  # of embeddings that are joined, and of those remembered for the next
 
@@ -266,12 +269,18 @@ class Choice:
         """The best of those tried that an index can answer by."""
         return self.best(candidate for candidate in self.tried if pipeline.local(candidate.steps))
 
-    def cost(self, candidate: Candidate) -> tuple[int, int]:
-        """(pairs verified a query, parameters times pixels of its forward passes)."""
+    def cost(self, candidate: Candidate) -> tuple[int, bool, int]:
+        """(pairs verified a query, whether photos are read, parameters times pixels of its forward
+        passes)."""
         arithmetic = 0
         for name, _ in {(part.network, part.zoom[0]) for part in candidate.parts}:
             arithmetic += self.networks[name].record["parameters"] * self.sizes[name] ** 2
-        return pipeline.verified_pairs(candidate.steps), arithmetic
+        steps = candidate.steps
+        return (
+            pipeline.verified_pairs(steps),
+            pipeline.reads(steps),
+            arithmetic,
+        )
 
     # ---------------------------------------------------------------------------------- scores
 
@@ -303,19 +312,27 @@ class Choice:
         least = (ever if most >= ever - TIE else most) - TIE
 
         def rank(candidate: Candidate) -> tuple:
-            pairs, arithmetic = self.cost(candidate)
+            pairs, *rest = self.cost(candidate)
             pairs = -pairs if deepest else pairs
-            return scores[candidate] < least, pairs, arithmetic, -scores[candidate]
+            return (
+                scores[candidate] < least,
+                pairs,
+                *rest,
+                -scores[candidate],
+            )
 
         return min(scores, key=rank)
 
     # ----------------------------------------------------------------------------------- climb
 
-    def climb(self, zooms: list[float], stacks: list[str], verified: list[str]) -> Candidate:
+    def climb(
+        self, zooms: list[float], stacks: list[str], verified: list[str], readings: Iterable = ()
+    ) -> Candidate:
         """The best of what grows from plain search, a rung at a time; `rungs` names them.
 
         First each network by itself: its projection, then its zoom, then several zooms joined.
-        Then networks are joined, steps follow, and verification where its time fits. What it stands
+        Then networks are joined, what is printed is read where a sample says that it may pay, steps
+        follow, and verification where its time fits. What it stands
         behind was chosen by these very queries and scores too high on them: so where they are too
         few to rule out that it helps (`UNTOLD`) the deepest is taken that is not worse by over TIE.
         Raises ValueError where no photo was held out.
@@ -335,6 +352,7 @@ class Choice:
         for rung, candidate in next(ways for ways in alone if best in ways.values()).items():
             self._rung(rung, [candidate])
         best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
+        best = self._rung("reading", [best, *self._read(best, list(readings))])
         best = self._rung("steps", [best, *self._stepped(best, stacks)])
         untold = 3 / self.asked.sum() > UNTOLD  # the rule of three
         found = self._stepped(best, verified)
@@ -369,16 +387,75 @@ class Choice:
         return {"projection": first, "zoom": single, "views joined": self.best(views)}
 
     def _stepped(self, base: Candidate, stacks: list[str]) -> list[Candidate]:
-        """The candidate with each stack that its time allows behind its own steps, and behind its
-        projections alone.
+        """The candidate with each stack that its time allows behind its own steps, behind its
+        projections alone, and there with its reading before the votes.
+
+        What re-ranks lists by embeddings forgets what was read before it; votes count what was.
         """
         projections = base.steps[: pipeline.fitted_first(base.steps)]
-        affordable = [stack for stack in stacks if self._affordable(stack)]
-        return [
-            replace(base, steps=(*own, *pipeline.split(stack)))
-            for own in (projections, base.steps)
-            for stack in affordable
-        ]
+        read = [step for step in base.steps if pipeline.reads([step])]
+
+        found = []
+        for stack in filter(self._affordable, stacks):
+            steps = pipeline.split(stack)
+            votes = steps[-1:]
+            if pipeline.method(steps[-1]) != "product votes":
+                votes = []  # nothing stands behind the reading
+            others = steps[: len(steps) - len(votes)]
+            found.append((*projections, *steps))
+            found.append((*base.steps, *steps))
+            found.append((*projections, *others, *read, *votes))
+        return [replace(base, steps=steps) for steps in dict.fromkeys(found)]
+
+    def _read(self, base: Candidate, readings: list[str]) -> list[Candidate]:
+        """The candidate with each reading behind its steps.
+
+        A sample decides before the gallery is read: the heads of the lists of READ_FIRST validation
+        queries. Where it gains no more than TIE there are none. Where the gallery takes too long
+        the heads of all lists are read, where these do none are. `refused` says why.
+        """
+        if not readings:
+            return []
+        if not reading.available():
+            self.refused["reading"] = reading.ABSENT
+            return []
+        heads = []
+        for step in readings:
+            heads.append(f"read({pipeline.bind(step).keywords['weight']}, {HEAD})")
+        minutes = reading.seconds(self.task.photos) / 60
+        asked = len(self.task.validation.queries) + len(self.task.views["test"].queries)
+        share = asked * (1 + HEAD) / len(self.task.photos)
+        of_heads = minutes * min(1.0, share)
+        left = self._minutes_left()
+        LOG.info(f"reading: about {minutes:.0f} minutes, {of_heads:.0f} of heads of lists alone")
+        if of_heads >= left:
+            self.refused["reading"] = (
+                f"it would take about {of_heads:.0f} minutes, {left:.0f} of max_minutes are left"
+            )
+            return []
+
+        gain = self._gain_of_some(base, heads[-1])
+        if gain <= TIE:
+            self.refused["reading"] = f"on {READ_FIRST} validation queries it gained {gain:.3f}"
+            return []
+        steps = readings if minutes < self._minutes_left() else heads
+        return [replace(base, steps=(*base.steps, step)) for step in steps]
+
+    def _gain_of_some(self, base: Candidate, step: str) -> float:
+        """What a step behind the candidate's gains in mAP@5, on READ_FIRST validation queries or
+        so, taken evenly from all.
+        """
+        asked = np.flatnonzero(self.asked)
+        stride = -(-len(asked) // READ_FIRST)
+        some = np.zeros_like(self.asked)
+        some[asked[::stride]] = True
+
+        read = replace(base, steps=(*base.steps, step))
+        scores = []
+        for candidate in (base, read):
+            found = self.found(candidate, "validation", asked=some)
+            scores.append(np.nan_to_num(found.metrics["map_at_5"]))
+        return float(scores[1] - scores[0])
 
     def _teams(self, alone: list[Candidate]) -> list[Candidate]:
         """The best network, and up to two more joined to it, each under several weights."""

@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 
-from vipr_utils.retrieve import rerank, verification
+from vipr_utils.retrieve import rerank, text, verification
 from vipr_utils.retrieve.search import Prepared, Search
 
 METHODS = {  # step -> what it is called in tables
@@ -34,11 +34,12 @@ METHODS = {  # step -> what it is called in tables
     rerank.product_votes: "product votes",
     verification.verify: "verification",
     verification.verified_expansion: "verified expansion",
+    text.read: "reading",
 }
 STEPS = {function.__name__: function for function in METHODS}
 PROJECTIONS = (rerank.centring, rerank.pca, rerank.whitening, rerank.learned_whitening)
 DEPTH = 100  # photos in the lists that steps reorder
-ON_PHOTOS = (verification.verify, verification.verified_expansion)
+ON_PHOTOS = (verification.verify, verification.verified_expansion, text.read)
 # lists of one query change by what joins or leaves the gallery near it alone
 LOCAL = (rerank.average_query_expansion, rerank.alpha_query_expansion, rerank.product_votes)
 ON_EMBEDDINGS = (*PROJECTIONS, rerank.database_augmentation)
@@ -165,6 +166,11 @@ def verified_pairs(steps: list[str]) -> int:
         elif step.func is verification.verified_expansion:
             pairs = pairs or DEPTH
     return pairs
+
+
+def reads(steps: list[str]) -> bool:
+    """Whether what is printed on photos takes part."""
+    return any(bind(step).func is text.read for step in steps)
 
 
 def local(steps: list[str]) -> bool:
