@@ -10,6 +10,7 @@ import torch
 
 from vipr_utils.data import catalog
 from vipr_utils.data.store import open_data
+from vipr_utils.data.transforms import Evaluation
 from vipr_utils.host import platform
 from vipr_utils.host.device import tune
 from vipr_utils.judge import metrics, runs
@@ -418,6 +419,55 @@ def test_validation_is_drawn_where_it_is_asked_for_and_an_unknown_one_refused(to
     assert not (task.known("validation")["split"] == "drawn").any()
 
 
+def test_queries_that_are_drawn_join_the_photos_and_are_never_known(
+    toy_root, tmp_path, network, task
+):
+    drawn = Task(
+        str(toy_root), image_size=32, validation="drawn", device="cpu", cache_dir=str(tmp_path)
+    )
+    rows = drawn.photos.index[drawn.photos["split"] == "drawn"]
+    assert len(rows) and len(drawn.store.readable) == len(drawn.photos)
+    assert drawn.store.readable[rows].all() and drawn.store.readable[task.photos.index].all()
+    sides = [drawn.training_photos(lambda image, rng: image, drawn.fit[:1])[0][0]]
+    assert sides[0].shape == task.training_photos(lambda image, rng: image)[0][0].shape
+    for view in ("test", "validation"):
+        assert not drawn.known(view).index.isin(rows).any()
+    embeddings = drawn.embed(network, image_size=32)
+    assert embeddings[: len(task.photos)] == pytest.approx(
+        task.embed(network, image_size=32), abs=1e-5
+    )
+
+
+def test_arrays_and_sides_are_evaluated_as_the_model_is(task, network):
+    embeddings = task.embed(network, image_size=32)
+    by_model, by_array = (task.evaluate(x, image_size=32) for x in (network, embeddings))
+    for view in task.views:
+        of_sides = task.retrieve(task.sides(embeddings, view), view)
+        assert (by_model[view].ranks == by_array[view].ranks).all()
+        assert (by_model[view].ranks == of_sides.ranks).all()
+
+
+@pytest.mark.parametrize("rows", [slice(None, -1), slice(1, None)])
+def test_embeddings_of_other_photos_are_refused(task, network, rows):
+    embeddings = task.embed(network, image_size=32)
+    with pytest.raises(ValueError, match=r"take task\.embed\(model\)"):
+        task.rows(embeddings[rows], task.fit)
+    elsewhere = task.fit[:2].set_index(pd.Index([10**6, 10**6 + 1]))
+    with pytest.raises(ValueError, match="is not among"):
+        task.rows(embeddings, elsewhere)
+
+
+def test_a_transform_of_evaluation_trains_nothing(task):
+    with pytest.raises(ValueError, match="training photo was to be seen as in evaluation"):
+        task.training_photos(Evaluation(32))
+
+
+def test_a_model_is_timed_and_no_other(task, network):
+    assert task.ms_per_image(network, image_size=32) > 0
+    with pytest.raises(AttributeError):
+        task.ms_per_image(None, image_size=32)
+
+
 def test_settings_of_embeddings_reach_what_embeds(task, handed):
     machine = {"precision": "auto", "device": task.device, "batch_size": 64}
     calls = handed(judge_task, "embed", "embeddings")
@@ -485,13 +535,15 @@ def test_validation_in_training_hands_on_its_distance_and_size(task, handed):
     assert [settings["distance"] for _, settings in lists] == ["cosine", "manhattan"]
 
 
-def test_training_photos_carry_their_settings(task):
+def test_training_photos_carry_their_settings(task, monkeypatch):
     def transform(image, rng):
         return image
 
     photos = task.training_photos(transform)
     assert photos.transform is transform and photos.store is task.store
-    assert photos.seed == task.seed and (photos.zoom == 1.0).all()
+    assert (photos.zoom == 1.0).all()
+    monkeypatch.setattr(task, "seed", 3)
+    assert task.training_photos(transform).seed == 3
 
 
 def test_evaluation_hands_on_distance_steps_and_size(task, monkeypatch):
