@@ -434,28 +434,29 @@ class Choice:
             )
             return []
 
-        gain = self._gain_of_some(base, heads[-1])
+        gain = self._gain_of_some(base, heads)
         if gain <= TIE:
             self.refused["reading"] = f"on {READ_FIRST} validation queries it gained {gain:.3f}"
             return []
         steps = readings if minutes < self._minutes_left() else heads
         return [replace(base, steps=(*base.steps, step)) for step in steps]
 
-    def _gain_of_some(self, base: Candidate, step: str) -> float:
-        """What a step behind the candidate's gains in mAP@5, on READ_FIRST validation queries or
-        so, taken evenly from all.
+    def _gain_of_some(self, base: Candidate, steps: list[str]) -> float:
+        """What the best of these steps behind the candidate's gains in mAP@5, on READ_FIRST
+        validation queries or so, taken evenly from all.
         """
         asked = np.flatnonzero(self.asked)
         stride = -(-len(asked) // READ_FIRST)
         some = np.zeros_like(self.asked)
         some[asked[::stride]] = True
 
-        read = replace(base, steps=(*base.steps, step))
         scores = []
-        for candidate in (base, read):
+        for added in [(), *zip(steps)]:
+            candidate = replace(base, steps=(*base.steps, *added))
             found = self.found(candidate, "validation", asked=some)
             scores.append(np.nan_to_num(found.metrics["map_at_5"]))
-        return float(scores[1] - scores[0])
+
+        return float(max(scores[1:]) - scores[0])
 
     def _teams(self, alone: list[Candidate]) -> list[Candidate]:
         """The best network, and up to two more joined to it, each under several weights."""

@@ -15,7 +15,6 @@ from dataclasses import replace
 import numpy as np
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
-from sklearn.preprocessing import normalize
 
 from vipr_utils.retrieve.reading import Line, lines
 from vipr_utils.retrieve.search import Search
@@ -60,12 +59,13 @@ def read(search: Search, weight: float, top: int = 0) -> Search:
 def vectors(
     queries: list[list[Line]], gallery: list[list[Line]]
 ) -> tuple[sparse.csr_array, sparse.csr_array]:
-    """tf-idf of n-grams of both sides, (Q, V) of length 1 and (G, V) shorter the less is printed:
-    zero where nothing is read.
+    """tf-idf of n-grams of both sides, (Q, V) and (G, V): of length 1 where much is printed,
+    shorter where it is little, zero where nothing is read.
 
-    A line counts by its `evidence`; a photo of the gallery with two letters on it is no sure match.
-    OF_PRICE, LITTLE and the powers in `evidence` were chosen on held-out train photos of the
-    grocery set, where n-grams of 2 to 5 characters differ by 0.01 of mAP@5.
+    A line counts by its `evidence`, and two letters on a photo are no sure match: so fruit above a
+    shelf's tag keeps its list. LITTLE, OF_PRICE and the powers in `evidence` were chosen on
+    held-out train photos of the grocery set, where n-grams of 2 to 5 characters differ by 0.01 of
+    mAP@5.
     """
     counter = CountVectorizer(analyzer="char_wb", ngram_range=NGRAMS, strip_accents="unicode")
     try:
@@ -76,12 +76,14 @@ def vectors(
     known = _counts(gallery, counter)
     asked = _counts(queries, counter)
     weighed = TfidfTransformer(norm=None).fit(known)
-    known = sparse.csr_array(weighed.transform(known))
-    asked = sparse.csr_array(weighed.transform(asked))
+    return _shortened(weighed.transform(asked)), _shortened(weighed.transform(known))
 
-    lengths = np.sqrt(known.power(2).sum(axis=1))
-    shortened = sparse.diags_array(1 / (lengths + LITTLE))
-    return normalize(asked), shortened @ known
+
+def _shortened(weighed) -> sparse.csr_array:
+    """(N, V) tf-idf with rows of length n / (n + LITTLE), where n is theirs."""
+    weighed = sparse.csr_array(weighed)
+    lengths = np.sqrt(weighed.power(2).sum(axis=1))
+    return sparse.diags_array(1 / (lengths + LITTLE)) @ weighed
 
 
 def _counts(photos: list[list[Line]], counter: CountVectorizer) -> sparse.csr_array:
