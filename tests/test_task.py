@@ -457,6 +457,23 @@ def test_embeddings_of_other_photos_are_refused(task, network, rows):
         task.rows(embeddings, elsewhere)
 
 
+def test_lists_are_scored_with_seed_0_where_none_is_given(task, network):
+    view = task.views["test"]
+    found = task.retrieve(task.embed(network, image_size=32), "test")
+    plain = scored(view, found.scores, found.ranks).metrics
+    assert plain == scored(view, found.scores, found.ranks, seed=0).metrics
+    assert plain != scored(view, found.scores, found.ranks, seed=1).metrics
+
+
+def test_precision_in_a_record_is_that_of_the_device(task, network, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        judge_task, "precision_used", lambda *given: asked.append(given) or {"training": "x"}
+    )
+    task.save_run(tmp_path / "run", notebook="06", params={}, metrics={}, model={})
+    assert asked == [(task.precision, task.device)]
+
+
 def test_a_transform_of_evaluation_trains_nothing(task):
     with pytest.raises(ValueError, match="training photo was to be seen as in evaluation"):
         task.training_photos(Evaluation(32))
