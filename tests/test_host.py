@@ -6,8 +6,10 @@ import pickle
 import platform as python_platform
 import random
 import re
+import socket
 import subprocess
 import sys
+import time
 
 import filelock
 import numpy as np
@@ -28,7 +30,7 @@ from vipr_utils.host.device import (
     versions,
     working_device,
 )
-from vipr_utils.host.files import locked, whole_file
+from vipr_utils.host.files import locked, whole_file, write_whole
 
 
 @pytest.fixture(autouse=True)
@@ -679,3 +681,23 @@ def test_unknown_precision_names_where_it_was_set_and_the_known(monkeypatch):
     monkeypatch.setenv("VIPR_PRECISION", "fp8")
     with pytest.raises(ValueError, match=r"'fp8' is unknown, by parameter or \$VIPR_PRECISION"):
         compute_dtype("auto", torch.device("cpu"))
+
+
+def test_what_killed_writers_left_is_swept_and_what_others_write_is_not(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    names = {
+        f".a.{host}-{gone.pid}-x.part": False,  # its writer has ended
+        f".b.{host}-{os.getpid()}-x.part": True,  # its writer lives
+        ".c.elsewhere-1-x.part": True,  # of another machine, new
+        ".d.elsewhere-1-x.part": False,  # of another machine, two days old
+        "e.part": True,  # nobody's temporary file
+    }
+    for name in names:
+        (tmp_path / name).write_text("half")
+    two_days = time.time() - 2 * 86400
+    os.utime(tmp_path / ".d.elsewhere-1-x.part", (two_days, two_days))
+    write_whole(tmp_path / "new", "whole")
+    assert {name: (tmp_path / name).is_file() for name in names} == names
+    assert (tmp_path / "new").read_text() == "whole"
