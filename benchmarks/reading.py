@@ -1,6 +1,7 @@
 """What reading packages gains: the kit's choice with it and without, on the same queries.
 
-    python benchmarks/reading.py /path/to/grocery
+    python tests/packages.py /scratch/packages
+    python benchmarks/reading.py /path/to/grocery /scratch/packages
 
 One frozen network, no training: the quick way. Everything is chosen on validation, by the climb of
 notebook 06. Record: submissions/reference/reading.json, which `make results` shows.

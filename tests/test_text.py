@@ -80,14 +80,12 @@ def search(monkeypatch):
         rng = np.random.default_rng(0)
         sides = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, n, 8))]
         rows = [pd.DataFrame({"image_id": np.arange(n) + first}) for first in (0, 1000)]
-        seen = {id(rows[0]): queries, id(rows[1]): gallery}
 
         def lines(photos, cache_dir=None):
             words = queries if photos["image_id"].max() < 1000 else gallery
             return [words.get(row, []) for row in photos.index]
 
         monkeypatch.setattr(text, "lines", lines)
-        assert len(seen) == 2
         return Search(*(side.astype(np.float32) for side in sides), *rows).searched(k)
 
     return make
@@ -104,8 +102,10 @@ def test_a_query_on_which_nothing_is_read_keeps_its_list_as_it_is(search):
 
 
 @pytest.mark.parametrize("step", ["read(0.5)", "read(weight=0.5, top=10)"])
-def test_nothing_read_anywhere_changes_nothing(search, step):
-    plain = search({}, {})
+@pytest.mark.parametrize("queries, gallery", [({}, {}), ({}, {3: "milk"}), ({3: "milk"}, {})])
+def test_nothing_read_on_a_side_changes_nothing(search, step, queries, gallery):
+    read = [{row: printed(word) for row, word in side.items()} for side in (queries, gallery)]
+    plain = search(*read)
     found = pipeline.bind(step)(plain)
     assert (found.ranks[:, :10] == plain.ranks).all() and (
         found.scores[:, :10] == plain.scores
@@ -136,6 +136,11 @@ def test_a_photo_never_joins_its_own_list(search):
     rows = plain.gallery_rows.assign(image_id=plain.gallery_rows["image_id"].replace(1005, 0))
     plain.gallery_rows["image_id"] = rows["image_id"]
     assert 5 not in text.read(plain.searched(3), 5.0).ranks[0]
+
+
+@reader
+def test_no_photos_have_no_lines(toy_data):
+    assert reading.lines(toy_data[0][:0]) == []
 
 
 def test_without_the_extra_reading_is_refused_with_what_to_install(monkeypatch, toy_data):

@@ -63,13 +63,14 @@ def lines(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[list[L
     def read(rows: np.ndarray) -> np.ndarray:
         parts = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
         tasks = [joblib.delayed(_read)([paths[row] for row in part]) for part in parts]
-        found = joblib.Parallel(min(cores(), len(parts)))(tasks)
+        found = joblib.Parallel(cores())(tasks)
         return np.array([json.dumps(photo).encode() for part in found for photo in part])
 
     folder = None
     if cache_dir is not None:
         release = importlib.metadata.version("rapidocr")
-        rules = [VERSION, PX, ENLARGED, MOST_LINES, release, photos.attrs["fingerprint"]]
+        rules = [VERSION, PX, ENLARGED, MOST_LINES, MOST_CHARACTERS, release, _fast()]
+        rules.append(photos.attrs["fingerprint"])
         key = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:24]
         folder = Path(cache_dir) / "text" / key
     found = kept(folder, photos.index.to_numpy(), read, block=256)
@@ -115,6 +116,11 @@ def _lines_of(image: np.ndarray, engine) -> list[tuple]:
     return sorted(found, key=lambda line: -line[1])[:MOST_LINES]
 
 
+def _fast() -> bool:
+    """Whether the extra `fast` is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
 @functools.cache
 def _engine():
     """The reader of this process, of one thread: on a GPU where onnxruntime has one, else by
@@ -124,8 +130,7 @@ def _engine():
     from rapidocr import EngineType, RapidOCR
 
     on_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    fast = not on_gpu and importlib.util.find_spec("openvino") is not None
-    engine = EngineType.OPENVINO if fast else EngineType.ONNXRUNTIME
+    engine = EngineType.OPENVINO if _fast() and not on_gpu else EngineType.ONNXRUNTIME
     return RapidOCR(
         params={
             **{f"{stage}.engine_type": engine for stage in ("Det", "Cls", "Rec")},

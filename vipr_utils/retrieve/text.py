@@ -3,8 +3,8 @@
 Words become n-grams of characters, so that a misread letter costs little and neither order nor
 language matters; an n-gram of few photos weighs more (tf-idf over the gallery).
 
-Its place is where training taught nothing: on the grocery set a frozen network gains 0.1 of mAP@5,
-one that was trained on these very products next to nothing.
+Its place is plain search and variants that a word tells apart; beside learned whitening, zooms and
+verification nothing sure was gained on the grocery set (RESULTS.md).
 """
 
 from __future__ import annotations
