@@ -22,7 +22,7 @@ unit smoke nbval sweeps notebooks: export VIPR_PRECISION ?= float32
 demo: .venv/demo.stamp
 	$(BIN)/vipr run params/$(PROFILE) --output-dir $(OUT) $(if $(DATA),-p data_root=$(abspath $(DATA)))
 
-# The smoke series and what computes under SSE4.1 are tests of the same run: tests/test_whole.py.
+# The smoke series is a test of the same run: tests/test_whole.py.
 test: export VIPR_WHOLE := 1
 test: lint unit
 

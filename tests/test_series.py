@@ -21,6 +21,8 @@ LONG = {  # left to `make soak`; what is peculiar to them the rest of the suite 
     "names_with_blanks_and_umlauts",
     "two_photos_a_product",
     "customer_photos_alone",
+    "one_product_of_300_photos",
+    "no_domain_and_no_group",
 }
 LEFT_OUT = ALIKE if os.environ.get("VIPR_SOAK") else ALIKE | LONG
 SWEEPS = (  # of each notebook, protocol and way of pooling one

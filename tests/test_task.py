@@ -747,15 +747,16 @@ def test_verification_by_name_reads_the_photos_and_finds_the_printed_ones(toy_da
 
 @pytest.fixture(scope="module")
 def frozen(grocery):
-    """(every fifth query, gallery, their embeddings) of frozen EfficientNet-Lite0, squashed to 224
-    px, bilinear.
+    """(every other query of every third product, their gallery, embeddings) of frozen
+    EfficientNet-Lite0, squashed to 224 px, bilinear.
     """
     tune()
     photos, store, _ = open_data(str(grocery), "", px=224)
     model = models.create("tf_efficientnet_lite0")
     model.record["interpolation"] = "bilinear"
     _, queries, gallery = catalog.split(photos, "test")
-    queries, how = queries[::5], {"image_size": 224, "cache_dir": platform.cache_folder()}
+    queries, gallery = (side[side["product_id"] % 3 == 0] for side in (queries, gallery))
+    queries, how = queries[::2], {"image_size": 224, "cache_dir": platform.cache_folder()}
     return (
         queries,
         gallery,
@@ -767,18 +768,18 @@ def test_frozen_backbone_reproduces_the_plain_scripts_score_on_real_photos(froze
     queries, gallery, q, g = frozen
     customer = (gallery.domain == "customer").to_numpy()
     found = ranked(View(queries, gallery[customer]), q, g[customer]).metrics
-    assert (found["n_queries"], found["n_gallery"]) == (497, 2640)
-    assert found["map_at_5"] == pytest.approx(0.4845, abs=0.01)
-    assert found["precision_at_1"] == pytest.approx(0.5936, abs=0.01)
+    assert (found["n_queries"], found["n_gallery"]) == (421, 891)
+    assert found["map_at_5"] == pytest.approx(0.7398, abs=0.01)
+    assert found["precision_at_1"] == pytest.approx(0.7886, abs=0.01)
 
 
 def test_shop_photos_alone_are_a_harder_gallery_on_real_photos(frozen):
     queries, gallery, q, g = frozen
     shop = (gallery.domain == "shop").to_numpy()
-    assert ranked(View(queries, gallery[shop]), q, g[shop]).metrics["precision_at_1"] < 0.35
+    assert ranked(View(queries, gallery[shop]), q, g[shop]).metrics["precision_at_1"] < 0.6
 
 
 def test_learned_whitening_lifts_frozen_features_on_real_photos(frozen):
     queries, gallery, q, g = frozen
     found = ranked(View(queries, gallery), q, g, steps=["learned_whitening(dim=64)"]).metrics
-    assert found["map_at_5"] == pytest.approx(0.692, abs=0.015)
+    assert found["map_at_5"] == pytest.approx(0.899, abs=0.015)
