@@ -4,6 +4,7 @@ a fake of Kaggle's service, and a rehearsal of a session without a network.
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -200,6 +201,85 @@ def test_weights_of_a_folder_are_those_of_every_backbone_that_its_files_name(
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "some-one"
     assert "vit_base_patch16_dinov3.lvd1689m is left out: its weights cannot be had" in said
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """pip finds two small wheels instead of the extra `text`."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name in ("drawn_words", "drawn_source"):
+        about = f"{name}-1.0.dist-info"
+        with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "READ = 'milk'\n")
+            wheel.writestr(
+                f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+            )
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "")
+    monkeypatch.setattr(kaggle, "WHEELS_OF", ["drawn-words", "drawn-source==1.0"])
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return folder
+
+
+def attached_wheels(tmp_path, monkeypatch):
+    made = kaggle.wheels(tmp_path / "made", owner="some-one")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    return shutil.copytree(made, tmp_path / "kaggle" / "input" / "datasets" / "some-one" / "wheels")
+
+
+def test_attached_wheels_are_installed_once_and_only_where_something_is_read(
+    tmp_path, packages, monkeypatch
+):
+    folder = attached_wheels(tmp_path, monkeypatch)
+    assert (folder / platform.WHEELS).read_text().splitlines() == [
+        "./drawn_source-1.0-py3-none-any.whl",
+        "./drawn_words-1.0-py3-none-any.whl",
+    ]
+    cache = tmp_path / "cache"
+    platform.preflight({"cache_dir": str(cache)})
+    assert importlib.util.find_spec("drawn_words") is None
+    for _ in range(2):
+        platform.preflight({"cache_dir": str(cache), "readings": ["read(0.4)"]})
+        assert importlib.import_module("drawn_words").READ == "milk"
+        monkeypatch.setattr(sys, "executable", "")  # pip is not asked again
+    assert sum(str(cache) in place for place in sys.path) == 1
+    del sys.modules["drawn_words"]
+
+
+def test_attached_wheels_that_are_damaged_warn_and_leave_nothing(tmp_path, packages, monkeypatch):
+    folder = attached_wheels(tmp_path, monkeypatch)
+    wheel = folder / "drawn_words-1.0-py3-none-any.whl"
+    wheel.write_bytes(wheel.read_bytes()[:100])
+    cache = platform.cache_folder(str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="drawn_words"):
+        platform.use_attached_wheels(cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_wheels_that_cannot_be_had_are_an_error_in_the_words_of_pip(
+    tmp_path, packages, monkeypatch, capsys
+):
+    (packages / "drawn_words-1.0-py3-none-any.whl").unlink()
+    assert kaggle.main(["wheels", "--owner", "some-one", "--output", str(tmp_path)]) == 2
+    assert "drawn-words" in capsys.readouterr().err
+    assert not (tmp_path / kaggle.WHEELS / kaggle.DATASET).exists()
+
+
+def test_kernels_that_read_have_the_wheels_attached_where_they_were_made(
+    tmp_path, packages, monkeypatch
+):
+    run, wanted = run_of("06_submission"), f"some-one/{kaggle.WHEELS}"
+    before = kaggle.kernel_metadata(run, owner="some-one", folder=tmp_path)
+    assert wanted not in before["dataset_sources"]
+    kaggle.wheels(tmp_path, owner="some-one")
+    after = kaggle.kernel_metadata(run, owner="some-one", folder=tmp_path)
+    assert after["dataset_sources"] == [*before["dataset_sources"], wanted]
+    blind = run_of("06_submission", readings=[])
+    sources = kaggle.kernel_metadata(blind, owner="some-one", folder=tmp_path)["dataset_sources"]
+    assert sources == before["dataset_sources"]
 
 
 def test_backbone_without_weights_is_an_error_where_it_is_the_only_one(monkeypatch):

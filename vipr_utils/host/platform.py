@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -24,6 +27,7 @@ KAGGLE_WORKING = PLATFORM_ROOT / "kaggle" / "working"
 COLAB_CONTENT = PLATFORM_ROOT / "content"
 COLAB_DRIVE = COLAB_CONTENT / "drive" / "MyDrive"
 REVISION = "revision.txt"  # in a bundle: of what
+WHEELS = "wheels.txt"  # beside wheels that are attached: their names
 KEPT_GB = 20  # what Kaggle keeps of /kaggle/working; more makes the run fail at its end
 # What is attached to a notebook, by both of Kaggle's schemes, or lies one folder below it
 MOUNTS = (
@@ -53,6 +57,7 @@ DEFAULTS = {
     "weights": "auto",
     "epochs": 0,
     "max_minutes": 0.0,
+    "readings": [],
 }
 
 
@@ -219,6 +224,27 @@ def is_kept(folder: Path) -> bool:
     return where() == "kaggle" and folder.resolve().is_relative_to(KAGGLE_WORKING.resolve())
 
 
+def use_attached_wheels(cache_dir: Path) -> None:
+    """Make packages importable whose wheels are attached (`vipr kaggle wheels`): installed once in
+    cache_dir, without a network, behind what the image has. Warns where pip cannot.
+    """
+    for listed in attached(WHEELS):
+        key = hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
+        folder = cache_dir / f"packages-{key}"
+        if not folder.is_dir():
+            part = Path(tempfile.mkdtemp(dir=cache_dir))
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+            command += ["--disable-pip-version-check", "--target", str(part), "-r", str(listed)]
+            done = subprocess.run(command, cwd=listed.parent, capture_output=True, text=True)
+            if done.returncode:
+                shutil.rmtree(part)
+                warnings.warn(f"{listed.parent}: {done.stderr.strip()}", stacklevel=2)
+                continue
+            part.replace(folder)
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
 def git_revision() -> str:
     """Short commit of the checkout, with '+' when files differ from it; '' without git.
 
@@ -235,7 +261,8 @@ def git_revision() -> str:
 
 
 def preflight(params: dict) -> pd.DataFrame:
-    """Set up threads, memory and the log; what this notebook meets here: (6 rows) item -> found.
+    """Set up threads, memory, the log and attached wheels; what this notebook meets here: (6 rows)
+    item -> found.
 
     `params` are the notebook's. The data, the device by a real operation, memory, room for outputs
     and caches, where weights come from. Warns of what would cost hours. Raises FileNotFoundError
@@ -247,6 +274,8 @@ def preflight(params: dict) -> pd.DataFrame:
     data, how = find_data_root(given["data_root"])
     device = working_device(given["device"])
     available = memory_gb()[1]
+    if given["readings"]:
+        use_attached_wheels(cache_folder(given["cache_dir"]))
     carried = [f"attached {sums.parent.name}" for sums in attached("SHA256SUMS")]
     rows = {
         "data": f"{data.name}, {how}" if data else "toy set (generated)",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from vipr_utils.host.files import whole_file
 from vipr_utils.host.progress import reporter
@@ -36,6 +38,17 @@ def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int
             np.savez(file, rows=part, values=values)
         reached(start + len(part))
     return [known[row] for row in rows.tolist()]
+
+
+def place(cache_dir: Path | None, kind: str, photos: pd.DataFrame, rules: list) -> Path | None:
+    """Folder of what is kept of these photos, one for each content of rules; None without a cache.
+
+    rules: numbers and words that what is computed hangs on, beside the photos.
+    """
+    if cache_dir is None:
+        return None
+    told = json.dumps([*rules, photos.attrs["fingerprint"]])
+    return Path(cache_dir) / kind / hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
 def _read(file: Path, rows: np.ndarray) -> dict:

@@ -7,7 +7,6 @@ inside its wheel (extra `text`). Without it nothing can be read, and all else wo
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,7 +21,7 @@ import pandas as pd
 
 from vipr_utils.data.store import BrokenImage, read_image
 from vipr_utils.host.device import cores
-from vipr_utils.retrieve.cache import kept
+from vipr_utils.retrieve.cache import kept, place
 
 VERSION = 1  # of what is cached: rises with the code that reads
 PX = 640  # longest side of the picture that is read
@@ -66,24 +65,32 @@ def lines(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[list[L
         found = joblib.Parallel(cores())(tasks)
         return np.array([json.dumps(photo).encode() for part in found for photo in part])
 
-    folder = None
-    if cache_dir is not None:
-        release = importlib.metadata.version("rapidocr")
-        rules = [VERSION, PX, ENLARGED, MOST_LINES, MOST_CHARACTERS, release, _fast()]
-        rules.append(photos.attrs["fingerprint"])
-        key = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:24]
-        folder = Path(cache_dir) / "text" / key
-    found = kept(folder, photos.index.to_numpy(), read, block=256)
+    release = importlib.metadata.version("rapidocr")
+    rules = [VERSION, PX, ENLARGED, MOST_LINES, MOST_CHARACTERS, release, _fast()]
+    found = kept(place(cache_dir, "text", photos, rules), photos.index.to_numpy(), read, block=256)
     return [[Line(text, sure, tuple(box)) for text, sure, box in json.loads(x)] for x in found]
 
 
 def seconds(photos: pd.DataFrame) -> float:
-    """About how long this machine takes to read these photos, by SAMPLE of them."""
+    """About how long this machine takes to read these photos, by SAMPLE of them.
+
+    All cores are at work, and that each process starts its engine once is not counted. Raises
+    ValueError where the extra `text` is not installed.
+    """
+    if not available():
+        raise ValueError(ABSENT)
     some = photos.sample(min(SAMPLE, len(photos)), random_state=0)
-    lines(some)  # every process starts its engine once
+    paths = Path(photos.attrs["root"]) / some["path"]
+    took = joblib.Parallel(cores())(joblib.delayed(_timed)(path) for path in paths)
+    return sum(took) / len(some) * len(photos) / cores()
+
+
+def _timed(path: Path) -> float:
+    """Seconds that it takes to read a file."""
+    _engine()
     began = perf_counter()
-    lines(some)
-    return (perf_counter() - began) / len(some) * len(photos)
+    _read([path])
+    return perf_counter() - began
 
 
 def _read(paths: list[Path]) -> list[list[tuple]]:

@@ -7,8 +7,6 @@ Every step looks at one query alone and is deterministic.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +22,7 @@ import torch.nn.functional as F
 
 from vipr_utils.data.store import BrokenImage, read_image
 from vipr_utils.host.device import cores
-from vipr_utils.retrieve.cache import kept
+from vipr_utils.retrieve.cache import kept, place
 from vipr_utils.retrieve.rerank import expanded
 from vipr_utils.retrieve.search import Search
 
@@ -59,18 +57,14 @@ def features(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[np.
             padded[i, : len(found)] = found
         return padded
 
-    folder = _folder("local", photos, cache_dir)
+    folder = _place(cache_dir, "local", photos)
     padded = kept(folder, photos.index.to_numpy(), computed, block=256)
     return [photo[: photo["descriptor"].any(1).sum()] for photo in padded]  # no copies
 
 
-def _folder(kind: str, photos: pd.DataFrame, cache_dir: Path | None) -> Path | None:
-    """Where what was computed of these photos by this code is kept."""
-    if cache_dir is None:
-        return None
-    rules = [VERSION, PX, ENLARGED, KEYPOINTS, RATIO, TOLERANCE_PX, photos.attrs["fingerprint"]]
-    key = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:24]
-    return Path(cache_dir) / kind / key
+def _place(cache_dir: Path | None, kind: str, photos: pd.DataFrame) -> Path | None:
+    rules = [VERSION, PX, ENLARGED, KEYPOINTS, RATIO, TOLERANCE_PX]
+    return place(cache_dir, kind, photos, rules)
 
 
 def _features_of(path: Path) -> np.ndarray:
@@ -173,7 +167,7 @@ def _inlier_counts(
         found = _on_all_cores(lambda q, g: len(inliers(a[q], b[g])[0]), first, second)
         return np.array(found)
 
-    folder = _folder("pairs", queries, cache_dir)
+    folder = _place(cache_dir, "pairs", queries)
     numbers = pairs[:, 0] * side + pairs[:, 1]
 
     most = max(1, MOST_BYTES // (2 * PHOTO_BYTES))  # photos of a side
@@ -190,7 +184,7 @@ def disk_gb(photos: pd.DataFrame, cache_dir: Path) -> float:
 
     What lies there already, of these or of other photos of the catalog, is taken off.
     """
-    files = _folder("local", photos, cache_dir).glob("*.npz")
+    files = _place(cache_dir, "local", photos).glob("*.npz")
     return max(0, len(photos) * PHOTO_BYTES - sum(file.stat().st_size for file in files)) / 1e9
 
 

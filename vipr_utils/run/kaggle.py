@@ -2,6 +2,7 @@
 
     vipr kaggle bundle  --owner NAME                        kaggle/vipr-kit/: the dataset, one zip
     vipr kaggle weights --owner NAME params/kaggle_t4       kaggle/vipr-weights/: a file a backbone
+    vipr kaggle wheels  --owner NAME                        kaggle/vipr-wheels/: the extra `text`
     vipr kaggle prepare --owner NAME params/kaggle_t4       kaggle/vipr-<run>/: a kernel a file
     vipr kaggle push    kaggle/vipr-*                       upload and run, one after the other
     vipr kaggle wait    kaggle/vipr-06-submission           its status, log and quota, to its end
@@ -9,10 +10,12 @@
     vipr kaggle submit  submissions/06_submission [--competition products-10k]
 
 `weights` also takes names of backbones. Of a notebook that tries several it leaves out those whose
-weights cannot be had, and says so. `push` begins with the datasets; before anything is pushed it
-asks for every dataset, kernel and competition that is attached, and before each kernel it waits for
-the one before. What a run left comes home whole or not at all, and only if it is the run that was
-prepared: the notebook, its parameters, this package. It replaces an older run of that name.
+weights cannot be had, and says so. `wheels` downloads what reads text on packages, for the Python
+of Kaggle's image; kernels that are prepared after it and would read have it attached. `push` begins
+with the datasets; before anything is pushed it asks for every dataset, kernel and competition that
+is attached, and before each kernel it waits for the one before. What a run left comes home whole or
+not at all, and only if it is the run that was prepared: the notebook, its parameters, this package.
+It replaces an older run of that name.
 
 A session ends after 12 hours. A run that has not finished by then leaves its checkpoint among its
 outputs and goes on in a kernel of its own that has them attached (whether a kernel may attach its
@@ -49,7 +52,14 @@ from vipr_utils.judge import runs
 from vipr_utils.learn import models
 from vipr_utils.run.params import BadParameters, Run, load_runs, setting
 
-KIT, WEIGHTS = "vipr-kit", "vipr-weights"  # slugs of the two datasets: 6 to 50 characters
+KIT, WEIGHTS, WHEELS = "vipr-kit", "vipr-weights", "vipr-wheels"  # slugs of the datasets
+# Of the extra `text`, and what it needs that Kaggle's image may lack; the last has no wheel
+WHEELS_OF = ["rapidocr>=3.9", "onnxruntime>=1.20", "openvino>=2025.0", "openvino-telemetry"]
+WHEELS_OF += ["pyclipper", "shapely>=1.7.1", "omegaconf>=2.3", "colorlog", "flatbuffers"]
+WHEELS_OF += ["antlr4-python3-runtime==4.9.3"]
+PYTHON = "3.12"  # of Kaggle's image, which runs manylinux_2_28 and older
+IMAGE = ["--python-version", PYTHON, "--only-binary=:all:"]
+IMAGE += [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "2014")]
 COMPETITION = "products-10k"
 PACKING = "01_eda"  # the run that leaves packed photos for those after it
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
@@ -144,6 +154,35 @@ def weights(names: list[str], folder: Path, *, owner: str) -> Path:
     return _dataset(folder, owner, title="ViPR weights", description=about, licence="other")
 
 
+def wheels(folder: Path, *, owner: str) -> Path:
+    """Folder with the wheels of the extra `text`, a list of them, and dataset metadata.
+
+    Attached on Kaggle, `platform.use_attached_wheels` installs them without a network. Raises
+    KaggleError with pip's words where they cannot be had.
+    """
+    folder = folder / WHEELS
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as found:
+        *ready, source = WHEELS_OF
+        _pip("download", "--dest", found, *IMAGE, *ready)
+        _pip("wheel", "--wheel-dir", found, source)
+        for old in folder.glob("*.whl"):
+            old.unlink()
+        names = sorted(path.name for path in Path(found).glob("*.whl"))
+        for name in names:
+            os.replace(Path(found, name), folder / name)
+    write_whole(folder / platform.WHEELS, "".join(f"./{name}\n" for name in names))
+    about = "Wheels that read text on packages: " + ", ".join(name.split("-")[0] for name in names)
+    return _dataset(folder, owner, title="ViPR wheels", description=about, licence="other")
+
+
+def _pip(command: str, *arguments: str) -> None:
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = run_client([sys.executable, "-m", "pip", command, *quiet, *arguments])
+    if done.returncode:
+        raise KaggleError(f"pip {command}: {done.stderr.strip()}")
+
+
 def backbones(run: Run) -> dict[str, str]:
     """Backbones that a run may start from by "auto" -> where their weights are, '' if nowhere.
 
@@ -217,14 +256,17 @@ def kernel_metadata(
     computes, its sources.
 
     There is no network. Sources: the kit, the weights' dataset where "auto" asks for some, the
-    competition, and kernels: of its own earlier sessions, of the run that has packed the photos,
-    and of the runs it builds on, which are its model_run, and for one that chooses among runs or
-    compares them all `upstream`. Of a run that `folder` has several sessions of it is the last.
+    wheels' where `folder` has it and the run would read, the competition, and kernels: of its own
+    earlier sessions, of the run that has packed the photos, and of the runs it builds on, which are
+    its model_run, and for one that chooses among runs or compares them all `upstream`. Of a run
+    that `folder` has several sessions of it is the last.
     """
     slug, computes = kernel_slug(run.name, session), "device" in run.defaults
     datasets = [f"{_owner(owner)}/{KIT}"]
     if run.values.get("weights") == "auto":
         datasets.append(f"{owner}/{WEIGHTS}")
+    if run.values.get("readings") and (folder / WHEELS).is_dir():
+        datasets.append(f"{owner}/{WHEELS}")
     packing = [name for name in upstream if computes and name == PACKING]
     before = upstream if run.reads_runs else [*packing, *filter(None, [run.starts_from])]
     kernels = [kernel_slug(run.name, earlier) for earlier in range(1, session)]
@@ -456,7 +498,7 @@ def main(arguments: list[str] | None = None) -> int:
         "vipr kaggle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    commands = ["bundle", "weights", "prepare", "push", "wait", "collect", "submit"]
+    commands = ["bundle", "weights", "wheels", "prepare", "push", "wait", "collect", "submit"]
     add("command", choices=commands)
     add("names", nargs="*", type=Path, help="parameter files, backbones, prepared folders or runs")
     add("--owner", default=os.environ.get("KAGGLE_USERNAME", ""), help="Kaggle user name")
@@ -466,7 +508,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--hours", type=float, default=24.0, help="to wait at most, for each")
     add("--competition", default=COMPETITION, help="to submit to")
     given = parser.parse_intermixed_args(arguments)
-    if given.command != "bundle" and not given.names:
+    if given.command not in ("bundle", "wheels") and not given.names:
         parser.error(f"{given.command} what? Give names, see vipr kaggle --help")
     try:
         for line in _lines(given, given.output or Path("kaggle")):
@@ -484,6 +526,8 @@ def _lines(given: argparse.Namespace, out: Path) -> Iterator[object]:
             yield bundle(out, owner=given.owner)
         case "weights":
             yield from _weights(given, out)
+        case "wheels":
+            yield wheels(out, owner=given.owner)
         case "prepare":
             todo = load_runs(given.names, dict(given.p))
             for run in todo:
