@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -225,12 +226,16 @@ def test_queries_without_labels_are_shown_as_such(browser, found, toy_data, tmp_
     queries = view.queries.assign(product_id=-1, product="", group=-1, domain="")
     unlabelled = View(queries, view.gallery)
     lists = scored(unlabelled, worse.scores, np.where(np.arange(5) < 3, worse.ranks, -1))
+    words = np.full(lists.ranks.shape, "", object)
+    words[0, 0] = "<b>oat</b> milk"
+    lists = replace(lists, words=words)
     path = page.write(tmp_path / "p.html", unlabelled, {"run": lists}, toy_data[1], title="t")
     tab = browser.new_page()
     tab.goto(path.as_uri())
     tab.wait_for_selector("#list li")
     assert "not known" in tab.inner_text("#list") and "wrong" not in tab.inner_text("#list")
     assert tab.locator("#list li.row:first-child figure").count() == 3
+    assert tab.locator("#list .printed").all_inner_texts() == ["“<b>oat</b> milk”"]
     assert tab.is_hidden("#map-part") and tab.is_hidden("#ladder-part")
     tab.close()
 
@@ -250,6 +255,10 @@ def test_lists_come_back_as_they_were_saved(found, tmp_path):
     told = np.linspace(0, 1, len(view.queries))
     page.save_lists(tmp_path, view, worse, told)
     np.testing.assert_allclose(page.load_lists(tmp_path, view)[1], told, atol=1e-5)
+    words = np.full(worse.ranks.shape, "", object)
+    words[0, :2] = ['oat, "milk"', "nan"]
+    page.save_lists(tmp_path, view, replace(worse, words=words))
+    assert (page.load_lists(tmp_path, view)[0].words == words).all()
     with pytest.raises(runs.RunError, match="not in this data"):
         page.load_lists(tmp_path, View(view.queries[1:], view.gallery))
     with pytest.raises(runs.RunError, match="run notebook 06"):

@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import picture
+from matplotlib.colors import to_rgba
 from PIL import Image
 
 from vipr_utils.judge import plots, runs, task
+from vipr_utils.retrieve.reading import Line
 
 COUNTS = pd.Series([9, 4, 1], index=["a", "b", "c"])
 HISTORY = pd.DataFrame(
@@ -115,6 +117,32 @@ def test_ranked_list_marks_same_different_and_unknown(monkeypatch):
         ("label unknown", plots.GREY),
     ]
     assert "2 of 6 images show the query's product" in figure.alt
+
+
+def test_words_that_both_photos_show_stand_below_an_answer_and_are_framed(monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.set_title", lambda ax, text, **how: labels.append(text)
+    )
+    table = pd.DataFrame({"product_id": [1], "name": "a", "group": 0, "product": "mug"})
+    lists = np.zeros((1, 1), int)
+    words = np.array([["oat milk 牛奶"]], object)
+    found = task.Retrieval(lists + 0.5, lists, lists == 0, np.ones(1), {}, words=words)
+    plots.ranked_lists({0: picture()}, table, table, found, [0], title="T")
+    assert labels[1].endswith("“oat milk ··”")
+
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.text", lambda ax, x, y, text, **how: drawn.append(text)
+    )
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.add_patch", lambda ax, patch: drawn.append(patch.get_edgecolor())
+    )
+    box = (0.1, 0.1, 0.5, 0.2)
+    query, photo = [Line("OAT MILK 1 l", 1.0, box)], [Line("OAT", 1.0, box), Line("x", 1.0, box)]
+    figure = plots.printed([picture(), picture()], [query, photo], [["OAT"], ["OAT"]], title="Read")
+    frames = [to_rgba(plots.GREEN), "OAT", to_rgba(plots.GREEN), "OAT", to_rgba(plots.GREY)]
+    assert drawn == frames and figure.alt == "Read: printed on both: OAT"
 
 
 def test_a_curve_may_be_a_single_point():

@@ -37,7 +37,7 @@ def alike(query: list[Line], *gallery: list[Line]) -> np.ndarray:
     [
         ("HAZELNUT", "HAZELNVT", "VANILLA"),  # a misread letter
         ("crème brûlée", "CREME BRULEE", "creamy bread"),
-        ("全脂牛奶", "牛奶", "酱油"),
+        ("蒙牛全脂纯牛奶", "纯牛奶 蒙牛", "海天酱油"),
         ("oat milk organic", "organic oat milk", "orange juice"),
     ],
 )
@@ -62,6 +62,14 @@ def test_a_line_counts_less_at_the_border_and_when_it_is_unsure():
     corner = text.evidence(Line("milk", 1.0, (0.0, 0.4, 0.2, 0.6)))
     unsure = text.evidence(Line("milk", 0.5, MIDDLE))
     assert corner == pytest.approx(0.04) and unsure == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "query", [printed("12,90"), printed("ml", sure=0.5), printed("oats", box=(0, 0.9, 0.2, 1))]
+)
+def test_a_query_with_a_price_or_letters_that_are_unsure_or_aside_alone_says_nothing(query):
+    assert alike(query, query) == [0]
+    assert alike(printed("oats"), printed("oats"))[0] > 0
 
 
 def test_a_photo_with_few_letters_is_no_sure_match():
@@ -92,8 +100,8 @@ def search(monkeypatch):
 
 
 def test_a_query_on_which_nothing_is_read_keeps_its_list_as_it_is(search):
-    gallery = {row: printed("milk") for row in range(0, 40, 2)}
-    plain = search({3: printed("milk")}, gallery)
+    gallery = {row: printed("hazelnut") for row in range(0, 40, 2)}
+    plain = search({3: printed("hazelnut")}, gallery)
     found = text.read(plain, 0.5)
     others = np.delete(np.arange(40), 3)
     assert (found.ranks[others, :10] == plain.ranks[others]).all()
@@ -136,6 +144,24 @@ def test_a_photo_never_joins_its_own_list(search):
     rows = plain.gallery_rows.assign(image_id=plain.gallery_rows["image_id"].replace(1005, 0))
     plain.gallery_rows["image_id"] = rows["image_id"]
     assert 5 not in text.read(plain.searched(3), 5.0).ranks[0]
+
+
+def test_words_of_both_photos_are_shown_as_the_answer_has_them():
+    query = [*printed("Hazelnvt oat"), *printed("12,90"), *printed("a")]
+    photo = [*printed("OAT drink"), *printed("HAZELNUT"), *printed("12,90"), *printed("OAT a")]
+    assert text.shared(query, photo) == ["OAT", "HAZELNUT"]
+    assert text.shared(query, []) == text.shared([], photo) == []
+    assert text.shared(printed("全脂牛奶"), printed("酱油", "全脂牛奶")) == ["全脂牛奶"]
+
+
+def test_words_of_a_list_are_empty_where_it_ends_early(monkeypatch):
+    said = {0: "oat milk", 3: "milk", 4: "soap"}
+    monkeypatch.setattr(
+        text, "lines", lambda rows, cache_dir: [printed(said[row]) for row in rows.index]
+    )
+    rows = pd.DataFrame(index=range(5))
+    found = text.words(rows[:1], rows, np.array([[3, 4, -1]]), cache_dir=None)
+    assert found.tolist() == [["milk", "", ""]]
 
 
 @reader

@@ -113,8 +113,17 @@ def _part(
     some: np.ndarray,
 ) -> Retrieval:
     """The lists of some queries."""
-    lists = ("scores", "ranks", "hits", "n_relevant")
-    return replace(found, **{name: getattr(found, name)[some] for name in lists})
+    words = found.words
+    if words is not None:
+        words = words[some]
+    return replace(
+        found,
+        scores=found.scores[some],
+        ranks=found.ranks[some],
+        hits=found.hits[some],
+        n_relevant=found.n_relevant[some],
+        words=words,
+    )
 
 
 def _photo(image: np.ndarray) -> bytes:
@@ -168,6 +177,7 @@ def _lists(
         "hits": found.hits[:, :5].astype(int).tolist(),
         "scores": [_numbers(row) for row in found.scores[:, :5]],
         "ap": _numbers(found.average_precision),
+        "words": [] if found.words is None else found.words.tolist(),
     }
 
 
@@ -221,8 +231,8 @@ def save_lists(
     found: Retrieval,
     confidence: np.ndarray | None = None,
 ) -> None:
-    """Write <folder>/lists.csv: query, rank, photo, similarity, and the confidence (Q,) of each
-    query where it is known."""
+    """Write <folder>/lists.csv: query, rank, photo, similarity, and where they are known the
+    confidence (Q,) of each query and the words that it shares with the photo."""
     query, place = np.nonzero(found.ranks[:, :5] >= 0)
     table = pd.DataFrame(
         {
@@ -234,6 +244,8 @@ def save_lists(
     )
     if confidence is not None:
         table["confidence"] = confidence[query].round(5)
+    if found.words is not None:
+        table["words"] = found.words[query, place]
     write_whole(Path(folder) / "lists.csv", table.to_csv(index=False))
 
 
@@ -246,7 +258,8 @@ def load_lists(
     file = Path(folder) / "lists.csv"
     if not file.is_file():
         raise runs.RunError(f"{file} does not exist: run notebook 06 into {folder} first")
-    table = pd.read_csv(file, dtype={"query": str, "photo": str})
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    table = table.astype({"rank": int, "similarity": float})
     query = pd.Index(view.queries["name"]).get_indexer(table["query"])
     photo = pd.Index(view.gallery["name"]).get_indexer(table["photo"])
     if (query < 0).any() or (photo < 0).any():
@@ -258,8 +271,12 @@ def load_lists(
     confidence = None
     if "confidence" in table:
         confidence = np.full(len(view.queries), np.nan)
-        confidence[query] = table["confidence"]
-    return scored(view, scores, ranks), confidence
+        confidence[query] = table["confidence"].astype(float)
+    words = None
+    if "words" in table:
+        words = np.full(ranks.shape, "", dtype=object)
+        words[query, table["rank"] - 1] = table["words"]
+    return replace(scored(view, scores, ranks), words=words), confidence
 
 
 def main(arguments: list[str] | None = None) -> int:

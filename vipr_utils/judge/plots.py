@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import textwrap
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -319,6 +321,7 @@ def ranked_lists(
     """Each row: a query and its ranked images with class, group and similarity.
 
     Same product: green frame and a tick; different: red frame and a cross; unknown: grey frame.
+    What is printed on both photos stands below where the result has it.
     chosen: positions of queries; result: a task.Retrieval, or one for each of them.
     """
     results = result if isinstance(result, list) else [result] * len(chosen)
@@ -327,7 +330,8 @@ def ranked_lists(
         query = queries.iloc[at]  # query.name is its row number in the catalog
         tiles.append((store[query.name], f"query {query['name']}\n{_product(query)}", "black"))
         right += found.hits[at].sum()
-        for row, hit, score in zip(found.ranks[at], found.hits[at], found.scores[at]):
+        words = np.full(len(found.ranks[at]), "") if found.words is None else found.words[at]
+        for row, hit, score, word in zip(found.ranks[at], found.hits[at], found.scores[at], words):
             product = gallery.iloc[row]
             colour, mark = (GREEN, "✓ same") if hit else (RED, "✗ different")
             if query["product_id"] < 0:
@@ -335,7 +339,11 @@ def ranked_lists(
             picture = store[product.name] if row >= 0 else None  # a list that ends early
             # `verify` adds the matching points to a cosine, which never reaches 2
             how_like = f"{score:.3f}" if score < 2 else f"{int(score)} matches"
-            tiles.append((picture, f"{mark}  {how_like}\n{_product(product)}", colour))
+            label = f"{mark}  {how_like}\n{_product(product)}"
+            if word:
+                short = textwrap.shorten(word, 26, placeholder="…")
+                label += f"\n“{_drawable(short)}”"
+            tiles.append((picture, label, colour))
     k = found.ranks.shape[1]
     caption = (
         "Left: the query. Then its ranked gallery images, best first: "
@@ -346,6 +354,43 @@ def ranked_lists(
         f"{right} of {len(chosen) * k} images show the query's product"
     )
     return _picture(_grid(tiles, k + 1, 1.53), title, caption, alt)
+
+
+@styled
+def printed(photos: list[np.ndarray], lines: list, words: list, *, title: str) -> Picture:
+    """A query beside a gallery photo, a frame around each line that was read on them, a green one
+    with its words where the other photo says the same.
+
+    lines: of each photo, as `reading.lines` gives them; words: of each, as `text.shared` does.
+    """
+    figure = Figure((7.6, 4.4), layout="compressed")
+    for ax, photo, found, same in zip(figure.subplots(1, 2), photos, lines, words):
+        ax.imshow(photo)
+        ax.set_axis_off()
+        for line in found:
+            start, end = np.reshape(line.box, (2, 2)) * photo.shape[1::-1]
+            both = sorted(set(line.text.split()) & set(same))
+            colour = GREEN if both else GREY
+            frame = Rectangle(start, *(end - start), fill=False, edgecolor=colour, lw=1.5)
+            ax.add_patch(frame)
+            if both:
+                ax.text(
+                    start[0],
+                    end[1],
+                    _drawable(" ".join(both)),
+                    fontsize=7,
+                    va="top",
+                    color="white",
+                    backgroundcolor=colour,
+                )
+    said = ", ".join(words[1])
+    caption = f"Left: the query. Right: the photo put first. Printed on both: {_drawable(said)}."
+    return _picture(figure, title, caption, f"{title}: printed on both: {said}")
+
+
+def _drawable(text: str) -> str:
+    """With a point for each character beyond Latin, which the figures' font may lack."""
+    return re.sub(r"[^\u0000-\u024f]", "·", text)
 
 
 def _product(row) -> str:

@@ -49,7 +49,8 @@ class Retrieval:
     """Ranked lists of Q queries: scores and ranks (rows of the view's gallery), hits, all (Q, k).
 
     average_precision (Q,) is AP@5, NaN where nothing relevant is there; metrics as in run.json;
-    seconds: [{step, seconds}] of post-processing.
+    seconds: [{step, seconds}] of post-processing; words (Q, k): what is printed on both photos, see
+    `text.words`, where that was asked.
     """
 
     scores: np.ndarray
@@ -58,6 +59,7 @@ class Retrieval:
     n_relevant: np.ndarray
     metrics: dict
     seconds: list[dict] = ()
+    words: np.ndarray | None = None
 
     @property
     def average_precision(self) -> np.ndarray:

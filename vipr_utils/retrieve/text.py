@@ -9,21 +9,26 @@ verification nothing sure was gained on the grocery set (RESULTS.md).
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 
-from vipr_utils.retrieve.reading import Line, lines
+from vipr_utils.retrieve.reading import MOST_CHARACTERS, Line, lines
 from vipr_utils.retrieve.search import Search
 
 NGRAMS = (3, 3)  # characters
 PRICE = re.compile(r"\d+([.,:]\d+)?\s*(kr|kg|g|ml|l|cl|st|%|€|\$|:-)?(/\w+)?", re.I)
 OF_PRICE = 0.1  # what a line that is a price, a weight or a number counts of another
 LITTLE = 3.0  # length of a photo's tf-idf at which what it says counts half
+LEAST = 0.5  # of a query's, in n-grams that one photo alone has, for its list to change
 JOINED = 20  # photos that join a list by their text
+SAME = 0.75  # of the letters of two words, for them to be shown as the same
 CHUNK = 256  # queries worked on at once
 
 
@@ -60,10 +65,10 @@ def vectors(
     queries: list[list[Line]], gallery: list[list[Line]]
 ) -> tuple[sparse.csr_array, sparse.csr_array]:
     """tf-idf of n-grams of both sides, (Q, V) and (G, V): of length 1 where much is printed,
-    shorter where it is little, zero where nothing is read.
+    shorter where it is little, zero where nothing is read or a query says no more than LEAST.
 
     A line counts by its `evidence`, and two letters on a photo are no sure match: so fruit above a
-    shelf's tag keeps its list. LITTLE, OF_PRICE and the powers in `evidence` were chosen on
+    shelf's tag keeps its list. LITTLE, LEAST, OF_PRICE and the powers in `evidence` were chosen on
     held-out train photos of the grocery set, where n-grams of 2 to 5 characters differ by 0.01 of
     mAP@5.
     """
@@ -76,14 +81,16 @@ def vectors(
     known = _counts(gallery, counter)
     asked = _counts(queries, counter)
     weighed = TfidfTransformer(norm=None).fit(known)
-    return _shortened(weighed.transform(asked)), _shortened(weighed.transform(known))
+    least = LEAST * weighed.idf_.max()
+    return _shortened(weighed.transform(asked), least), _shortened(weighed.transform(known), 0.0)
 
 
-def _shortened(weighed) -> sparse.csr_array:
-    """(N, V) tf-idf with rows of length n / (n + LITTLE), where n is theirs."""
+def _shortened(weighed, least: float) -> sparse.csr_array:
+    """(N, V) tf-idf with rows of length n / (n + LITTLE), where n is theirs, or 0 up to least."""
     weighed = sparse.csr_array(weighed)
     lengths = np.sqrt(weighed.power(2).sum(axis=1))
-    return sparse.diags_array(1 / (lengths + LITTLE)) @ weighed
+    factors = np.where(lengths > least, 1 / (lengths + LITTLE), 0.0)
+    return (sparse.diags_array(factors) @ weighed).tocsr()
 
 
 def _counts(photos: list[list[Line]], counter: CountVectorizer) -> sparse.csr_array:
@@ -120,6 +127,42 @@ def evidence(line: Line) -> float:
     price = PRICE.fullmatch(line.text.strip())
     kind = OF_PRICE if price else 1.0
     return kind * line.confidence**2 * inside**2
+
+
+def words(
+    queries: pd.DataFrame, gallery: pd.DataFrame, ranks: np.ndarray, *, cache_dir: Path | None
+) -> np.ndarray:
+    """(Q, k) of what is printed on a query and on each photo of its list, as on the photo: up to
+    MOST_CHARACTERS of words with blanks between, '' for none.
+
+    ranks (Q, k): rows of the gallery, -1 for none. Raises ValueError where the extra `text` is not
+    installed.
+    """
+    shown = np.unique(ranks[ranks >= 0])
+    known = dict(zip(shown, lines(gallery.iloc[shown], cache_dir=cache_dir)))
+    found = [
+        [" ".join(shared(asked, known.get(row, [])))[:MOST_CHARACTERS] for row in listed]
+        for asked, listed in zip(lines(queries, cache_dir=cache_dir), ranks)
+    ]
+    return np.array(found, dtype=object).reshape(ranks.shape)
+
+
+def shared(query: list[Line], photo: list[Line]) -> list[str]:
+    """Words on the photo that stand on the query too, a misread letter or two aside."""
+    asked = [word.casefold() for line in query for word in _words(line)]
+    on_photo = dict.fromkeys(word for line in photo for word in _words(line))
+    return [
+        word
+        for word in on_photo
+        if difflib.get_close_matches(word.casefold(), asked, n=1, cutoff=SAME)
+    ]
+
+
+def _words(line: Line) -> list[str]:
+    """Of a line that is no price or weight, those of two characters or more."""
+    if PRICE.fullmatch(line.text.strip()):
+        return []
+    return [word for word in line.text.split() if len(word) > 1]
 
 
 def _cosines(
