@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from vipr_utils.data import catalog
+from vipr_utils.host.device import cores
 from vipr_utils.judge.choice import Candidate, Choice, Part
 from vipr_utils.judge.task import Task
 from vipr_utils.learn import models
@@ -196,8 +197,12 @@ def test_words_of_drawn_packages_are_read_once_a_photo(shelf, tmp_path, monkeypa
         for line in photo:
             left, top, right, bottom = line.box
             assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1 and 0 < line.confidence <= 1
+    monkeypatch.setattr(reading, "_timed", lambda path: 1.0)
+    assert reading.seconds(photos) == len(photos) / cores()
+    assert reading.seconds(photos, cache_dir=tmp_path) == (len(photos) - 8) / cores()
     monkeypatch.setattr(reading, "_read", None)  # nothing is read again
     assert reading.lines(shop, cache_dir=tmp_path) == found
+    assert reading.seconds(shop, cache_dir=tmp_path) == 0
 
 
 @reader
@@ -251,7 +256,7 @@ def test_reading_is_left_where_a_sample_gains_nothing_or_the_time_is_too_short(
     base = Candidate((Part("tiny"),))
     asked = []
     monkeypatch.setattr(reading, "available", lambda: True)
-    monkeypatch.setattr(reading, "seconds", lambda photos: 60.0)
+    monkeypatch.setattr(reading, "seconds", lambda photos, cache_dir: 60.0)
     monkeypatch.setattr(
         text, "lines", lambda rows, cache_dir=None: asked.append(len(rows)) or [[]] * len(rows)
     )

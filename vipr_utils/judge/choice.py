@@ -422,9 +422,10 @@ class Choice:
         heads = []
         for step in readings:
             heads.append(f"read({pipeline.bind(step).keywords['weight']}, {HEAD})")
-        minutes = reading.seconds(self.task.photos) / 60
-        asked = len(self.task.validation.queries) + len(self.task.views["test"].queries)
-        share = asked * (1 + HEAD) / len(self.task.photos)
+        task = self.task
+        minutes = reading.seconds(task.photos, cache_dir=task.cache_dir) / 60
+        asked = len(task.validation.queries) + len(task.views["test"].queries)
+        share = asked * (1 + HEAD) / len(task.photos)
         of_heads = minutes * min(1.0, share)
         left = self._minutes_left()
         LOG.info(f"reading: about {minutes:.0f} minutes, {of_heads:.0f} of heads of lists alone")

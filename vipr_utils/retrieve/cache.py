@@ -40,6 +40,13 @@ def kept(folder: Path | None, rows: np.ndarray, compute: Callable, *, block: int
     return [known[row] for row in rows.tolist()]
 
 
+def absent(folder: Path | None, rows: np.ndarray) -> np.ndarray:
+    """Those of the rows (N,) that `kept` would compute."""
+    for file in folder.glob("*.npz") if folder else []:
+        rows = np.setdiff1d(rows, list(_read(file, rows)))
+    return rows
+
+
 def place(cache_dir: Path | None, kind: str, photos: pd.DataFrame, rules: list) -> Path | None:
     """Folder of what is kept of these photos, one for each content of rules; None without a cache.
 

@@ -21,7 +21,7 @@ import pandas as pd
 
 from vipr_utils.data.store import BrokenImage, read_image
 from vipr_utils.host.device import cores
-from vipr_utils.retrieve.cache import kept, place
+from vipr_utils.retrieve.cache import absent, kept, place
 
 VERSION = 1  # of what is cached: rises with the code that reads
 PX = 640  # longest side of the picture that is read
@@ -65,24 +65,32 @@ def lines(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[list[L
         found = joblib.Parallel(cores())(tasks)
         return np.array([json.dumps(photo).encode() for part in found for photo in part])
 
-    release = importlib.metadata.version("rapidocr")
-    rules = [VERSION, PX, ENLARGED, MOST_LINES, MOST_CHARACTERS, release, _fast()]
-    found = kept(place(cache_dir, "text", photos, rules), photos.index.to_numpy(), read, block=256)
+    found = kept(_place(cache_dir, photos), photos.index.to_numpy(), read, block=256)
     return [[Line(text, sure, tuple(box)) for text, sure, box in json.loads(x)] for x in found]
 
 
-def seconds(photos: pd.DataFrame) -> float:
-    """About how long this machine takes to read these photos, by SAMPLE of them.
+def seconds(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> float:
+    """About how long this machine takes to read those of these photos that cache_dir lacks, by
+    SAMPLE of them.
 
     All cores are at work, and that each process starts its engine once is not counted. Raises
     ValueError where the extra `text` is not installed.
     """
     if not available():
         raise ValueError(ABSENT)
+    photos = photos.loc[absent(_place(cache_dir, photos), photos.index.to_numpy())]
+    if photos.empty:
+        return 0.0
     some = photos.sample(min(SAMPLE, len(photos)), random_state=0)
     paths = Path(photos.attrs["root"]) / some["path"]
     took = joblib.Parallel(cores())(joblib.delayed(_timed)(path) for path in paths)
     return sum(took) / len(some) * len(photos) / cores()
+
+
+def _place(cache_dir: Path | None, photos: pd.DataFrame) -> Path | None:
+    release = importlib.metadata.version("rapidocr")
+    rules = [VERSION, PX, ENLARGED, MOST_LINES, MOST_CHARACTERS, release, _fast()]
+    return place(cache_dir, "text", photos, rules)
 
 
 def _timed(path: Path) -> float:
