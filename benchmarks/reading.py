@@ -29,6 +29,7 @@ from vipr_utils.judge.metrics import average_precision_at_k, paired_difference
 from vipr_utils.judge.task import Retrieval, Task, View, scored
 from vipr_utils.learn import models
 from vipr_utils.retrieve import reading, rerank, text
+from vipr_utils.retrieve.encoder import WHOLE
 from vipr_utils.retrieve.search import Search
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +138,10 @@ def fused(search: Search, weight: float, how: Callable, normed: bool) -> Search:
 def rivals(task: Task) -> list[dict]:
     """Ways to bring text into plain search, each at the weight that validates best."""
     model = models.create("tf_efficientnet_lite0")
-    sides = {view: task.zoomed(model, view, image_size=224) for view in ("validation", "test")}
+    sides = {
+        view: task.zoomed(model, view, zoom=WHOLE, image_size=224)
+        for view in ("validation", "test")
+    }
     ways = {
         "sum by certainty": (text.read, [0.2, 0.4, 0.8, 1.6]),
         "sum of cosines": (of_length_1, [0.1, 0.2, 0.4, 0.8]),

@@ -341,7 +341,7 @@ def ranked_lists(
             how_like = f"{score:.3f}" if score < 2 else f"{int(score)} matches"
             label = f"{mark}  {how_like}\n{_product(product)}"
             if word:
-                short = textwrap.shorten(word, 26, placeholder="…")
+                short = textwrap.shorten(word, 22, placeholder="…")
                 label += f"\n“{_drawable(short)}”"
             tiles.append((picture, label, colour))
     k = found.ranks.shape[1]
@@ -375,13 +375,14 @@ def printed(photos: list[np.ndarray], lines: list, words: list, *, title: str) -
             ax.add_patch(frame)
             if both:
                 ax.text(
-                    start[0],
-                    end[1],
+                    end[0],
+                    (start[1] + end[1]) / 2,
                     _drawable(" ".join(both)),
                     fontsize=7,
-                    va="top",
+                    va="center",
                     color="white",
-                    backgroundcolor=colour,
+                    bbox={"color": colour, "pad": 1.2},
+                    clip_on=True,
                 )
     said = ", ".join(words[1])
     caption = f"Left: the query. Right: the photo put first. Printed on both: {_drawable(said)}."
