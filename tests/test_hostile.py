@@ -251,6 +251,16 @@ def peak_mib(content: bytes, answer) -> None:
     answer.put((said, took / 1024))
 
 
+def test_a_file_of_terabytes_is_no_photo(tmp_path):
+    (tmp_path / "train").mkdir()
+    with open(tmp_path / "train" / "sparse.jpg", "wb") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    with pytest.raises(BrokenImage, match="sparse.jpg: .*over 1 GiB.* replace or remove it"):
+        read_image(tmp_path / "train" / "sparse.jpg")
+    content, _, facts = store._packed(tmp_path, 256, "train/sparse.jpg")
+    assert not content and "over 1 GiB" in facts["problem"]
+
+
 @pytest.mark.parametrize("name", bombs())
 def test_bombs_are_refused_before_they_take_memory(name):
     processes = multiprocessing.get_context("fork")

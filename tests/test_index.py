@@ -276,6 +276,16 @@ def test_old_versions_and_their_parts_are_cleared_away(made):
     assert {file.name for file in (made.folder / "parts").iterdir()} == named
 
 
+def test_folders_of_others_among_its_files_hinder_no_update(made):
+    for place in ("parts/theirs", "versions/99.json"):
+        (made.folder / place).mkdir()
+        (made.folder / place / "note.txt").write_text("mine")
+    for n in range(versions.KEPT + 2):
+        update(made, n)
+    assert (made.folder / "parts" / "theirs" / "note.txt").exists()
+    assert contents(Index(made.folder)).keys() == contents(made).keys()
+
+
 def test_rollback_goes_to_any_version_that_is_there(made):
     first = contents(made)
     made.put(*drawn(["e0"]))

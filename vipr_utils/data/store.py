@@ -38,6 +38,7 @@ SMALL_PX = 200  # networks under this see too little for an enlarged crop to mat
 # Groceries encoded anew (500 queries, frozen Lite0, 224 px): mAP@5 moves by -.002 (standard error
 # .002) at 41 kB a photo; at 90 by +.002 (.003) and 31 kB
 QUALITY = 95
+MOST_FILE = 2**30  # bytes
 MOST_BYTES = 0.5  # for each pixel of the store's square, of a photo that is kept as it is
 PART = 8  # photos of a batch that a thread looks at in one go
 AHEAD = 1  # batches that threads load beside the one in use
@@ -65,7 +66,7 @@ def read_image(path: Path | str, *, least_px: int = 0, content: bytes | None = N
     """
     try:
         if content is None:
-            content = retried(Path.read_bytes, Path(path))
+            content = retried(_content, Path(path))
         with warnings.catch_warnings(), _opened(content) as picture:
             warnings.simplefilter("ignore")  # of size and metadata: what matters is an error
             if least_px and picture.format == "JPEG":
@@ -78,6 +79,14 @@ def read_image(path: Path | str, *, least_px: int = 0, content: bytes | None = N
         raise BrokenImage(
             f"{path}: no readable image ({type(error).__name__}: {reason}); replace or remove it"
         ) from error
+
+
+def _content(path: Path) -> bytes:
+    if path.stat().st_size > MOST_FILE:
+        raise BrokenImage(
+            f"{path}: over {MOST_FILE / 2**30:.0f} GiB, no photo; replace or remove it"
+        )
+    return path.read_bytes()
 
 
 def picture_size(content: bytes) -> tuple[int, int]:
@@ -302,8 +311,8 @@ def packed_px(px: int, seen_px: int = 0) -> int:
 def _packed(root: Path, store_px: int, path: str) -> tuple[bytes, np.ndarray, dict]:
     """`pack` of a file."""
     try:
-        content = retried(Path.read_bytes, root / path)
-    except FileNotFoundError as error:
+        content = retried(_content, root / path)
+    except (FileNotFoundError, BrokenImage) as error:
         return _unreadable(path, error)
     return pack(content, store_px, path)
 

@@ -47,7 +47,7 @@ def file_of(folder: Path, number: int) -> Path:
 def numbers(folder: Path) -> list[int]:
     """Of all versions that are there, ascending."""
     files = (folder / "versions").glob("*.json")
-    return sorted(int(file.stem) for file in files if file.stem.isdecimal())
+    return sorted(int(file.stem) for file in files if file.stem.isdecimal() and file.is_file())
 
 
 def current(folder: Path) -> tuple[int, str]:
@@ -98,7 +98,7 @@ def _clear(folder: Path, needed: set[int]) -> None:
         except Exception:  # damaged: nobody can go back to it
             file.unlink()
     for file in (folder / "parts").iterdir():
-        if file.name not in named:
+        if file.name not in named and file.is_file():  # folders are somebody else's
             file.unlink()
 
 
