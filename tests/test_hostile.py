@@ -3,6 +3,7 @@
 Files are made from a seed. VIPR_SOAK=1 tries more of each.
 """
 
+import copy
 import csv
 import gzip
 import hashlib
@@ -54,6 +55,7 @@ FORGIVEN = (
     "113103327b5b5d3a317dffc0001108001000100301220002110103110103ffda000c030100021103113f007b"
     "ffd9"
 )
+REFERENCE = Path(__file__).resolve().parents[1] / "submissions" / "reference"
 SOAK = bool(os.environ.get("VIPR_SOAK"))
 OF_EACH = 100 if SOAK else 12  # truncations and bit flips of each kind of image
 CASE_S = 20  # far more than any of these takes
@@ -999,6 +1001,41 @@ def test_hostile_records_are_problems_and_leave_the_board_to_the_others(name, tm
     assert len(board) == 1 and len(board.attrs["problems"]) == 1
     assert "0.5" in runs.table(board) and len(runs.ladder(tmp_path, "f")) == 1
     assert runs.validated(tmp_path, "f", "s")[0] == {}
+
+
+def changed(value, path=()):
+    """(path, copies of a record's value with something of another kind at that path)."""
+    yield path, ([], {}, "x", 5, True, None, [[1]], {"a": []})
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:2])
+    for key, below in inner:
+        if isinstance(below, (dict, list)):
+            yield from changed(below, (*path, key))
+        else:
+            yield (*path, key), ([], {}, "x", 5, True, None)
+
+
+@pytest.mark.parametrize("name", ["04_pretrained_sweep", "06_submission"])
+def test_any_value_of_a_record_may_be_of_another_kind(name, tmp_path):
+    record = json.loads((REFERENCE / name / "run.json").read_text())
+    data, split = record["data"]["fingerprint"], (record.get("validation") or {}).get("split", "")
+    folder, refused = tmp_path / name, 0
+    folder.mkdir()
+    (folder / "model.pt").write_bytes(b"")
+    for path, values in changed(record):
+        for value in values:
+            evil = copy.deepcopy(record)
+            place = evil
+            for key in path[:-1]:
+                place = place[key]
+            if path:
+                place[path[-1]] = value
+            (folder / "run.json").write_text(json.dumps(evil if path else value))
+            board = runs.scoreboard(tmp_path)
+            runs.comparable(runs.over_seeds(board))
+            runs.ladder(tmp_path, data)
+            runs.validated(tmp_path, data, split)
+            refused += len(board.attrs["problems"])
+    assert refused > 50
 
 
 # ------------------------------------------------------------------------------------- properties

@@ -93,7 +93,7 @@ def test_a_value_without_json_form_is_named(tmp_path):
     "text, message",
     [
         ("{", "no readable JSON"),
-        ("3", "no readable JSON"),
+        ("3", "lacks run, notebook"),
         ("[]", "lacks run, notebook"),
         ("{}", "lacks run, notebook"),
     ],

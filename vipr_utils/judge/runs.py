@@ -84,6 +84,27 @@ UNFINISHED = "unfinished.txt"  # stands in a run folder from the start of a run 
 OTHER_SPLIT = "its model held out other photos: use the same holdout"
 
 
+NUMBER = int | float
+WORDS = [
+    *("run", "notebook", "protocol", "device", "finished", "hardware", "cut_short"),
+    *("params.gallery_domain", "params.model_run", "data.root", "data.fingerprint", "model.name"),
+    "validation.split",
+]
+TABLES = ["params", "data", "metrics", "model", "validation", "networks"]
+# What values of a record are, by their keys
+KINDS = dict.fromkeys(TABLES, dict) | dict.fromkeys(WORDS, str) | {"metrics.rows": list}
+KINDS |= dict.fromkeys(["seconds", "data.n_train", "validation.map_at_5"], NUMBER)
+FIGURES = [
+    *SCORES,
+    "chance",
+    "n_queries",
+    "n_gallery",
+    "difference",
+    "difference_low",
+    "difference_high",
+]
+
+
 class RunError(ValueError):
     """A run.json that is missing, half-written or of another shape."""
 
@@ -136,16 +157,37 @@ def load(folder: Path) -> dict:
     remedy = "remove it and run the notebook again"
     try:
         record = json.loads(path.read_bytes())
-        missing = [key for key in KEYS if key not in record]
+        record = record if isinstance(record, dict) else {}
+        missing = [key for key in KEYS if record.get(key) is None and key != "model"]
         if not missing:
-            # these fail where a value is of another kind
+            _check(record)
             _rows(record)
-            _merit(record)
     except Exception as error:
         raise RunError(f"{path} is no readable JSON ({error}): {remedy}") from error
     if missing:
         raise RunError(f"{path} lacks {', '.join(missing)}, so no run wrote it: {remedy}")
     return record
+
+
+def _check(record: dict) -> None:
+    """Raise TypeError where a value that others rely on is of another kind; None is of any."""
+    for place, kind in KINDS.items():
+        value = record
+        for key in place.split("."):
+            value = None if value is None else value.get(key)
+        _expect(kind, place, value)
+    for name, score in (record.get("networks") or {}).items():
+        _expect(NUMBER, name, score)
+    for figures in [record["metrics"], *(record["metrics"].get("rows") or [])]:
+        for name in FIGURES:
+            _expect(NUMBER, name, figures.get(name))
+        for name in ("name", "cut_short", "verdict"):
+            _expect(str, name, figures.get(name))
+
+
+def _expect(kind, name: str, value) -> None:
+    if isinstance(value, bool) or value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}")
 
 
 def validated(
@@ -164,10 +206,10 @@ def validated(
             continue
         if record["data"].get("fingerprint") != fingerprint:
             refused[folder.name] = "its model learned from other photos"
-        elif not held_out or held_out["split"] != split:
+        elif not held_out or held_out.get("split") != split:
             refused[folder.name] = OTHER_SPLIT
         else:
-            networks = {"": held_out["map_at_5"]} | record.get("networks", {})
+            networks = {"": held_out.get("map_at_5")} | (record.get("networks") or {})
             networks.pop((record["model"] or {}).get("name"), None)  # is the run's own
             for backbone, score in networks.items():
                 path = folder / backbone / "model.pt"
@@ -261,7 +303,9 @@ def _on_whole_gallery(record: dict, fingerprint: str) -> bool:
     """Whether a run's score is of all test queries of that data on its whole gallery."""
     data, figures = record["data"], record["metrics"]
     scored = record["protocol"] == "test" and figures.get("map_at_5") is not None
-    whole = figures.get("n_gallery", 0) >= data.get("n_train", 1)  # more: of photos not there
+    whole = (figures.get("n_gallery") or 0) >= (
+        data.get("n_train") or 1
+    )  # more: of photos not there
     return scored and whole and data.get("fingerprint") == fingerprint
 
 
@@ -271,15 +315,16 @@ def _rungs(folder: Path) -> dict[str, dict]:
     folder: where AP@5 of each query stands, of the run's headline only.
     """
     record = load(folder)
-    headline, network = record["metrics"], record["metrics"].get("name", "").split(",")[0]
+    headline, name = record["metrics"], record["metrics"].get("name") or ""
     run = {"run": record["run"], "cut_short": record.get("cut_short") or ""}
     unlearned = [] if record["params"].get("model_run") else ["plain search"]
     found = {}
     for row in headline.get("rows") or []:
-        if row["name"] in [*unlearned, f"{network}, frozen"]:
+        frozen = [*unlearned, f"{name.split(',')[0]}, frozen"]
+        if row.get("name") in frozen and row.get("map_at_5") is not None:
             found["frozen backbone"] = row | run | {"cut_short": ""}
     for rung, notebook in RUNGS.items():
-        if notebook == record["notebook"] and not headline.get("name", "").endswith("frozen"):
+        if notebook == record["notebook"] and not name.endswith("frozen"):
             found[rung] = headline | run | {"folder": folder}
     if headline.get("chance") is not None:
         found["random ranking"] = {"map_at_5": headline["chance"], "run": "", "cut_short": ""}
