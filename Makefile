@@ -131,8 +131,9 @@ picture: .venv/demo.stamp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed, name it with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
+# With what reads packages and what embeds faster on a CPU, where this machine has wheels of them.
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,fast,text]' || $(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	touch $@
 
 .venv/test.stamp: pyproject.toml | .venv/bin/python
