@@ -16,7 +16,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 
 import numpy as np
 import pandas as pd
@@ -76,9 +75,7 @@ def tried(
     read = choice.best([base, *(Candidate(base.parts, (step,)) for step in READINGS)])
     pairs = {"plain search": (base, read)}
     without = choice.climb(zooms, stacks, verified)
-    began = monotonic()
     pairs["the choice"] = (without, choice.climb(zooms, stacks, verified, READINGS))
-    minutes = (monotonic() - began) / 60  # what was tried without is remembered
     rows = []
     for what, pair in pairs.items():
         plain, seen = (choice.found(candidate, "test") for candidate in pair)
@@ -97,7 +94,6 @@ def tried(
                     part: compared(seen, plain, view.queries, some) for part, some in parts.items()
                 },
                 "refused": choice.refused.get("reading", ""),
-                "minutes": round(minutes, 1),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
