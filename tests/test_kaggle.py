@@ -468,6 +468,8 @@ def outputs(folder, csv=b"id,images\n", **changes):
         "params": wanted | {"data_root": ""},
         "data": {"root": "products-10k"},
         "metrics": {},
+        "model": {},
+        "seconds": 1.0,
         "finished": "2026-01-01",
     }
     inside = f"submissions/{record['run']}"

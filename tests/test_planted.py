@@ -413,7 +413,8 @@ def test_kernel_that_ran_on_the_toy_set_is_not_collected(tmp_path, monkeypatch):
     root, _ = toy.data_root_or_toy("", str(tmp_path))
     prepared = {"run": "06_submission", "notebook": "06_submission", "kit": ""}
     for data, refused in ((root.name, True), ("products-10k", False)):
-        record = dict.fromkeys(runs.KEYS, "") | prepared | {"params": {}, "metrics": {}}
+        record = dict.fromkeys(runs.KEYS, "") | prepared
+        record |= {"params": {}, "metrics": {}, "model": {}, "seconds": 1.0}
         record["data"] = {"root": data}
         (tmp_path / "run.json").write_text(json.dumps(record))
         if refused:
