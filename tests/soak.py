@@ -49,6 +49,7 @@ def commands(work: str) -> dict[str, tuple[list[str], dict]]:
         "long": (program("long.py", f"{work}/long"), {}),
         "hostile": (pytest("tests/test_hostile.py"), {"VIPR_SOAK": "1"}),
         "series": (pytest("tests/test_series.py"), {"VIPR_SOAK": "1"}),
+        "long tests": (pytest("tests", "-m", "long"), {"VIPR_SOAK": "1"}),
         "planted": (pytest("tests/test_planted.py"), {"VIPR_PLANTED": "1"}),
         "fuzz": (program("fuzz.py", str(FUZZ_S)), {}),
         "mutants": (program("mutants.py"), {}),

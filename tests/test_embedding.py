@@ -261,7 +261,10 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["siamese_small", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
-@pytest.mark.parametrize("precision, apart", [("float32", 1e-3), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(
+    "precision, apart",
+    [("float32", 1e-3), pytest.param("bfloat16", 0.05, marks=pytest.mark.long)],  # minutes by AVX2
+)
 def test_compiled_network_embeds_as_torch_does(
     toy_data, compiled, monkeypatch, name, precision, apart
 ):

@@ -497,6 +497,7 @@ def check_death_of_a_helper(toy_data, tmp_path, device):
     return whole, again, history
 
 
+@pytest.mark.long
 def test_two_processes_end_with_ragged_batches_and_after_the_death_of_one(
     toy_data, tmp_path, capfd
 ):
@@ -600,6 +601,7 @@ def check_measured(toy_data, tmp_path, capfd, device):
     assert equal(network.model, setting(toy_data)[0]) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_measuring_by_one_and_by_two_processes_changes_nothing(
     toy_data, tmp_path, capfd, monkeypatch
 ):

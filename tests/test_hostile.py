@@ -1021,8 +1021,8 @@ def test_any_value_of_a_record_may_be_of_another_kind(name, tmp_path):
     folder, refused = tmp_path / name, 0
     folder.mkdir()
     (folder / "model.pt").write_bytes(b"")
-    for path, values in changed(record):
-        for value in values:
+    for number, (path, values) in enumerate(changed(record)):
+        for value in values if SOAK else values[number % len(values) :][:1]:
             evil = copy.deepcopy(record)
             place = evil
             for key in path[:-1]:
@@ -1035,7 +1035,7 @@ def test_any_value_of_a_record_may_be_of_another_kind(name, tmp_path):
             runs.ladder(tmp_path, data)
             runs.validated(tmp_path, data, split)
             refused += len(board.attrs["problems"])
-    assert refused > 50
+    assert refused > (50 if SOAK else 10)
 
 
 # ------------------------------------------------------------------------------------- properties

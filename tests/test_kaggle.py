@@ -781,6 +781,7 @@ def files(folder):
     }
 
 
+@pytest.mark.long
 def test_prepared_submission_runs_offline_from_attached_folders_and_writes_only_what_is_kept(
     tmp_path, toy_root, carried
 ):

@@ -46,15 +46,18 @@ def whole_toy(tmp_path_factory):
 @pytest.mark.skipif(
     int(cv2.__version__.split(".")[0]) < 5, reason="OpenCV 4 draws other letters: another toy set"
 )
+@pytest.mark.long
 def test_toy_set_has_one_split(whole_toy, tmp_path):
     assert found(whole_toy, tmp_path)[1] == SPLITS["toy"]
 
 
+@pytest.mark.long
 def test_grocery_has_one_split(grocery):
     assert found(grocery, platform.cache_folder())[1] == SPLITS["grocery"]
 
 
 @pytest.mark.parametrize("kind", list(KINDS)[2:])  # the one furthest from this machine
+@pytest.mark.long
 def test_another_processor_draws_the_same_photos_and_holds_the_same_out(whole_toy, tmp_path, kind):
     """The photos of eight products are drawn anew, pixel for pixel; the split is of all."""
     if os.environ.get("VIPR_PROCESSOR"):

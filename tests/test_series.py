@@ -24,6 +24,8 @@ LONG = {  # left to `make soak`; what is peculiar to them the rest of the suite 
     "customer_photos_alone",
     "one_product_of_300_photos",
     "no_domain_and_no_group",
+    "product_names_in_text",
+    "two_products_and_three_queries",
 }
 LEFT_OUT = ALIKE if os.environ.get("VIPR_SOAK") else ALIKE | LONG
 SWEEPS = (  # of each notebook, protocol and way of pooling one

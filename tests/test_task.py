@@ -764,6 +764,7 @@ def frozen(grocery):
     )
 
 
+@pytest.mark.long
 def test_frozen_backbone_reproduces_the_plain_scripts_score_on_real_photos(frozen):
     queries, gallery, q, g = frozen
     customer = (gallery.domain == "customer").to_numpy()
@@ -773,12 +774,14 @@ def test_frozen_backbone_reproduces_the_plain_scripts_score_on_real_photos(froze
     assert found["precision_at_1"] == pytest.approx(0.7886, abs=0.01)
 
 
+@pytest.mark.long
 def test_shop_photos_alone_are_a_harder_gallery_on_real_photos(frozen):
     queries, gallery, q, g = frozen
     shop = (gallery.domain == "shop").to_numpy()
     assert ranked(View(queries, gallery[shop]), q, g[shop]).metrics["precision_at_1"] < 0.6
 
 
+@pytest.mark.long
 def test_learned_whitening_lifts_frozen_features_on_real_photos(frozen):
     queries, gallery, q, g = frozen
     found = ranked(View(queries, gallery), q, g, steps=["learned_whitening(dim=64)"]).metrics

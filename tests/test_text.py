@@ -206,6 +206,7 @@ def test_words_of_drawn_packages_are_read_once_a_photo(shelf, tmp_path, monkeypa
 
 
 @reader
+@pytest.mark.long
 def test_hostile_pictures_are_read_in_bounded_time(tmp_path):
     page = np.full((1600, 1600, 3), 255, np.uint8)
     for y in range(20, 1600, 22):
@@ -237,6 +238,7 @@ def test_hostile_pictures_are_read_in_bounded_time(tmp_path):
 
 
 @reader
+@pytest.mark.long
 def test_variants_that_differ_by_a_word_are_told_apart_and_the_choice_finds_out(shelf, tmp_path):
     task = Task(str(shelf), image_size=96, device="cpu", cache_dir=str(tmp_path))
     network = models.create("tf_efficientnet_lite0")

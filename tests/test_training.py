@@ -208,6 +208,7 @@ def test_milestones_frozen_epochs_and_the_samplers_stages_follow_the_clock(
 
 
 @pytest.mark.filterwarnings("ignore:collapse", "ignore:only")
+@pytest.mark.long
 def test_a_fitted_training_that_was_killed_ends_with_the_same_weights(toy_data, tmp_path, clock):
     plain = losses.criterion("contrastive", "cosine", 16)
     recipe = {"max_minutes": 5.0, "checkpoint_minutes": 1e-9, "frozen_epochs": 1}
@@ -449,6 +450,7 @@ def broken(model):
     raise ZeroDivisionError("no photos to validate on")
 
 
+@pytest.mark.long
 def test_two_processes_fit_into_a_budget_by_the_first_ones_clock_and_the_weights_come_back(
     toy_data, tmp_path, capfd
 ):
@@ -464,6 +466,7 @@ def test_two_processes_fit_into_a_budget_by_the_first_ones_clock_and_the_weights
     assert not training.distributed.is_initialized()
 
 
+@pytest.mark.long
 def test_a_process_that_dies_ends_training_with_its_error(toy_data, tmp_path, monkeypatch):
     model, criterion, *rest = setting(toy_data)
     how = {"folder": tmp_path, "epochs": 6, "lr": 1e-3, "processes": 2}
