@@ -29,6 +29,7 @@ test: lint unit
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --isolated --select S102,S301,S302,S307,S506,S602,S604,S605 notebooks tests/bootstrap_cell.py
 
 unit: .venv/test.stamp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal

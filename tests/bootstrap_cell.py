@@ -2,6 +2,7 @@
 import glob
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ if importlib.util.find_spec("vipr_utils") is None:  # here or above, attached, e
     here, clone = Path.cwd(), Path.home() / ".cache" / "vipr-RELEASE"
     places = [here, here / "vipr", *here.parents, *attached, clone]
     found = [place for place in places if (place / "vipr_utils" / "__main__.py").is_file()]
-    git = f'git clone --quiet --depth=1 --branch=RELEASE ADDRESS "{clone}"'
-    if not found and subprocess.run(git, shell=True, capture_output=True).returncode:
+    git = [shutil.which("git"), "clone", "--quiet", "--depth=1", "--branch=RELEASE", "ADDRESS", clone]
+    if not found and (not git[0] or subprocess.run(git, capture_output=True).returncode):
         raise ModuleNotFoundError("vipr_utils: attach the ViPR dataset or switch the internet on")
     sys.path.insert(0, str([*found, clone][0]))
 from vipr_utils.host.platform import preflight  # noqa: E402
