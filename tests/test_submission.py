@@ -239,6 +239,12 @@ def test_lists_for_other_queries_are_not_written_and_an_older_file_stays(tmp_pat
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_lines_end_alike_on_every_system(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.linesep", "\r\n")
+    path = submission.write_classification(tmp_path / "s.csv", ["q"], [1])
+    assert path.read_bytes() == b"name,class\nq,1\n"
+
+
 def test_blanks_and_percent_signs_of_names_come_back_from_the_file(tmp_path):
     names = ["a b.jpg", "a%20b.jpg", "50% off.jpg", "süß/ü.JPG", "+.jpg"]
     rows = [f"{name},{i}\n" for i, name in enumerate(names)]
