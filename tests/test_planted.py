@@ -3,7 +3,7 @@ twin pass.
 
 | planted | noticed by | tests |
 |---|---|---|
-| labels a row off their photos | notebook 01: page and run.json | here |
+| labels a row off their photos | notebook 01: page and run.json; notebook 09 | here |
 | weights of another network, which fit | `models.read_state` | here |
 | pixels in another order or normalisation | structure: a model carries its own | here |
 | evaluation's transform in training | `Task.training_photos` | here |
@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import series
 import timm
 import torch
 from shapes import cut
@@ -49,7 +50,9 @@ from vipr_utils.retrieve import embedding
 from vipr_utils.retrieve.search import top_k
 from vipr_utils.run import kaggle
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+REFERENCE = ROOT / "submissions" / "reference"
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,19 @@ def test_train_photo_among_the_test_photos_is_noticed(whole_toy, tmp_path, cache
     pair = photos.loc[[found["train"][0], found["test"][0]], "image_id"].tolist()
     assert pair == [f"train/{source['name']}", f"test/{asked['name']}"]
     assert found["same_product"].tolist() == [same]
+
+
+@pytest.mark.parametrize("slipped", [0, 1])
+def test_what_01_doubts_stands_before_the_scores(slipped, tmp_path):
+    scored = REFERENCE / "04_pretrained_sweep"
+    shutil.copytree(scored, tmp_path / scored.name)
+    record = json.loads((scored / "run.json").read_text(encoding="utf-8"))
+    record |= {"run": "01_eda", "notebook": "01_eda", "model": None}
+    record["metrics"] = {"tables whose labels slipped": slipped, "unreadable files": 0}
+    (tmp_path / "01_eda").mkdir()
+    (tmp_path / "01_eda" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    names = series.run("09_scoreboard", output_dir=str(tmp_path))
+    assert names["doubts"] == ["tables whose labels slipped: 1"] * slipped and names["looked"]
 
 
 # ----------------------------------------------------------------- networks and what they are shown
