@@ -7,6 +7,7 @@ data, protocol, queries and gallery.
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from vipr_utils.host.files import whole_file
@@ -18,6 +19,7 @@ BENCH = ROOT / "benchmarks" / "results.json"
 SOAK = ROOT / "benchmarks" / "soak.json"
 CATALOGUE = ROOT / "benchmarks" / "catalogue.json"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
+KILLS = 50  # of updates of an index, as in soak.py
 FOLD = 12  # rows of a table that are still shown open
 REMOVED = "cross_domain|cut_to_object|centred|-all"  # levers tried at v0.1 and removed
 SUBSET_VIEWS = {
@@ -163,7 +165,36 @@ def ablation(record: dict) -> pd.DataFrame:
     return pd.DataFrame(shown)
 
 
-def tasks(table: pd.DataFrame) -> list[str]:
+def spread(path: Path) -> tuple[str, str]:
+    """(a sentence for tables of trained networks, section) of benchmarks/spread.py; '' without."""
+    if not path.is_file():
+        return "", ""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = pd.DataFrame(record["rows"])
+    first = found[found["time"] == 1]
+    shown, most = [], []
+    for recipe, rows in first.groupby("recipe", sort=False):
+        by_seed = rows[rows["threads"] == 1].sort_values("seed")["map_at_5"]
+        by_threads = rows[rows["seed"] == 0].sort_values("threads")["map_at_5"]
+        again = found[(found["recipe"] == recipe) & (found["time"] == 2)]["map_at_5"]
+        scores = [", ".join(f"{x:.3f}" for x in part) for part in (by_seed, by_threads, again)]
+        most.append([by_seed.max() - by_seed.min(), by_threads.max() - by_threads.min()])
+        columns = ["seeds 0, 1, 2 by one thread", "seed 0 by 1, 2, 4 threads", "seed 0 again"]
+        shown.append({"recipe": recipe} | dict(zip(columns, scores)))
+    by_seed, by_threads = np.max(most, axis=0)
+    sentence = (
+        " An interval is of the queries alone: trained anew, small runs ended up to "
+        f"{by_seed:.3f} apart by seed and {by_threads:.3f} by number of threads (*How far training "
+        "spreads*)."
+    )
+    text = (
+        f"`benchmarks/spread.py`, {record['data']}, {record['hardware']}: the recipes of "
+        "`gap_seen-baseline` and `study_scratch-triplet-cosine`, in float32."
+    )
+    return sentence, section("How far training spreads", text, pd.DataFrame(shown))
+
+
+def tasks(table: pd.DataFrame, sentence: str) -> list[str]:
     """A section for each task, the one with the most pairs of query and gallery photo first."""
     same_task = ["data", "protocol", "n_queries", "n_gallery"]
     table = table.drop_duplicates([*same_task, "px", *runs.SCORES])
@@ -172,11 +203,11 @@ def tasks(table: pd.DataFrame) -> list[str]:
     for (data, protocol, queries, gallery), group in groups:
         where = f"{queries:,.0f} queries × {gallery:,.0f} gallery photos"
         title = f"{data.capitalize()}, protocol `{protocol}`, {where}"
-        sections.append(section(title, "Best first.", scores(group)))
+        sections.append(section(title, f"Best first.{sentence}", scores(group)))
     return sections
 
 
-def levers(folder: Path, removed: bool) -> list[str]:
+def levers(folder: Path, removed: bool, sentence: str) -> list[str]:
     """The paired differences on the groceries and on the toy set, of one kind of lever."""
     sections = []
     places = {"grocery": folder, "toy set of 24 products, version 2": folder / "toy"}
@@ -187,11 +218,11 @@ def levers(folder: Path, removed: bool) -> list[str]:
         pairs = pairs[pairs["run"].str.contains(REMOVED) == removed]
         title = f"{'Removed levers' if removed else 'Levers'}, one at a time: {data}"
         text = "Paired difference of mAP@5 to the sweep's baseline, by the gallery searched."
-        sections.append(section(title, text, differences(pairs)))
+        sections.append(section(title, text + sentence, differences(pairs)))
     return sections
 
 
-def regret(folder: Path) -> str:
+def regret(folder: Path, sentence: str) -> str:
     """One row a series: what its notebook 06 submitted, beside the best row of all its boards."""
     shown = []
     for series in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -221,7 +252,7 @@ def regret(folder: Path) -> str:
         "groceries with their 81 shop photos as the whole gallery. The minutes of 06 are those of "
         "a cache that earlier notebooks, and of these two sets an earlier run, had filled."
     )
-    return section("No regret", text, pd.DataFrame(shown))
+    return section("No regret", text + sentence, pd.DataFrame(shown))
 
 
 def drawn(path: Path) -> str:
@@ -485,7 +516,7 @@ def soaked(path: Path) -> str:
         tried = f"{sum(told['kills'].values())} ({phases}); {told['ended']} came to their end"
         found.append(("kills of a series at random moments", tried))
     if "index killed" in record:
-        found.append(("kills of updates of an index", "50"))
+        found.append(("kills of updates of an index", str(KILLS)))
     if "long" in record:
         for told in record["long"]["told"]:
             megabytes = [told[when]["memory_mb"] for when in ("before", "after")]
@@ -575,7 +606,8 @@ def results(folder: Path = REFERENCE) -> str:
     table = rows(folder)
     removed = table["run"].str.contains(REMOVED)
     on_subset = table["run"].str.contains("subset queries|all queries")
-    sections = [regret(folder / "series")] if (folder / "series").is_dir() else []
+    sentence, spreads = spread(folder / "spread.json")
+    sections = [regret(folder / "series", sentence)] if (folder / "series").is_dir() else []
     if (folder / "drawn.json").is_file():
         sections.append(drawn(folder / "drawn.json"))
     if (folder / "series" / "grocery" / "08_catalogue_uses").is_dir():
@@ -591,19 +623,23 @@ def results(folder: Path = REFERENCE) -> str:
         sections.append(beside_rivals(BENCH))
     if (folder / "rehearsal.json").is_file():
         sections.append(at_full_size(folder))
-    sections += tasks(table[~removed & ~on_subset])
+    if spreads:
+        sections.append(spreads)
+    sections += tasks(table[~removed & ~on_subset], sentence)
     if on_subset.any():
         text = (
             "Grocery, protocol `test`, 20 products, one core. Every row's own gallery is another: "
             "compare along a row. The whole gallery has 2,721 photos, all queries are 2,485."
         )
-        sections.append(section("Fine-tuning on a subset", text, subsets(table[on_subset])))
+        sections.append(
+            section("Fine-tuning on a subset", text + sentence, subsets(table[on_subset]))
+        )
     if (folder / "07_reranking").is_dir():
         record = runs.load(folder / "07_reranking")
         minutes = f"{record['seconds'] / 60:.0f} minutes in all on one core beside other runs"
         text = f"Grocery, protocol `test`, 2,485 × 2,721, frozen Lite0, {minutes}."
         sections.append(section("Post-processing, notebook 07", text, ablation(record)))
-    sections += levers(folder, removed=False)
+    sections += levers(folder, False, sentence)
     if removed.any():
         sections.append("## Tried at v0.1 and removed")
         shown = scores(table[removed])
@@ -613,8 +649,8 @@ def results(folder: Path = REFERENCE) -> str:
             "zero, or it hurt. Grocery, `test` 2,485 × 2,721 and `unseen` 289 × 2,432, one core; "
             "compare within a protocol."
         )
-        sections.append(section("Removed levers, scores", text, shown))
-        sections += levers(folder, removed=True)
+        sections.append(section("Removed levers, scores", text + sentence, shown))
+        sections += levers(folder, True, sentence)
     return "\n\n".join(sections)
 
 
