@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vipr_utils.data import catalog
-from vipr_utils.data.store import open_data
+from vipr_utils.data.store import LEAST_PX, open_data
 from vipr_utils.data.transforms import Evaluation
 from vipr_utils.host import platform
 from vipr_utils.host.device import tune
@@ -419,6 +419,19 @@ def test_validation_is_drawn_where_it_is_asked_for_and_an_unknown_one_refused(to
     assert not (task.known("validation")["split"] == "drawn").any()
 
 
+def test_queries_that_are_drawn_are_packed_as_large_as_the_photos(make_root, tmp_path):
+    task = Task(
+        str(make_root()),
+        image_size=2 * LEAST_PX,
+        validation="drawn",
+        device="cpu",
+        cache_dir=str(tmp_path),
+    )
+    sizes = {folder.name.split("-")[-1] for folder in task.store.folders}
+    assert len(task.store.folders) == 2 and task.store.px > LEAST_PX
+    assert sizes == {str(task.store.px)}
+
+
 def test_queries_that_are_drawn_join_the_photos_and_are_never_known(
     toy_root, tmp_path, network, task
 ):
@@ -628,6 +641,7 @@ def test_interval_of_lists_is_drawn_with_their_seed(task, steps):
         )
         chance = metrics.chance_map_at_k(found.n_relevant, len(view.gallery))
         assert found.metrics == {"n_gallery": len(view.gallery), **want, "chance": chance}
+        assert found.words is None  # nobody asked
     unseeded = ranked(view, *sides, references=task.known("test"), steps=steps)
     assert (
         unseeded.metrics["map_at_5_low"]
