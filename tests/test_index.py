@@ -25,11 +25,13 @@ from vipr_utils import __main__ as command
 from vipr_utils.judge.choice import Candidate, Choice, Part
 from vipr_utils.judge.task import Task
 from vipr_utils.learn import models
+from vipr_utils.retrieve import export, versions
 from vipr_utils.retrieve import index as module
-from vipr_utils.retrieve import versions
 from vipr_utils.retrieve.encoder import Encoder, Look
 from vipr_utils.retrieve.index import Index
 from vipr_utils.retrieve.rerank import Projection, unit
+from vipr_utils.run import index as cli
+from vipr_utils.run import serve as serving
 
 KILLS = int(os.environ.get("VIPR_KILLS", 12))
 DIM = 128
@@ -151,7 +153,7 @@ def test_what_is_no_photo_has_a_problem_and_no_answer(made, photos, tmp_path):
     left_out = made.add(
         pd.DataFrame({"path": map(str, paths[:2]), "photo": ["e1", "e2"], "product": "e"})
     )
-    assert left_out["file"].tolist() == ["text.jpg"] and made.products["e"] == 1
+    assert left_out["file"].tolist() == [str(paths[0])] and made.products["e"] == 1
     with pytest.raises(ValueError, match="give a photo"):
         made.search([])
     nothing = made.search([b"", b"no photo"])
@@ -481,6 +483,62 @@ def test_command_builds_adds_removes_searches_and_goes_back(toy_root, tmp_path, 
         table["photo"][read.search(query, 1)[1][0, 0]] == Index(folder).nearest(query)["photo"][0]
     )
     assert vipr("export", folder, tmp_path / "rows.faiss", "--kind", "ivfpq")[0] == 2
+
+
+def test_command_serves_exports_and_says_what_is_missing(
+    made, photos, tmp_path, capsys, monkeypatch
+):
+    def vipr(*arguments):
+        code = command.main(["index", *map(str, arguments)])
+        return code, capsys.readouterr()
+
+    (tmp_path / "photos" / "p0" / "broken.png").write_text("no photo")
+    code, out = vipr("add", made.folder, tmp_path / "photos")
+    assert code == 0 and f"left out: {tmp_path}/photos/p0/broken.png: " in out.out
+    code, out = vipr("search", made.folder, tmp_path / "photos" / "p0")
+    assert code == 0 and len(out.out.splitlines()) == 3 * 6 + 1  # the broken one has no answers
+
+    served = []
+    monkeypatch.setattr(serving, "serve", lambda *given: served.append(given))
+    code, out = vipr("serve", made.folder, "--port", 0)
+    ((index, opened),) = served
+    with opened:
+        port = opened.getsockname()[1]
+    assert code == 0 and f"http://127.0.0.1:{port}/docs" in out.out and len(index) == 17
+
+    monkeypatch.setattr(export, "onnx", lambda encoder, file: 1e-6)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: True)
+    run = Path(__file__).resolve().parents[1] / "submissions" / "reference" / "04_pretrained_sweep"
+    code, out = vipr("export", made.folder, tmp_path / "m" / "model.onnx", "--run", run)
+    assert code == 0 and "at most 1.0e-06 from torch's embeddings" in out.out
+    assert "04_pretrained_sweep" in (tmp_path / "m" / "README.md").read_text()
+    assert vipr("export", made.folder, tmp_path / "alone" / "model.onnx")[0] == 0
+    assert not (tmp_path / "alone").exists()
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    for wanted, packages in (
+        (["export", made.folder, "x.onnx"], "onnx onnxruntime onnxscript"),
+        (["export", made.folder, "x.faiss"], "faiss-cpu"),
+        (["serve", made.folder], "fastapi uvicorn"),
+    ):
+        code, out = vipr(*wanted)
+        assert code == 2 and out.err.strip().endswith(f"pip install {packages}")
+
+
+def test_answer_says_how_sure_it_is_where_that_is_known():
+    assert cli._said({"product": "milk"}) == "milk"
+    told = {"product": "milk", "confidence": 0.91, "there": True}
+    assert cli._said(told) == "milk, confidence 0.91"
+    told["there"] = False
+    assert cli._said(told).startswith("not in this catalogue (nearest: milk, confidence 0.91)")
+
+
+def test_photos_of_a_data_root_join_and_a_folder_without_any_is_refused(toy_root, tmp_path):
+    photos, strays = cli.to_add(toy_root)
+    assert len(photos) == len(pd.read_csv(toy_root / "train.csv")) and strays.empty
+    assert {"photo", "product", "path"} <= set(photos) and Path(photos["path"].iloc[0]).is_file()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no photo of a product"):
+        cli.to_add(tmp_path / "empty")
 
 
 def test_minimal_example_names_five_photos_and_every_shape(toy_root, tmp_path):

@@ -268,10 +268,10 @@ class Index:
         photos = _checked(photos)
         customer = (photos["domain"] == "customer").to_numpy()
         vectors, problems = self.embed([Path(path) for path in photos["path"]], customer)
-        good = ~np.isnan(vectors).any(axis=1)
+        good = np.isfinite(vectors).all(axis=1)
         if good.any():
             self.put(photos[good], vectors[good])
-        return problems
+        return problems.assign(file=photos["path"].array[problems.index])
 
     def put(self, rows: pd.DataFrame, vectors: np.ndarray) -> None:
         """`add` of vectors (N, D) of length 1 that the encoder gave for these rows (N: COLUMNS, and
