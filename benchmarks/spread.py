@@ -26,7 +26,7 @@ RECIPES = {  # what -> sweep, its row, the system of the record
     "Lite0, fine-tuned": ("gap", "gap_seen-baseline", "fine-tuned"),
     "from scratch": ("study_scratch", "study_scratch-triplet-cosine-seed0", ""),
 }
-RUNS = [  # seed, threads, which time
+RUNS = [  # seed, threads, 1 for the first time and 2 for the same again
     (0, 1, 1),
     (0, 1, 2),
     (1, 1, 1),

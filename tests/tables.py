@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from soak import KILLS
 
 from vipr_utils.host.files import whole_file
 from vipr_utils.judge import runs
@@ -19,7 +20,6 @@ BENCH = ROOT / "benchmarks" / "results.json"
 SOAK = ROOT / "benchmarks" / "soak.json"
 CATALOGUE = ROOT / "benchmarks" / "catalogue.json"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
-KILLS = 50  # of updates of an index, as in soak.py
 FOLD = 12  # rows of a table that are still shown open
 REMOVED = "cross_domain|cut_to_object|centred|-all"  # levers tried at v0.1 and removed
 SUBSET_VIEWS = {
