@@ -259,6 +259,46 @@ def test_attached_wheels_that_are_damaged_warn_and_leave_nothing(tmp_path, packa
     assert list(cache.iterdir()) == []
 
 
+def test_wheels_that_another_process_installs_meanwhile_are_taken(tmp_path, packages, monkeypatch):
+    attached_wheels(tmp_path, monkeypatch)
+    cache = platform.cache_folder(str(tmp_path / "cache"))
+    run = subprocess.run
+
+    def beaten(command, **how):
+        done = run(command, **how)
+        installed = Path(command[command.index("--target") + 1])
+        listed = packages.parent / "kaggle/input/datasets/some-one/wheels" / platform.WHEELS
+        key = hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
+        shutil.copytree(installed, cache / f"packages-{key}")
+        return done
+
+    monkeypatch.setattr(platform.subprocess, "run", beaten)
+    platform.use_attached_wheels(cache)
+    assert [folder.name[:9] for folder in cache.iterdir()] == ["packages-"]
+    assert importlib.import_module("drawn_words").READ == "milk"
+    del sys.modules["drawn_words"]
+
+
+def test_wheels_made_again_leave_none_that_nobody_installs(tmp_path, packages, monkeypatch):
+    made = kaggle.wheels(tmp_path / "made", owner="some-one")
+    (made / "drawn_words-0.9-py3-none-any.whl").write_bytes(b"older")
+    unlink = Path.unlink
+
+    def killed(path, **how):
+        if path.suffix == ".whl":
+            raise KeyboardInterrupt
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        kaggle.wheels(tmp_path / "made", owner="some-one")
+    listed = (made / platform.WHEELS).read_text().splitlines()
+    assert len(listed) == 2 and all((made / name).is_file() for name in listed)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    kaggle.wheels(tmp_path / "made", owner="some-one")
+    assert sorted(f"./{path.name}" for path in made.glob("*.whl")) == listed
+
+
 def test_wheels_that_cannot_be_had_are_an_error_in_the_words_of_pip(
     tmp_path, packages, monkeypatch, capsys
 ):

@@ -262,11 +262,40 @@ def test_reading_is_left_where_a_sample_gains_nothing_or_the_time_is_too_short(
     monkeypatch.setattr(
         text, "lines", lambda rows, cache_dir=None: asked.append(len(rows)) or [[]] * len(rows)
     )
-    assert choice._read(base, ["read(0.4)"]) == []
+    assert choice._worth_reading(base, ["read(0.4)"]) == []
     assert "it gained 0.000" in choice.refused["reading"]
     assert max(asked) <= 10 * 60, "the whole gallery was read"
     choice.max_minutes = 1e-6
-    assert choice._read(base, ["read(0.4)"]) == [] and "max_minutes" in choice.refused["reading"]
+    assert choice._worth_reading(base, ["read(0.4)"]) == []
+    assert "max_minutes" in choice.refused["reading"]
     monkeypatch.setattr(reading, "available", lambda: False)
-    assert choice._read(base, ["read(0.4)"]) == [] and "rapidocr" in choice.refused["reading"]
-    assert choice._read(base, []) == []
+    assert choice._worth_reading(base, ["read(0.4)"]) == []
+    assert "rapidocr" in choice.refused["reading"]
+    assert choice._worth_reading(base, []) == []
+
+
+@pytest.mark.parametrize("printed_on", [24, 1])
+def test_reading_is_kept_where_many_products_gain_and_not_where_one_does(
+    printed_on, toy_root, tmp_path, monkeypatch
+):
+    """Every photo of the first products says its product's name, the others say nothing."""
+    task = Task(str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path))
+    choice = Choice(task, {"tiny": models.create("test_resnet", weights="none")}, {"tiny": 32})
+    names = [chr(97 + number) * 5 for number in range(24)]
+    products = sorted(set(task.photos.product_id[task.photos.product_id >= 0]))
+    said = dict(zip(products[:printed_on], names))
+
+    def lines(rows, cache_dir=None):
+        found = [said.get(product) for product in task.photos.product_id[rows.index]]
+        return [[Line(word, 1.0, (0.4, 0.4, 0.6, 0.6))] if word else [] for word in found]
+
+    monkeypatch.setattr(reading, "available", lambda: True)
+    monkeypatch.setattr(reading, "seconds", lambda photos, cache_dir: 1.0)
+    monkeypatch.setattr(text, "lines", lines)
+    best = choice.climb([1.0], ["product_votes(3)"], [], ["read(0.8)", "read(3.2)"])
+    if printed_on == 1:
+        assert not pipeline.reads(best.steps) and "reading" not in choice.rungs
+        assert "which may be chance" in choice.refused["reading"]
+    else:
+        assert pipeline.reads(best.steps) and list(choice.rungs)[-1] == "reading"
+        assert "reading" not in choice.refused

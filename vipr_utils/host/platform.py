@@ -240,7 +240,10 @@ def use_attached_wheels(cache_dir: Path) -> None:
                 shutil.rmtree(part)
                 warnings.warn(f"{listed.parent}: {done.stderr.strip()}", stacklevel=2)
                 continue
-            part.replace(folder)
+            try:
+                part.replace(folder)
+            except OSError:  # another process was first
+                shutil.rmtree(part)
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
 

@@ -27,6 +27,7 @@ from vipr_utils.host import platform
 from vipr_utils.host.progress import LOG
 from vipr_utils.judge import runs
 from vipr_utils.judge.board import TIE
+from vipr_utils.judge.metrics import paired_difference
 from vipr_utils.judge.task import Retrieval, Sides, Task, some_products
 from vipr_utils.learn import models
 from vipr_utils.retrieve import labels, pipeline, reading, rerank, verification
@@ -71,6 +72,11 @@ class Candidate:
 
     parts: tuple[Part, ...]
     steps: tuple[str, ...] = ()
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those of its steps that come first and are fitted on the gallery."""
+        return self.steps[: pipeline.fitted_first(self.steps)]
 
     def __str__(self) -> str:
         """'lite0 pca(8) zoom 1|1, 0.8|1 and lite2 weight 0.5 zoom 1|1 + product_votes(3)'"""
@@ -179,8 +185,7 @@ class Choice:
                 image_size=self.sizes[part.network],
                 features=part.features,
             )
-            steps = [part.projection] if part.projection else []
-            sides, _ = self.task.projected(sides, view, steps)
+            sides, _ = self.task.projected(sides, view, pipeline.split(part.projection))
             found = self._looks[part, view] = Sides(*map(rerank.unit, sides))
             while sum(side.nbytes for looks in self._looks.values() for side in looks) > MOST_BYTES:
                 del self._looks[next(iter(self._looks))]
@@ -189,8 +194,8 @@ class Choice:
     def vectors(self, candidate: Candidate, view: str) -> Sides:
         """What its steps on lists start from: embeddings of a view behind all projections, of
         length 1."""
-        steps = candidate.steps[: pipeline.fitted_first(candidate.steps)]
-        sides, _ = self.task.projected(self.joined(candidate.parts, view), view, steps)
+        joined = self.joined(candidate.parts, view)
+        sides, _ = self.task.projected(joined, view, candidate.projections)
         return Sides(*map(rerank.unit, sides))
 
     def recalled(self, folder: Path) -> Candidate | None:
@@ -222,8 +227,8 @@ class Choice:
                 )
             )
         seen = rerank.unit(self.joined(candidate.parts, "test").known)
-        steps = list(candidate.steps[: pipeline.fitted_first(candidate.steps)])
-        return Encoder(tuple(looks), pipeline.fitted(steps, seen, known), self.task.store.px)
+        projections = pipeline.fitted(candidate.projections, seen, known)
+        return Encoder(tuple(looks), projections, self.task.store.px)
 
     def index(self, folder: Path, candidate: Candidate, **about) -> Index:
         """The gallery as an index that answers as the candidate does; see `Index.build`."""
@@ -232,7 +237,7 @@ class Choice:
             self.encoder(candidate),
             self.catalogue(),
             self.vectors(candidate, "test").known,
-            steps=candidate.steps[pipeline.fitted_first(candidate.steps) :],
+            steps=candidate.steps[len(candidate.projections) :],
             judge=self.judge(candidate),
             about={"what": str(candidate), **about},
         )
@@ -275,12 +280,8 @@ class Choice:
         arithmetic = 0
         for name, _ in {(part.network, part.zoom[0]) for part in candidate.parts}:
             arithmetic += self.networks[name].record["parameters"] * self.sizes[name] ** 2
-        steps = candidate.steps
-        return (
-            pipeline.verified_pairs(steps),
-            pipeline.reads(steps),
-            arithmetic,
-        )
+        pairs = pipeline.verified_pairs(candidate.steps)
+        return pairs, pipeline.reads(candidate.steps), arithmetic
 
     # ---------------------------------------------------------------------------------- scores
 
@@ -331,11 +332,11 @@ class Choice:
         """The best of what grows from plain search, a rung at a time; `rungs` names them.
 
         First each network by itself: its projection, then its zoom, then several zooms joined.
-        Then networks are joined, what is printed is read where a sample says that it may pay, steps
-        follow, and verification where its time fits. What it stands
+        Then networks are joined, steps follow, and verification where its time fits. What it stands
         behind was chosen by these very queries and scores too high on them: so where they are too
         few to rule out that it helps (`UNTOLD`) the deepest is taken that is not worse by over TIE.
-        Raises ValueError where no photo was held out.
+        Last comes what is printed, where it surely gains over all that. Raises ValueError where no
+        photo was held out.
         """
         if not self.task.validation:
             raise ValueError("nothing to choose by: set holdout over 0, or choose='none'")
@@ -352,11 +353,11 @@ class Choice:
         for rung, candidate in next(ways for ways in alone if best in ways.values()).items():
             self._rung(rung, [candidate])
         best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
-        best = self._rung("reading", [best, *self._read(best, list(readings))])
-        best = self._rung("steps", [best, *self._stepped(best, stacks)])
+        joined, best = best, self._rung("steps", [best, *self._stepped(best, stacks)])
         untold = 3 / self.asked.sum() > UNTOLD  # the rule of three
         found = self._stepped(best, verified)
-        return self._rung("verification", [best, *found], deepest=untold)
+        best = self._rung("verification", [best, *found], deepest=untold)
+        return self._rung("reading", [best, *self._read(joined, best, stacks, list(readings))])
 
     def _rung(self, name: str, candidates, *, deepest: bool = False) -> Candidate:
         best = self.best(candidates, deepest=deepest)
@@ -387,32 +388,42 @@ class Choice:
         return {"projection": first, "zoom": single, "views joined": self.best(views)}
 
     def _stepped(self, base: Candidate, stacks: list[str]) -> list[Candidate]:
-        """The candidate with each stack that its time allows behind its own steps, behind its
-        projections alone, and there with its reading before the votes.
-
-        What re-ranks lists by embeddings forgets what was read before it; votes count what was.
+        """The candidate with each stack that its time allows, behind its own steps and behind its
+        projections alone.
         """
-        projections = base.steps[: pipeline.fitted_first(base.steps)]
-        read = [step for step in base.steps if pipeline.reads([step])]
-
         found = []
         for stack in filter(self._affordable, stacks):
-            steps = pipeline.split(stack)
-            votes = steps[-1:]
-            if pipeline.method(steps[-1]) != "product votes":
-                votes = []  # nothing stands behind the reading
-            others = steps[: len(steps) - len(votes)]
-            found.append((*projections, *steps))
-            found.append((*base.steps, *steps))
-            found.append((*projections, *others, *read, *votes))
-        return [replace(base, steps=steps) for steps in dict.fromkeys(found)]
+            for own in dict.fromkeys([base.projections, base.steps]):
+                found.append(replace(base, steps=(*own, *pipeline.split(stack))))
+        return found
 
-    def _read(self, base: Candidate, readings: list[str]) -> list[Candidate]:
-        """The candidate with each reading behind its steps.
+    def _read(
+        self, joined: Candidate, best: Candidate, stacks: list[str], readings: list[str]
+    ) -> list[Candidate]:
+        """The candidate that reads and validates best: behind the networks joined, with a stack or
+        without, or among the steps of the best that does not read.
+
+        None where it may gain nothing over that best; `refused` says so.
+        """
+        steps = self._worth_reading(best, readings)
+        if not steps:
+            return []
+        behind = self.best(_with_reading(joined, step) for step in steps)
+        tried = [_with_reading(base, behind.steps[-1]) for base in self._stepped(joined, stacks)]
+        tried += [_with_reading(best, step) for step in steps]
+        found = self.best([behind, *tried])
+        gain, low, _ = self._gain(found, best, self.asked)
+        if low > 0:
+            return [found]
+        self.refused["reading"] = f"on validation it gains {gain:.3f}, which may be chance"
+        return []
+
+    def _worth_reading(self, best: Candidate, readings: list[str]) -> list[str]:
+        """The readings to try: of whole lists, or of their heads where the gallery takes too long.
 
         A sample decides before the gallery is read: the heads of the lists of READ_FIRST validation
-        queries. Where it gains no more than TIE there are none. Where the gallery takes too long
-        the heads of all lists are read, where these do none are. `refused` says why.
+        queries or so, taken evenly. Where it gains no more than TIE over the best there are none,
+        nor where reading all heads takes too long. `refused` says why.
         """
         if not readings:
             return []
@@ -435,29 +446,20 @@ class Choice:
             )
             return []
 
-        gain = self._gain_of_some(base, heads)
+        asked = np.flatnonzero(self.asked)
+        some = np.zeros_like(self.asked)
+        some[asked[:: -(-len(asked) // READ_FIRST)]] = True
+        gain = max(self._gain(_with_reading(best, step), best, some)[0] for step in heads)
         if gain <= TIE:
             self.refused["reading"] = f"on {READ_FIRST} validation queries it gained {gain:.3f}"
             return []
-        steps = readings if minutes < self._minutes_left() else heads
-        return [replace(base, steps=(*base.steps, step)) for step in steps]
+        return readings if minutes < self._minutes_left() else heads
 
-    def _gain_of_some(self, base: Candidate, steps: list[str]) -> float:
-        """What the best of these steps behind the candidate's gains in mAP@5, on READ_FIRST
-        validation queries or so, taken evenly from all.
-        """
-        asked = np.flatnonzero(self.asked)
-        stride = -(-len(asked) // READ_FIRST)
-        some = np.zeros_like(self.asked)
-        some[asked[::stride]] = True
-
-        scores = []
-        for added in [(), *zip(steps)]:
-            candidate = replace(base, steps=(*base.steps, *added))
-            found = self.found(candidate, "validation", asked=some)
-            scores.append(np.nan_to_num(found.metrics["map_at_5"]))
-
-        return float(max(scores[1:]) - scores[0])
+    def _gain(self, candidate: Candidate, base: Candidate, asked: np.ndarray) -> tuple:
+        """(difference of mAP@5, low, high) on the validation queries asked (Q,)."""
+        both = [self.found(one, "validation", asked=asked) for one in (candidate, base)]
+        products = self.task.validation.queries["product_id"]
+        return paired_difference(*(found.average_precision for found in both), products)
 
     def _teams(self, alone: list[Candidate]) -> list[Candidate]:
         """The best network, and up to two more joined to it, each under several weights."""
@@ -504,6 +506,16 @@ class Choice:
         """Of max_minutes."""
         limit = self.max_minutes or np.inf
         return limit - (monotonic() - self.began) / 60
+
+
+def _with_reading(base: Candidate, step: str) -> Candidate:
+    """The candidate with a step that reads behind its own, but before product votes: these count
+    what was read, while what re-ranks lists by embeddings forgets it.
+    """
+    steps = list(base.steps)
+    votes = [own for own in steps[-1:] if pipeline.method(own) == "product votes"]
+    steps.insert(len(steps) - len(votes), step)
+    return replace(base, steps=tuple(steps))
 
 
 def _trained(

@@ -47,9 +47,9 @@ def predict(
     surest = order[: max(1, round(coverage * len(right)))]
     low, high = metrics.bootstrap_interval(right[surest], wanted[surest], seed=seed)
     figures = {
-        "accuracy": float(right.mean()),
+        "accuracy": right.mean(),
         "coverage": coverage,
-        "accuracy_at_coverage": float(right[surest].mean()),
+        "accuracy_at_coverage": right[surest].mean(),
         "low": low,
         "high": high,
         "calibration_error": labels.calibration_error(confidence, right),
@@ -95,11 +95,11 @@ def strangers(
     there = judge.there(votes.evidence)
     let_in, kept, _ = roc_curve(~strange, there)
     figures = {
-        "auroc": float(roc_auc_score(~strange, there)),
-        "fpr_at_95": float(let_in[np.searchsorted(kept, 0.95)]),
-        "kept": float((there >= judge.least)[~strange].mean()),
-        "let_in": float((there >= judge.least)[strange].mean()),
-        "n_strangers": int(strange.sum()),
+        "auroc": roc_auc_score(~strange, there),
+        "fpr_at_95": let_in[np.searchsorted(kept, 0.95)],
+        "kept": (there >= judge.least)[~strange].mean(),
+        "let_in": (there >= judge.least)[strange].mean(),
+        "n_strangers": strange.sum(),
         "n_products": len(secret),
     }
     return Strangers(there, strange, judge.least, figures)
@@ -147,10 +147,8 @@ def spread(
         if rest.any():
             nearest = top_k(x[rest], x[~rest], 1)[1][:, 0]
             table[count] = {
-                "spread": float((labels.propagate(x, start)[rest] == products[rest]).mean()),
-                "nearest labelled photo": float(
-                    (products[~rest][nearest] == products[rest]).mean()
-                ),
-                "photos": int(rest.sum()),
+                "spread": (labels.propagate(x, start)[rest] == products[rest]).mean(),
+                "nearest labelled photo": (products[~rest][nearest] == products[rest]).mean(),
+                "photos": rest.sum(),
             }
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("labelled a product")

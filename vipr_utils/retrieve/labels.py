@@ -178,9 +178,9 @@ def cluster_scores(found: np.ndarray, products: np.ndarray) -> dict[str, float]:
     """
     (_, wrong), (missed, right) = pair_confusion_matrix(products, found)
     return {
-        "adjusted_rand": float(adjusted_rand_score(products, found)),
-        "nmi": float(normalized_mutual_info_score(products, found)),
-        "pairwise_f1": float(2 * right / max(1, 2 * right + wrong + missed)),
+        "adjusted_rand": adjusted_rand_score(products, found),
+        "nmi": normalized_mutual_info_score(products, found),
+        "pairwise_f1": 2 * right / max(1, 2 * right + wrong + missed),
         "clusters": len(np.unique(found)),
     }
 

@@ -166,12 +166,13 @@ def wheels(folder: Path, *, owner: str) -> Path:
         *ready, source = WHEELS_OF
         _pip("download", "--dest", found, *IMAGE, *ready)
         _pip("wheel", "--wheel-dir", found, source)
-        for old in folder.glob("*.whl"):
-            old.unlink()
         names = sorted(path.name for path in Path(found).glob("*.whl"))
         for name in names:
             os.replace(Path(found, name), folder / name)
     write_whole(folder / platform.WHEELS, "".join(f"./{name}\n" for name in names))
+    for old in folder.glob("*.whl"):
+        if old.name not in names:  # nobody installs it
+            old.unlink()
     about = "Wheels that read text on packages: " + ", ".join(name.split("-")[0] for name in names)
     return _dataset(folder, owner, title="ViPR wheels", description=about, licence="other")
 
