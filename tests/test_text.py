@@ -281,6 +281,7 @@ def test_reading_is_kept_where_many_products_gain_and_not_where_one_does(
     """Every photo of the first products says its product's name, the others say nothing."""
     task = Task(str(toy_root), image_size=32, device="cpu", cache_dir=str(tmp_path))
     choice = Choice(task, {"tiny": models.create("test_resnet", weights="none")}, {"tiny": 32})
+    monkeypatch.setattr("vipr_utils.judge.choice.READ_FIRST", len(choice.asked) // 2)
     names = [chr(97 + number) * 5 for number in range(24)]
     products = sorted(set(task.photos.product_id[task.photos.product_id >= 0]))
     said = dict(zip(products[:printed_on], names))

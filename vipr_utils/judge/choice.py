@@ -289,7 +289,7 @@ class Choice:
         """mAP@5 on the validation queries that are `asked`; tried now if it was not."""
         if candidate not in self.tried:
             metrics = self.found(candidate, "validation", asked=self.asked).metrics
-            self.tried[candidate] = float(np.nan_to_num(metrics["map_at_5"]))
+            self.tried[candidate] = np.nan_to_num(metrics["map_at_5"])
         return self.tried[candidate]
 
     def best(self, candidates: Iterable[Candidate], *, deepest: bool = False) -> Candidate:
@@ -458,7 +458,7 @@ class Choice:
     def _gain(self, candidate: Candidate, base: Candidate, asked: np.ndarray) -> tuple:
         """(difference of mAP@5, low, high) on the validation queries asked (Q,)."""
         both = [self.found(one, "validation", asked=asked) for one in (candidate, base)]
-        products = self.task.validation.queries["product_id"]
+        products = self.task.validation.queries["product_id"][asked]
         return paired_difference(*(found.average_precision for found in both), products)
 
     def _teams(self, alone: list[Candidate]) -> list[Candidate]:
