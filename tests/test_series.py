@@ -64,6 +64,7 @@ def test_every_notebook_ends_on_every_shape_and_leaves_an_answer_to_every_query(
     assert set(names["02_augmentation_preview"]["recipes"]) == {"study", "kit", "strong"}
 
 
+@pytest.mark.long
 def test_rows_of_the_sweeps_end(toy_root, tmp_path):
     places = {"data_root": str(toy_root), "output_dir": str(tmp_path), "cache_dir": str(tmp_path)}
     small = {"image_size": 32, "test_size": 32, "epochs": 1, "batch_size": 16, "n_products": 3}
@@ -129,7 +130,9 @@ def test_labels_taken_out_of_the_test_table_leave_the_submission_the_same(toy_ro
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("shape", ["no_labels", "two_photos_a_product"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param("no_labels", marks=pytest.mark.long), "two_photos_a_product"]
+)
 def test_nothing_held_out_leaves_nothing_to_choose_by_and_every_notebook_ends(
     shape, toy_root, tmp_path
 ):

@@ -42,7 +42,7 @@ def border_whiteness(image: np.ndarray) -> float:
     small = cv2.resize(image, (128, 128), interpolation=cv2.INTER_AREA)  # whatever the shape
     white = (small.min(2) > 225) & (np.ptp(small, axis=2) < 20)
     border = np.pad(np.zeros((118, 118), bool), 5, constant_values=True)
-    return float(white[border].mean())
+    return white[border].mean()
 
 
 def similar(rows: pd.DataFrame, embeddings: np.ndarray, *, similarity: float = 0.8) -> pd.Series:

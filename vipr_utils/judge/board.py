@@ -173,7 +173,7 @@ class Board:
                     **{view: self.score(name, view) for view in entry.views if view != self.view},
                     **headline.metrics,
                     **self._gained(name),
-                    "mp_at_5": float(pd.Series(precision).mean()),  # NaN where nothing can be right
+                    "mp_at_5": pd.Series(precision).mean(),  # NaN where nothing can be right
                     **entry.cost,
                     "million": entry.record.get("parameters", 0) / 1e6,
                     "cut_short": entry.cut_short,

@@ -86,8 +86,18 @@ OTHER_SPLIT = "its model held out other photos: use the same holdout"
 
 NUMBER = int | float
 WORDS = [
-    *("run", "notebook", "protocol", "device", "finished", "hardware", "cut_short"),
-    *("params.gallery_domain", "params.model_run", "data.root", "data.fingerprint", "model.name"),
+    "run",
+    "notebook",
+    "protocol",
+    "device",
+    "finished",
+    "hardware",
+    "cut_short",
+    "params.gallery_domain",
+    "params.model_run",
+    "data.root",
+    "data.fingerprint",
+    "model.name",
     "validation.split",
 ]
 TABLES = ["params", "data", "metrics", "model", "validation", "networks"]

@@ -148,7 +148,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
     """
     at = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
     table = pd.DataFrame({"confidence": confidence, "right": np.asarray(right, float)}).groupby(at)
-    return float((table.mean().diff(axis=1)["right"].abs() * table.size()).sum() / len(at))
+    return (table.mean().diff(axis=1)["right"].abs() * table.size()).sum() / len(at)
 
 
 # ----------------------------------------------------------------------------------------- clusters
