@@ -26,6 +26,8 @@ LONG = {  # left to `make soak`; what is peculiar to them the rest of the suite 
     "no_domain_and_no_group",
     "product_names_in_text",
     "two_products_and_three_queries",
+    "one_photo_a_product",
+    "no_labels",
 }
 LEFT_OUT = ALIKE if os.environ.get("VIPR_SOAK") else ALIKE | LONG
 SWEEPS = (  # of each notebook, protocol and way of pooling one

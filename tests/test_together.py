@@ -30,6 +30,7 @@ def series(root, place):
     killed.series(root, place, SimpleNamespace(value=0))
 
 
+@pytest.mark.long
 def test_two_series_on_one_cache_and_one_output_folder_come_to_what_one_does(small_root, tmp_path):
     alone = SPAWN.Process(target=series, args=(small_root, tmp_path / "alone"))
     both = [SPAWN.Process(target=series, args=(small_root, tmp_path / "both")) for _ in range(2)]
