@@ -576,8 +576,10 @@ def read_packages(path: Path) -> str:
         "Grocery and drawn packages whose lines differ by a word alone; frozen Lite0 at 224 px, "
         "no training; both sides chosen on validation, by the climb of notebook 06, reading among "
         f"its rungs or not. Beside the best without it the gain clears zero for: {sure or 'none'}. "
-        "*Trained*: a Lite0 of notebook 04 by laptop's settings, 15 minutes, takes part. Before "
-        "the gallery is read 60 queries and the ten photos at the head of each list are. "
+        "*Trained*: a Lite0 of notebook 04 by laptop's settings, 15 minutes, trained once (*How "
+        "far training spreads*), takes part. Before the gallery is read 60 queries and ten photos "
+        "at the head of each list are; reading stays where its gain on validation over the best "
+        "without it clears zero. "
         f"{record['hardware']}."
     )
     return section("What is printed on packages", text, table)
