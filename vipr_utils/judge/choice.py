@@ -194,8 +194,11 @@ class Choice:
     def vectors(self, candidate: Candidate, view: str) -> Sides:
         """What its steps on lists start from: embeddings of a view behind all projections, of
         length 1."""
-        joined = self.joined(candidate.parts, view)
-        sides, _ = self.task.projected(joined, view, candidate.projections)
+        sides, _ = self.task.projected(
+            self.joined(candidate.parts, view),
+            view,
+            candidate.projections,
+        )
         return Sides(*map(rerank.unit, sides))
 
     def recalled(self, folder: Path) -> Candidate | None:
@@ -227,8 +230,11 @@ class Choice:
                 )
             )
         seen = rerank.unit(self.joined(candidate.parts, "test").known)
-        projections = pipeline.fitted(candidate.projections, seen, known)
-        return Encoder(tuple(looks), projections, self.task.store.px)
+        return Encoder(
+            tuple(looks),
+            pipeline.fitted(candidate.projections, seen, known),
+            self.task.store.px,
+        )
 
     def index(self, folder: Path, candidate: Candidate, **about) -> Index:
         """The gallery as an index that answers as the candidate does; see `Index.build`."""
@@ -280,8 +286,11 @@ class Choice:
         arithmetic = 0
         for name, _ in {(part.network, part.zoom[0]) for part in candidate.parts}:
             arithmetic += self.networks[name].record["parameters"] * self.sizes[name] ** 2
-        pairs = pipeline.verified_pairs(candidate.steps)
-        return pairs, pipeline.reads(candidate.steps), arithmetic
+        return (
+            pipeline.verified_pairs(candidate.steps),
+            pipeline.reads(candidate.steps),
+            arithmetic,
+        )
 
     # ---------------------------------------------------------------------------------- scores
 
@@ -355,9 +364,12 @@ class Choice:
         best = self._rung("networks joined", self._teams([ways["views joined"] for ways in alone]))
         joined, best = best, self._rung("steps", [best, *self._stepped(best, stacks)])
         untold = 3 / self.asked.sum() > UNTOLD  # the rule of three
-        found = self._stepped(best, verified)
-        best = self._rung("verification", [best, *found], deepest=untold)
-        return self._rung("reading", [best, *self._read(joined, best, stacks, list(readings))])
+        best = self._rung(
+            "verification",
+            [best, *self._stepped(best, verified)],
+            deepest=untold,
+        )
+        return self._rung("reading", [best, self._read(joined, best, stacks, list(readings))])
 
     def _rung(self, name: str, candidates, *, deepest: bool = False) -> Candidate:
         best = self.best(candidates, deepest=deepest)
@@ -391,32 +403,32 @@ class Choice:
         """The candidate with each stack that its time allows, behind its own steps and behind its
         projections alone.
         """
-        found = []
-        for stack in filter(self._affordable, stacks):
-            for own in dict.fromkeys([base.projections, base.steps]):
-                found.append(replace(base, steps=(*own, *pipeline.split(stack))))
-        return found
+        return [
+            replace(base, steps=(*own, *pipeline.split(stack)))
+            for stack in filter(self._affordable, stacks)
+            for own in dict.fromkeys([base.projections, base.steps])
+        ]
 
     def _read(
         self, joined: Candidate, best: Candidate, stacks: list[str], readings: list[str]
-    ) -> list[Candidate]:
+    ) -> Candidate:
         """The candidate that reads and validates best: behind the networks joined, with a stack or
         without, or among the steps of the best that does not read.
 
-        None where it may gain nothing over that best; `refused` says so.
+        That best itself where reading may gain nothing over it; `refused` says so.
         """
         steps = self._worth_reading(best, readings)
         if not steps:
-            return []
+            return best
         behind = self.best(_with_reading(joined, step) for step in steps)
         tried = [_with_reading(base, behind.steps[-1]) for base in self._stepped(joined, stacks)]
         tried += [_with_reading(best, step) for step in steps]
         found = self.best([behind, *tried])
         gain, low, _ = self._gain(found, best, self.asked)
         if low > 0:
-            return [found]
+            return found
         self.refused["reading"] = f"on validation it gains {gain:.3f}, which may be chance"
-        return []
+        return best
 
     def _worth_reading(self, best: Candidate, readings: list[str]) -> list[str]:
         """The readings to try: of whole lists, or of their heads where the gallery takes too long.
@@ -430,14 +442,11 @@ class Choice:
         if not reading.available():
             self.refused["reading"] = reading.ABSENT
             return []
-        heads = []
-        for step in readings:
-            heads.append(f"read({pipeline.bind(step).keywords['weight']}, {HEAD})")
+        heads = [f"read({pipeline.bind(step).keywords['weight']}, {HEAD})" for step in readings]
         task = self.task
         minutes = reading.seconds(task.photos, cache_dir=task.cache_dir) / 60
         asked = len(task.validation.queries) + len(task.views["test"].queries)
-        share = asked * (1 + HEAD) / len(task.photos)
-        of_heads = minutes * min(1.0, share)
+        of_heads = minutes * min(1.0, asked * (1 + HEAD) / len(task.photos))
         left = self._minutes_left()
         LOG.info(f"reading: about {minutes:.0f} minutes, {of_heads:.0f} of heads of lists alone")
         if of_heads >= left:
@@ -457,9 +466,12 @@ class Choice:
 
     def _gain(self, candidate: Candidate, base: Candidate, asked: np.ndarray) -> tuple:
         """(difference of mAP@5, low, high) on the validation queries asked (Q,)."""
-        both = [self.found(one, "validation", asked=asked) for one in (candidate, base)]
+        found, before = (
+            self.found(one, "validation", asked=asked).average_precision
+            for one in (candidate, base)
+        )
         products = self.task.validation.queries["product_id"][asked]
-        return paired_difference(*(found.average_precision for found in both), products)
+        return paired_difference(found, before, products)
 
     def _teams(self, alone: list[Candidate]) -> list[Candidate]:
         """The best network, and up to two more joined to it, each under several weights."""

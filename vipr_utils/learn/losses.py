@@ -167,6 +167,13 @@ class ArcFace(nn.Module):
         self.register_buffer("margins", margins)
         self.scale, self.subcentres, self.guide = scale, subcentres, guide
 
+    def extra_repr(self) -> str:
+        low, high = self.margins.aminmax()
+        return (
+            f"margins {low:.3g} to {high:.3g} rad, scale {self.scale:g}, {self.subcentres} centres "
+            f"a class, guide {self.guide}"
+        )
+
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
         centres = F.normalize(self.centres, dim=1)
         cosines = F.normalize(embeddings.float(), dim=1) @ centres.T

@@ -30,7 +30,7 @@ MOST_LINES = 100  # of a photo, the surest
 MOST_CHARACTERS = 100  # of a line
 SAMPLE = 16  # photos by which time is estimated
 BATCH = 8  # photos that a process is handed at once
-FEW = 32  # photos for which no further process is started
+FEW = 32  # photos for which no process is started
 ABSENT = (
     "nothing is read: text on packages takes part where rapidocr is installed, "
     "pip install 'vipr-utils[text]'"
@@ -63,7 +63,7 @@ def lines(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[list[L
     def read(rows: np.ndarray) -> np.ndarray:
         parts = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
         tasks = [joblib.delayed(_read)([paths[row] for row in part]) for part in parts]
-        found = joblib.Parallel(min(cores(), len(rows) // FEW + 1))(tasks)
+        found = joblib.Parallel(cores() if len(rows) > FEW else 1)(tasks)
         return np.array([json.dumps(photo).encode() for part in found for photo in part])
 
     found = kept(_place(cache_dir, photos), photos.index.to_numpy(), read, block=256)
