@@ -168,6 +168,7 @@ class ArcFace(nn.Module):
         self.scale, self.subcentres, self.guide = scale, subcentres, guide
 
     def extra_repr(self) -> str:
+        """Its settings: a checkpoint of a loss that names others is not taken up."""
         low, high = self.margins.aminmax()
         return (
             f"margins {low:.3g} to {high:.3g} rad, scale {self.scale:g}, {self.subcentres} centres "
