@@ -445,8 +445,8 @@ class Choice:
         heads = [f"read({pipeline.bind(step).keywords['weight']}, {HEAD})" for step in readings]
         task = self.task
         minutes = reading.seconds(task.photos, cache_dir=task.cache_dir) / 60
-        asked = len(task.validation.queries) + len(task.views["test"].queries)
-        of_heads = minutes * min(1.0, asked * (1 + HEAD) / len(task.photos))
+        queries = len(task.validation.queries) + len(task.views["test"].queries)
+        of_heads = minutes * min(1.0, queries * (1 + HEAD) / len(task.photos))
         left = self._minutes_left()
         LOG.info(f"reading: about {minutes:.0f} minutes, {of_heads:.0f} of heads of lists alone")
         if of_heads >= left:
@@ -459,7 +459,7 @@ class Choice:
         some = np.zeros_like(self.asked)
         some[asked[:: -(-len(asked) // READ_FIRST)]] = True
         gain = max(self._gain(_with_reading(best, step), best, some)[0] for step in heads)
-        if gain <= TIE:
+        if not gain > TIE:  # nor where no answer can be right
             self.refused["reading"] = f"on {READ_FIRST} validation queries it gained {gain:.3f}"
             return []
         return readings if minutes < self._minutes_left() else heads

@@ -53,7 +53,7 @@ def available() -> bool:
 def lines(photos: pd.DataFrame, *, cache_dir: Path | None = None) -> list[list[Line]]:
     """The lines on each of the catalog rows given, from their original files.
 
-    Photos are read by a process a core, FEW by this one. A photo that cannot be opened has none.
+    Photos are read by a process a core, up to FEW by this one; one that cannot be opened has none.
     With cache_dir a photo is read once. Raises ValueError where the extra `text` is not installed.
     """
     if not available():
