@@ -53,7 +53,7 @@ FILES = {
         "test_by_faiss.py::test_no_queries_and_queries_without_an_id_are_searched_too",
     ],
 }
-SAYS = {"__repr__", "_repr_html_", "extra_repr", "describe"}  # what a person reads, no more
+SAYS = {"__repr__", "_repr_html_", "describe"}  # what a person reads, no more
 WITHOUT = [part for name in ("cacheprovider", "xdist", "nbval") for part in ("-p", f"no:{name}")]
 MEMORY = 8 * 2**30  # bytes, for a mutant whose loop has no end
 
