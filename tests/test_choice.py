@@ -335,7 +335,7 @@ def test_labels_of_the_test_have_no_part_in_the_choice(climbed, toy_root, task, 
 def test_verification_that_would_take_longer_than_max_minutes_is_left_out_and_told(
     place, task, monkeypatch
 ):
-    taken = {5: 60.0, 20: 600.0}  # seconds for each of the two views
+    taken = {5: 120.0, 20: 1200.0}  # seconds
     monkeypatch.setattr(verification, "seconds", lambda queries, gallery, top: taken[top])
     monkeypatch.setattr(choosing, "monotonic", lambda: 0.0)
     choice = among(task, a=network())
@@ -356,7 +356,7 @@ def test_verification_whose_features_the_disk_has_no_room_for_is_left_out_and_to
     task, monkeypatch, caplog, tmp_path
 ):
     monkeypatch.setattr(task, "cache_dir", tmp_path)  # without what other tests have left
-    monkeypatch.setattr(verification, "seconds", lambda queries, gallery, top: 60.0)
+    monkeypatch.setattr(verification, "seconds", lambda queries, gallery, top: 120.0)
     monkeypatch.setattr(choosing.platform, "room_gb", lambda folder: 1e-6)
     choice = among(task, a=network())
     with caplog.at_level("INFO", "vipr"):

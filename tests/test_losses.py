@@ -218,6 +218,11 @@ def test_arcface_without_settings_has_one_centre_a_margin_of_0_3_and_a_scale_of_
     assert head.centres.abs().min() > 0 and head.centres.abs().max() <= bound
 
 
+def test_arcface_names_its_settings_by_which_a_training_is_known():
+    head = losses.ArcFace(8, 2, margin=np.array([0.2, 0.4]), scale=16, subcentres=3)
+    assert repr(head) == "ArcFace(margins 0.2 to 0.4 rad, scale 16, 3 centres a class, guide None)"
+
+
 def test_margins_of_arcface_are_saved_and_not_trained():
     margins = torch.tensor([0.2, 0.4])
     head = losses.ArcFace(8, 2, margin=margins)

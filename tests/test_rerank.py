@@ -91,6 +91,22 @@ def test_learned_whitening_makes_the_scatter_inside_products_round():
         rerank.fit_learned_whitening(x, np.arange(400))
 
 
+def test_fewer_photos_than_dimensions_are_whitened_alike_in_what_they_span():
+    rng = np.random.default_rng(0)
+    x, queries = rng.normal(size=(30, 90)), rng.normal(size=(5, 90))
+    products = np.arange(30) // 3
+    whitened = rerank.fit_learned_whitening(x, products, 9)
+    # the same photos once more each, and three dimensions of no use less than photos
+    more = rerank.fit_learned_whitening(np.tile(x, (4, 1)), np.tile(products, 4), 9)
+    found, wanted = (raw(p, queries) @ raw(p, x).T for p in (whitened, more))
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * abs(wanted).max())
+
+
+def test_directions_are_no_more_than_photos():
+    x = np.random.default_rng(0).normal(size=(30, 90))
+    assert rerank.fit_learned_whitening(x, np.arange(30) // 3, 64).matrix.shape == (90, 30)
+
+
 def test_covariance_in_blocks_is_that_of_all_rows_at_once(monkeypatch):
     x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     labels = np.random.default_rng(1).integers(0, 9, 50)
@@ -167,19 +183,16 @@ def test_database_augmentation_of_one_changes_nothing():
     np.testing.assert_array_equal(found.gallery, gallery)
 
 
-def test_database_augmentation_weighs_by_rank_or_by_similarity():
+def test_database_augmentation_weighs_by_rank():
     queries, gallery, _, _ = planted()
     similarity = gallery @ gallery.T
     np.fill_diagonal(similarity, 2.0)  # itself is first, whatever rounding says
-    by_rank, by_score = np.zeros_like(gallery), np.zeros_like(gallery)
+    want = np.zeros_like(gallery)
     for i, row in enumerate(similarity):
         for r, j in enumerate(np.argsort(-row)[:4]):
-            by_rank[i] += (4 - r) / 4 * gallery[j]
-            by_score[i] += (1.0 if r == 0 else max(row[j], 0) ** 2) * gallery[j]
-    before = searched(queries, gallery)
-    for alpha, want in ((None, by_rank), (2.0, by_score)):
-        found = rerank.database_augmentation(before, 4, alpha)
-        np.testing.assert_allclose(found.gallery, rerank.unit(want), atol=1e-5)
+            want[i] += (4 - r) / 4 * gallery[j]
+    found = rerank.database_augmentation(searched(queries, gallery), 4)
+    np.testing.assert_allclose(found.gallery, rerank.unit(want), atol=1e-5)
 
 
 def test_augmentation_of_a_gallery_smaller_than_k_uses_what_is_there():

@@ -354,7 +354,7 @@ class Choice:
         self._rung("plain search", [plain])
         alone = []
         for name in self.networks:
-            if alone and self._minutes_left() < 0:
+            if alone and self._too_long(0):
                 self.refused[name] = "max_minutes were used up before it was tried"
             else:
                 alone.append(self._network(name, zooms))
@@ -447,12 +447,9 @@ class Choice:
         minutes = reading.seconds(task.photos, cache_dir=task.cache_dir) / 60
         queries = len(task.validation.queries) + len(task.views["test"].queries)
         of_heads = minutes * min(1.0, queries * (1 + HEAD) / len(task.photos))
-        left = self._minutes_left()
         LOG.info(f"reading: about {minutes:.0f} minutes, {of_heads:.0f} of heads of lists alone")
-        if of_heads >= left:
-            self.refused["reading"] = (
-                f"it would take about {of_heads:.0f} minutes, {left:.0f} of max_minutes are left"
-            )
+        if reason := self._too_long(of_heads):
+            self.refused["reading"] = reason
             return []
 
         asked = np.flatnonzero(self.asked)
@@ -462,7 +459,7 @@ class Choice:
         if not gain > TIE:  # nor where no answer can be right
             self.refused["reading"] = f"on {READ_FIRST} validation queries it gained {gain:.3f}"
             return []
-        return readings if minutes < self._minutes_left() else heads
+        return heads if self._too_long(minutes) else readings
 
     def _gain(self, candidate: Candidate, base: Candidate, asked: np.ndarray) -> tuple:
         """(difference of mAP@5, low, high) on the validation queries asked (Q,)."""
@@ -495,29 +492,28 @@ class Choice:
         LOG hears of the estimate first.
         """
         top = pipeline.verified_pairs(pipeline.split(stack))
-        if top == 0:
+        if not top:
             return True
-        views = [self.task.views[view] for view in ("validation", "test")]
-        pairs = top * sum(len(view.queries) for view in views)
-        needed = sum(verification.seconds(*view, top) for view in views) / 60
-        left = max(0.0, self._minutes_left())
-        cache = self.task.cache_dir
+        test = self.task.views["test"]
+        queries = pd.concat([test.queries, self.task.validation.queries])
+        minutes = verification.seconds(queries, test.gallery, top) / 60
+        cache, pairs = self.task.cache_dir, top * len(queries)
         disk, room = verification.disk_gb(self.task.photos, cache), platform.room_gb(cache)
-        LOG.info(f"{stack}: {pairs:,} pairs, about {needed:.0f} minutes, {disk:.2g} GB in {cache}")
-
-        if needed >= left:
-            reason = f"it would take about {needed:.0f} minutes, {left:.0f} of max_minutes are left"
-        elif disk > room:
+        LOG.info(f"{stack}: {pairs:,} pairs, about {minutes:.0f} minutes, {disk:.2g} GB in {cache}")
+        reason = self._too_long(minutes)
+        if not reason and disk > room:
             reason = f"its cache_dir {cache} has {room:.2g} GB free, {disk:.2g} GB are needed"
-        else:
-            return True
-        self.refused[stack] = reason
-        return False
+        if reason:
+            self.refused[stack] = reason
+        return not reason
 
-    def _minutes_left(self) -> float:
-        """Of max_minutes."""
-        limit = self.max_minutes or np.inf
-        return limit - (monotonic() - self.began) / 60
+    def _too_long(self, minutes: float) -> str:
+        """Why this is not begun, '' where it fits into what is left of max_minutes."""
+        taken = (monotonic() - self.began) / 60
+        left = max(0.0, (self.max_minutes or np.inf) - taken)
+        if minutes < left:
+            return ""
+        return f"it would take about {minutes:.0f} minutes, {left:.0f} of max_minutes are left"
 
 
 def _with_reading(base: Candidate, step: str) -> Candidate:

@@ -80,7 +80,6 @@ def fit_whitening(x: np.ndarray, dim: int = 0, *, power: float = 1.0) -> Project
     Source: Jegou and Chum 2012 (whitening of image vectors); Conde 2022 (PCA from 1024 to 64 for
     GUIE). Raises ValueError when x has fewer than `dim` directions.
     """
-    x = np.asarray(x)
     mean, most = x.mean(0, dtype=np.float64), min(x.shape[1], len(x) - 1)
     if not 0 <= dim <= most:
         raise ValueError(
@@ -97,7 +96,7 @@ def fit_learned_whitening(
     x: np.ndarray, labels: np.ndarray, dim: int = 0, *, shrink: float = 0.1
 ) -> Projection:
     """The Projection of x (N, D) that whitens what differs inside a product, then keeps the `dim`
-    main directions (0: all).
+    main directions (0: all); of N photos at most N.
 
     C_S = covariance of x around its product's mean; the columns v of the matrix solve
     C v = s C_S v, largest s first, with v^T C_S v = 1.
@@ -109,23 +108,26 @@ def fit_learned_whitening(
     Source: Radenovic et al. 2018, arXiv:1711.02512, with labels in the place of their matching
     pairs. Raises ValueError where no product has two photos.
     """
-    x = np.asarray(x)
-    mean = x.mean(0, dtype=np.float64).astype(x.dtype)
-    numbers, products = pd.factorize(np.asarray(labels))
+    mean = x.mean(0, dtype=np.float64)
+    basis = np.eye(len(mean))
+    if len(x) < len(mean):  # what they span is all that counts, and takes a tenth of the time
+        basis, _ = np.linalg.qr((x - mean).T)
+        x = x @ basis
+    numbers, products = pd.factorize(labels)
     members = normalize(_sparse(numbers[:, None], len(products)).T.tocsr(), norm="l1")
     differences = (members @ x)[numbers]
     differences -= x  # in place, here and below: the only copy of all embeddings
     inside = _covariance(differences)
-    whole = _covariance(np.subtract(x, mean, out=differences))
+    whole = _covariance(np.subtract(x, mean @ basis, out=differences))
     if np.trace(inside) <= 1e-12 * np.trace(whole):  # copies differ by what float32 rounds
         raise ValueError(
             f"no product of {len(products)} has two photos that differ: leave learned_whitening "
             "away"
         )
-    round_one = np.trace(inside) / len(inside) * np.eye(len(inside))
+    round_one = np.trace(inside) / len(mean) * np.eye(len(inside))
     inside = (1 - shrink) * inside + shrink * round_one
-    _, matrix = _main_directions(whole, dim or len(inside), inside)
-    return Projection(mean.astype(np.float32), matrix.astype(np.float32))
+    _, directions = _main_directions(whole, dim or len(mean), inside)
+    return Projection(mean.astype(np.float32), (basis @ directions).astype(np.float32))
 
 
 def _covariance(differences: np.ndarray) -> np.ndarray:
@@ -133,7 +135,7 @@ def _covariance(differences: np.ndarray) -> np.ndarray:
     total = 0.0
     for block in np.array_split(differences, len(differences) // PAIRS + 1):
         exact = block.astype(np.float64)
-        total = total + exact.T @ exact
+        total += exact.T @ exact
     return total / len(differences)
 
 
@@ -141,10 +143,11 @@ def _main_directions(
     covariance: np.ndarray, dim: int, inside: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(s (dim,), directions v (D, dim)) that solve C v = s C_S v, largest s first; C_S = inside,
-    else the identity.
+    else the identity. At most D.
     """
-    values, vectors = eigh(covariance, inside)  # ascending
-    return values[::-1][:dim], vectors[:, ::-1][:, :dim]
+    size = len(covariance)
+    values, vectors = eigh(covariance, inside, subset_by_index=(max(0, size - dim), size - 1))
+    return values[::-1], vectors[:, ::-1]  # they come smallest first
 
 
 def centring(search: Search) -> Search:
@@ -185,18 +188,17 @@ def average_query_expansion(search: Search, k: int) -> Search:
     return alpha_query_expansion(search, k, alpha=0.0)
 
 
-def database_augmentation(search: Search, k: int, alpha: float | None = None) -> Search:
+def database_augmentation(search: Search, k: int) -> Search:
     """With a gallery (G, D) in which each row is a weighted sum of itself and its k - 1 nearest.
 
-    Row r of the k (r = 0: itself) weighs (k - r) / k; with alpha instead its similarity^alpha.
-    k = 1 changes nothing. Queries are not looked at; where queries are gallery photos themselves,
-    they are mixed into their neighbours. Source: Arandjelovic and Zisserman 2012; Gordo et al.
-    2017, arXiv:1610.07940 (weights by rank).
+    Row r of the k (r = 0: itself) weighs (k - r) / k; k = 1 changes nothing. Queries are not looked
+    at; where queries are gallery photos themselves, they are mixed into their neighbours. Source:
+    Arandjelovic and Zisserman 2012; Gordo et al. 2017, arXiv:1610.07940 (weights by rank).
     """
     if k <= 1:
         return search
-    scores, near = _neighbours(search.gallery, k - 1, device=search.device)
-    weights = 1.0 - np.arange(near.shape[1]) / k if alpha is None else scores.clip(0) ** alpha
+    _, near = _neighbours(search.gallery, k - 1, device=search.device)
+    weights = 1.0 - np.arange(near.shape[1]) / k
     mixed = _sparse(near, len(near), weights) @ search.gallery
     return replace(search, gallery=unit(mixed))
 
