@@ -260,7 +260,14 @@ def compiled(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", ["siamese_small", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "siamese_small",
+        "tf_efficientnet_lite0",
+        pytest.param("vit_tiny_patch16_224", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize(
     "precision, apart",
     [("float32", 1e-3), pytest.param("bfloat16", 0.05, marks=pytest.mark.long)],  # minutes by AVX2

@@ -33,7 +33,7 @@ from vipr_utils.retrieve.rerank import Projection, unit
 from vipr_utils.run import index as cli
 from vipr_utils.run import serve as serving
 
-KILLS = int(os.environ.get("VIPR_KILLS", 12))
+KILLS = int(os.environ.get("VIPR_KILLS", 6))
 DIM = 128
 
 
@@ -216,7 +216,7 @@ CHANGES = some.lists(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=150 if "VIPR_SOAK" in os.environ else 8, deadline=None)
 @given(changes=CHANGES)
 def test_any_sequence_of_updates_equals_brute_force(changes, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / "index"

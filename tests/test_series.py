@@ -78,6 +78,7 @@ def test_rows_of_the_sweeps_end(toy_root, tmp_path):
         assert 0 <= record["metrics"]["map_at_5"] <= 1
 
 
+@pytest.mark.long
 def test_files_of_kaggle_t4_end_on_a_small_set(toy_root, tmp_path):
     """At Products-10K's numbers it is `make rehearsal`, at a fiftieth of them `make soak`."""
     places = {"data_root": str(toy_root), "output_dir": str(tmp_path), "cache_dir": str(tmp_path)}

@@ -762,6 +762,7 @@ models.save(model, {folder!r} + "/model.pt")
 """
 
 
+@pytest.mark.long  # a kill at the N-th call and sessions that end are tried in every run
 def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_data, tmp_path):
     import pickle
 
@@ -781,7 +782,7 @@ def test_run_killed_at_random_steps_ends_with_the_same_weights_bit_for_bit(toy_d
 
     whole, _ = fit(toy_data, tmp_path / "whole", **how)
     rng, kills = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), 0
-    for _ in range(5 if os.environ.get("VIPR_SOAK") else 1):
+    for _ in range(5):
         child = subprocess.Popen(
             command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
