@@ -29,10 +29,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import picture
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as some
 from PIL import Image
+from roots import picture
 from safetensors import numpy as safetensors
 
 from vipr_utils.data import catalog, store

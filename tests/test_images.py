@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import picture
 from PIL import Image
+from roots import picture
 from torchvision.transforms import v2 as T
 
 from vipr_utils.data import audit, catalog, transforms

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from roots import picture
 
 from vipr_utils import __main__ as command
 from vipr_utils.judge.choice import Candidate, Choice, Part

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import picture
 from matplotlib.colors import to_rgba
 from PIL import Image
+from roots import picture
 
 from vipr_utils.judge import plots, runs, task
 from vipr_utils.retrieve.reading import Line

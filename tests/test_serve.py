@@ -11,7 +11,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from conftest import picture
+from roots import picture
 from test_index import drawn, encoder  # noqa: F401
 from test_page import browser  # noqa: F401
 

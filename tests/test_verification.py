@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import picture
+from roots import picture
 
 from vipr_utils.data import audit, catalog, toy
 from vipr_utils.retrieve import verification
