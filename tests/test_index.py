@@ -31,7 +31,6 @@ from vipr_utils.retrieve.encoder import Encoder, Look
 from vipr_utils.retrieve.index import Index
 from vipr_utils.retrieve.rerank import Projection, unit
 from vipr_utils.run import index as cli
-from vipr_utils.run import serve as serving
 
 KILLS = int(os.environ.get("VIPR_KILLS", 6))
 DIM = 128
@@ -488,6 +487,8 @@ def test_command_builds_adds_removes_searches_and_goes_back(toy_root, tmp_path, 
 def test_command_serves_exports_and_says_what_is_missing(
     made, photos, tmp_path, capsys, monkeypatch
 ):
+    serving = pytest.importorskip("vipr_utils.run.serve")
+
     def vipr(*arguments):
         code = command.main(["index", *map(str, arguments)])
         return code, capsys.readouterr()
