@@ -172,8 +172,15 @@ def test_every_photo_has_a_text_and_is_shown(tab):
     assert tab.evaluate("document.querySelector('#list img').naturalWidth") > 16
 
 
-@pytest.mark.parametrize("width", [1200, 360])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    "scheme, width",
+    [
+        ("light", 1200),
+        ("dark", 360),
+        pytest.param("light", 360, marks=pytest.mark.long),
+        pytest.param("dark", 1200, marks=pytest.mark.long),
+    ],
+)
 def test_page_is_accessible_wide_and_narrow_light_and_dark(browser, written, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     context = browser.new_context(

@@ -98,7 +98,7 @@ def test_files_of_kaggle_t4_end_on_a_small_set(toy_root, tmp_path):
         ("one_photo_a_product", ["nearest"]),
         ("two_products_and_three_queries", ["random"]),
         ("no_labels", ["capped", "nearest"]),
-        ("one_product_of_300_photos", ["nearest"]),
+        pytest.param("one_product_of_300_photos", ["nearest"], marks=pytest.mark.long),
     ],
 )
 def test_subset_uses_the_strategies_that_find_products(shape, used, toy_root, tmp_path):

@@ -825,7 +825,7 @@ def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_b
     assert abs(loss(precision)[0] - exact) <= 2 * criterion.scale * (3 * layers) ** 0.5 * 2.0**-bits
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.long), "float16"])
 def test_training_in_half_precision_learns(toy_data, tmp_path, precision):
     how = {"network": "test_convnext3", "precision": precision, "ema_decay": 0.0}
     _, history = fit(toy_data, tmp_path, epochs=12, **how)  # a scaler skips its first steps
