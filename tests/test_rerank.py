@@ -96,7 +96,7 @@ def test_fewer_photos_than_dimensions_are_whitened_alike_in_what_they_span():
     x, queries = rng.normal(size=(30, 90)), rng.normal(size=(5, 90))
     products = np.arange(30) // 3
     whitened = rerank.fit_learned_whitening(x, products, 9)
-    # the same photos once more each, and three dimensions of no use less than photos
+    # four times each they are no fewer than dimensions, and their covariances are the same
     more = rerank.fit_learned_whitening(np.tile(x, (4, 1)), np.tile(products, 4), 9)
     found, wanted = (raw(p, queries) @ raw(p, x).T for p in (whitened, more))
     np.testing.assert_allclose(found, wanted, atol=1e-4 * abs(wanted).max())
