@@ -300,7 +300,7 @@ def started(folder):
     return len((folder / "count").read_text())
 
 
-def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsys, monkeypatch):
+def test_finished_run_is_skipped(repo, capsys):
     file, folder = params_file(repo, "seed: 1\n"), repo / "out" / "tiny"
     asked = [str(file), "--output-dir", "out"]
     assert batch.main(asked) == 0
@@ -311,10 +311,6 @@ def test_finished_run_is_skipped_until_something_it_hangs_on_changes(repo, capsy
     assert batch.main(asked) == 0
     assert re.search(r"^skip +0 s  tiny$", capsys.readouterr().out, re.MULTILINE)
     assert started(folder) == 1
-    assert batch.main([*asked, "-p", "seed=2"]) == 0 and started(folder) == 2
-    assert batch.main([*asked, "-p", "seed=2", "--force"]) == 0 and started(folder) == 3
-    monkeypatch.setenv("VIPR_PRECISION", "bfloat16")
-    assert batch.main([*asked, "-p", "seed=2"]) == 0 and started(folder) == 4
 
 
 DATA = {"root": "shop", "fingerprint": "f", "n_train": 30, "n_test": 20, "n_products": 4}
@@ -354,7 +350,7 @@ def fake_kernel(monkeypatch):
     return calls
 
 
-def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
+def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel, monkeypatch):
     def again():
         before = len(fake_kernel)
         todo = params.load_runs([file], {"data_root": str(data), "output_dir": "out"})
@@ -386,6 +382,13 @@ def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel):
     assert again() and not again()  # another photo
     (data / "test" / "milk" / "a.jpg").write_bytes(b"other photo")
     assert again() and not again()  # the same name, other pixels
+    monkeypatch.setenv("VIPR_PRECISION", "bfloat16")
+    assert again() and not again()  # another precision
+
+    asked = [str(file), "--output-dir", "out", "-p", f"data_root={data}"]
+    started = len(fake_kernel)
+    assert batch.main(asked) == 0 and len(fake_kernel) == started
+    assert batch.main([*asked, "--force"]) == 0 and len(fake_kernel) == started + 1
 
 
 def test_weights_that_arrive_in_a_folder_make_a_run_run_again(repo, fake_kernel, monkeypatch):

@@ -73,7 +73,7 @@ def test_unknown_engine_and_missing_faiss_are_refused(monkeypatch):
         search.top_k(clustered(3, 2), clustered(9, 2), engine="ivfpq")
 
 
-@pytest.mark.parametrize("dim", [32, 97])
+@pytest.mark.parametrize("dim", [32, pytest.param(97, marks=pytest.mark.long)])
 def test_index_finds_most_of_the_nearest_and_says_how_many(dim, small):
     queries, gallery = clustered(120, 300, dim), clustered(ROWS, 300, dim, seed=1)
     with pytest.warns(UserWarning, match=r"approximate: it finds [\d.]+% of the 10 nearest"):

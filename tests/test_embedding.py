@@ -264,7 +264,7 @@ def compiled(monkeypatch):
     "name",
     [
         "siamese_small",
-        "tf_efficientnet_lite0",
+        pytest.param("tf_efficientnet_lite0", marks=pytest.mark.long),
         pytest.param("vit_tiny_patch16_224", marks=pytest.mark.long),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-STEP = int(os.environ.get("VIPR_FAULTS", 61))  # 1: every call, minutes
+STEP = int(os.environ.get("VIPR_FAULTS", 97))  # 1: every call, minutes
 CASES = 12
 
 

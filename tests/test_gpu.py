@@ -182,7 +182,7 @@ def one_step(loss, toy_data, **recipe):
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.long), "float16"])
 def test_walk_through_a_step_of_training_and_its_validation(toy_data, loss, precision):
     with walk():
         state = one_step(

@@ -578,6 +578,7 @@ def test_tune_sets_threads_from_argument_variable_or_cores_and_may_be_called_twi
         torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(python_platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_tuned_process_does_not_fault_the_same_memory_in_again():
     code = """

@@ -1014,7 +1014,9 @@ def changed(value, path=()):
             yield (*path, key), ([], {}, "x", 5, True, None)
 
 
-@pytest.mark.parametrize("name", ["04_pretrained_sweep", "06_submission"])
+@pytest.mark.parametrize(
+    "name", ["06_submission", pytest.param("04_pretrained_sweep", marks=pytest.mark.long)]
+)
 def test_any_value_of_a_record_may_be_of_another_kind(name, tmp_path):
     record = json.loads((REFERENCE / name / "run.json").read_text())
     data, split = record["data"]["fingerprint"], (record.get("validation") or {}).get("split", "")

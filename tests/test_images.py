@@ -519,6 +519,7 @@ COLOURS = {
         [T.ColorJitter(0.4, 0.4, 0.4, 0.1)],
     ),
 }
+IN_RECIPES = ["crop", "rotation", "brightness", "contrast", "saturation", "hue"]  # as a whole, too
 
 
 def quantiles(images: np.ndarray) -> np.ndarray:
@@ -531,7 +532,13 @@ def quantiles(images: np.ndarray) -> np.ndarray:
     return np.quantile(fields, [0.1, 0.2, 0.3, 0.7, 0.8, 0.9], axis=0)
 
 
-@pytest.mark.parametrize("change", [*GEOMETRY, *COLOURS])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in IN_RECIPES else [])
+        for name in [*GEOMETRY, *COLOURS]
+    ],
+)
 def test_drawings_are_distributed_as_torchvisions(change):
     settings, steps = (GEOMETRY | COLOURS)[change]
     photo = cv2.GaussianBlur(picture(3, 64, 64), (0, 0), 3)

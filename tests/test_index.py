@@ -72,11 +72,17 @@ def drawn(names, seed=0, dim=96):
     return rows, unit(np.array(vectors, np.float32).reshape(-1, dim))
 
 
-@pytest.fixture
-def made(tmp_path, encoder):
-    """An index of eight photos of the products a to d."""
+@pytest.fixture(scope="module")
+def eight(encoder, tmp_path_factory):
+    """The folder of an index of eight photos of the products a to d."""
     rows, vectors = drawn([f"{letter}{i}" for letter in "abcd" for i in (0, 1)])
-    return Index.build(tmp_path / "index", encoder, rows, vectors)
+    return Index.build(tmp_path_factory.mktemp("eight") / "index", encoder, rows, vectors).folder
+
+
+@pytest.fixture
+def made(eight, tmp_path):
+    """An index of one's own like it."""
+    return Index(shutil.copytree(eight, tmp_path / "index"))
 
 
 def contents(index: Index) -> dict:

@@ -2,6 +2,7 @@
 a fake of Kaggle's service, and a rehearsal of a session without a network.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib
@@ -479,6 +480,7 @@ def in_process(command):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         with contextlib.redirect_stderr(err):
             patch.setattr(sys, "argv", ["kaggle", *command[1:]])
+            patch.setattr(argparse, "_", str)  # nobody translates its hundreds of options
             try:
                 cli.main()
             except SystemExit as end:

@@ -198,6 +198,7 @@ def test_page_is_accessible_wide_and_narrow_light_and_dark(browser, written, wid
     context.close()
 
 
+@pytest.mark.long
 def test_five_thousand_queries_stay_smooth(browser, found, toy_data, tmp_path, monkeypatch):
     view, _, better = found
     times = -(-5000 // len(view.queries))

@@ -105,6 +105,16 @@ def test_submission_joins_what_runs_before_it_train_and_takes_its_speed_from_the
     assert table.embedding.iloc[1] == pytest.approx(2 * 3 * 1500 * 0.3 / 60)  # c and a
 
 
+def test_only_the_networks_that_are_tuned_are_trained(measured):
+    def training(most):
+        run = planned(
+            measured, "04_pretrained_sweep", backbones=["a", "b"], most_tuned=most, epochs=2
+        )
+        return plan.plan([run]).training.iloc[0]
+
+    assert 0 < training(1) == pytest.approx(training(0) / 2)
+
+
 @pytest.mark.parametrize(
     "changes, refused",
     [

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import socket
 import struct
 import threading
@@ -39,12 +40,19 @@ class Client:
         return answer.status, json.loads(content) if content else None
 
 
-@pytest.fixture
-def port(tmp_path, encoder):  # noqa: F811
-    """Of a service with photos of the products a to d."""
+@pytest.fixture(scope="module")
+def judged(encoder, tmp_path_factory):  # noqa: F811
+    """The folder of an index of the products a to d that says how sure it is."""
     rows, vectors = drawn([f"{letter}{i}" for letter in "abcd" for i in (0, 1)])
     judge = Judge(Confidence([0.0, 2.0, 1.0], -1.0), Confidence([0.0, 1.0, 0.0], 0.0), 0.5)
-    index = Index.build(tmp_path / "index", encoder, rows, vectors, judge=judge)
+    folder = tmp_path_factory.mktemp("judged") / "index"
+    return Index.build(folder, encoder, rows, vectors, judge=judge).folder
+
+
+@pytest.fixture
+def port(judged, tmp_path):
+    """Of a service with an index of its own."""
+    index = Index(shutil.copytree(judged, tmp_path / "index"))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(serve.app(index), log_level="error"))

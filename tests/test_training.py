@@ -19,7 +19,7 @@ import torch
 from vipr_utils.data import catalog, transforms
 from vipr_utils.data.store import Photos
 from vipr_utils.host import platform, progress
-from vipr_utils.host.files import _is_full_disk
+from vipr_utils.host.files import FULL_DISK
 from vipr_utils.learn import losses, models, sampling, training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -553,7 +553,7 @@ def test_torch_on_a_really_full_disk_is_recognised():
         pytest.raises((OSError, RuntimeError)) as caught,
     ):
         torch.save({"x": torch.zeros(10_000)}, file)
-    assert _is_full_disk(caught.value)
+    assert FULL_DISK.search(str(caught.value))
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -706,7 +706,13 @@ def test_training_over_sessions_ends_with_the_weights_of_one(toy_data, tmp_path,
     assert texts[-1].endswith("fitted into 5 minutes")
 
 
-@pytest.mark.parametrize("mount", ["kaggle/input/study", "kaggle/input/notebooks/somebody/study"])
+@pytest.mark.parametrize(
+    "mount",
+    [
+        pytest.param("kaggle/input/study", marks=pytest.mark.long),
+        "kaggle/input/notebooks/somebody/study",
+    ],
+)
 def test_session_finds_what_an_earlier_one_left_among_its_outputs(
     toy_data, tmp_path, capsys, monkeypatch, mount
 ):
@@ -825,7 +831,8 @@ def test_training_in_half_precision_takes_the_first_step_of_float32_within_its_b
     assert abs(loss(precision)[0] - exact) <= 2 * criterion.scale * (3 * layers) ** 0.5 * 2.0**-bits
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.long), "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.long
 def test_training_in_half_precision_learns(toy_data, tmp_path, precision):
     how = {"network": "test_convnext3", "precision": precision, "ema_decay": 0.0}
     _, history = fit(toy_data, tmp_path, epochs=12, **how)  # a scaler skips its first steps

@@ -83,7 +83,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         message = f"{path} cannot be replaced ({error}): close what has it open, then run again"
         raise PermissionError(error.errno, message) from error
     except Exception as error:
-        if not _is_full_disk(error):
+        if not FULL_DISK.search(str(error)):
             raise
         message = (
             f"disk full while writing {path.name} ({platform.room_gb(path.parent):.2f} GB free, "
@@ -123,8 +123,3 @@ def _sweep(folder: Path) -> None:
             gone = ours and not psutil.pid_exists(int(process))
             if gone or time.time() - part.stat().st_mtime > ORPHAN_S:
                 part.unlink()
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether no space was left, also where torch's writer hides it."""
-    return FULL_DISK.search(str(error)) is not None

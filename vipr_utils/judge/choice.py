@@ -509,8 +509,7 @@ class Choice:
 
     def _too_long(self, minutes: float) -> str:
         """Why this is not begun, '' where it fits into what is left of max_minutes."""
-        taken = (monotonic() - self.began) / 60
-        left = max(0.0, (self.max_minutes or np.inf) - taken)
+        left = max(0.0, (self.max_minutes or np.inf) - (monotonic() - self.began) / 60)
         if minutes < left:
             return ""
         return f"it would take about {minutes:.0f} minutes, {left:.0f} of max_minutes are left"

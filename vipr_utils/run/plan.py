@@ -244,8 +244,7 @@ def plan(todo: list[Run]) -> pd.DataFrame:
             needed = needed.cumsum()
         table.loc[needed > most, "refused"] += f"{what}: here {most:.0f}; "
     room = ", ".join(f"{what} {most:.0f}" for what, most in here.items())
-    data = table.pop("data").unique()
-    table.attrs["found"] = [*data, f"here: {hardware()}, {room}"]
+    table.attrs["found"] = [*table.pop("data").unique(), f"here: {hardware()}, {room}"]
     return table
 
 
@@ -271,15 +270,15 @@ def _row(run: Run, stores: set, learned: list[str]) -> dict:
     px = values["image_size"] or 224
     setting = Setting(values, px, root, data, working_device(values["device"]))
     work = work_of(values, px, learned)
-    if work.trainings:
-        learned += work.networks
+    tuned = work.networks[: values.get("most_tuned") or None] if work.trainings else []
+    learned += tuned
 
     row = _packing(setting, stores)
     for name in work.networks:
         cost = network_cost(name, px, setting.device, name in learned)
-        if work.trainings:
+        if name in tuned:
             _add_training(row, setting, work, cost)
-        elif row["embedding"] > (values["max_minutes"] or inf):
+        elif not tuned and row["embedding"] > (values["max_minutes"] or inf):
             break  # a choice begins with another network while max_minutes last
         _add_embedding(row, setting, work, cost)
     row["minutes"] = sum(row[stage] for stage in STAGES)
