@@ -32,7 +32,7 @@ from vipr_utils.retrieve.index import Index
 from vipr_utils.retrieve.rerank import Projection, unit
 from vipr_utils.run import index as cli
 
-KILLS = int(os.environ.get("VIPR_KILLS", 6))
+KILLS = int(os.environ.get("VIPR_KILLS", 4))
 DIM = 128
 
 

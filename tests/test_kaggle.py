@@ -280,6 +280,7 @@ def test_wheels_that_another_process_installs_meanwhile_are_taken(tmp_path, pack
     del sys.modules["drawn_words"]
 
 
+@pytest.mark.long
 def test_wheels_made_again_leave_none_that_nobody_installs(tmp_path, packages, monkeypatch):
     made = kaggle.wheels(tmp_path / "made", owner="some-one")
     (made / "drawn_words-0.9-py3-none-any.whl").write_bytes(b"older")

@@ -205,6 +205,7 @@ def test_model_of_an_earlier_run_is_found_by_name_or_folder_and_a_missing_one_is
     )
 
 
+@pytest.mark.long
 def test_backbones_of_the_gpu_profile_are_published_and_take_its_sizes():
     settings = yaml.safe_load((PARAMS / "kaggle_t4" / "04_pretrained_sweep.yaml").read_text())
     published = [*timm.list_pretrained(), *models.PACKAGED]

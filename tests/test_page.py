@@ -176,7 +176,7 @@ def test_every_photo_has_a_text_and_is_shown(tab):
     "scheme, width",
     [
         ("light", 1200),
-        ("dark", 360),
+        pytest.param("dark", 360, marks=pytest.mark.long),
         pytest.param("light", 360, marks=pytest.mark.long),
         pytest.param("dark", 1200, marks=pytest.mark.long),
     ],

@@ -163,6 +163,7 @@ def test_photos_and_networks_are_measured_in_seconds_where_they_are(toy_root):
     assert 0 < plan.multiply_s(CPU) < 1e-6
 
 
+@pytest.mark.long
 def test_what_a_step_holds_of_an_image_is_half_as_much_in_half_precision(monkeypatch):
     held = []
     for precision in ("float32", "bfloat16"):

@@ -105,6 +105,7 @@ def test_best_pair_on_validation_is_the_runs_model_and_every_pair_has_a_row(smal
     assert f"**{record['metrics']['map_at_5']:.3f}**" in shown["03-23"].data
 
 
+@pytest.mark.long
 def test_model_of_the_run_is_the_chosen_pairs_whichever_was_kept_on_the_way(small, monkeypatch):
     monkeypatch.setattr(Board, "choose", lambda board, names=(): list(board.entries)[-2:][0])
     run(small | {"losses": ["triplet", "contrastive"], "distances": ["cosine", "manhattan"]})
