@@ -519,7 +519,7 @@ COLOURS = {
         [T.ColorJitter(0.4, 0.4, 0.4, 0.1)],
     ),
 }
-IN_RECIPES = ["crop", "rotation", "brightness", "contrast", "saturation", "hue"]  # as a whole, too
+IN_RECIPES = ["crop", "rotation", *COLOURS]  # they are tried as a whole, too
 
 
 def quantiles(images: np.ndarray) -> np.ndarray:

@@ -221,7 +221,7 @@ CHANGES = some.lists(
 )
 
 
-@settings(max_examples=150 if "VIPR_SOAK" in os.environ else 8, deadline=None)
+@settings(max_examples=150 if "VIPR_SOAK" in os.environ else 5, deadline=None)
 @given(changes=CHANGES)
 def test_any_sequence_of_updates_equals_brute_force(changes, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / "index"

@@ -715,13 +715,8 @@ def test_training_over_sessions_ends_with_the_weights_of_one(toy_data, tmp_path,
     assert texts[-1].endswith("fitted into 5 minutes")
 
 
-@pytest.mark.parametrize(
-    "mount",
-    [
-        pytest.param("kaggle/input/study", marks=pytest.mark.long),
-        "kaggle/input/notebooks/somebody/study",
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("mount", ["kaggle/input/study", "kaggle/input/notebooks/somebody/study"])
 def test_session_finds_what_an_earlier_one_left_among_its_outputs(
     toy_data, tmp_path, capsys, monkeypatch, mount
 ):
