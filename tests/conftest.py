@@ -7,7 +7,9 @@ import os
 import pytest
 
 
-def pytest_configure(config):
+@pytest.hookimpl(trylast=True)  # behind pytest-cov, which sees no line that ran before it
+def pytest_sessionstart(session):
+    config = session.config
     hands_out = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if not hands_out:
         config.pluginmanager.import_plugin("roots")
