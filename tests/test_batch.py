@@ -386,9 +386,9 @@ def test_each_thing_that_a_run_hangs_on_makes_it_run_again(repo, fake_kernel, mo
     assert again() and not again()  # another precision
 
     asked = [str(file), "--output-dir", "out", "-p", f"data_root={data}"]
-    started = len(fake_kernel)
-    assert batch.main(asked) == 0 and len(fake_kernel) == started
-    assert batch.main([*asked, "--force"]) == 0 and len(fake_kernel) == started + 1
+    kernels = len(fake_kernel)
+    assert batch.main(asked) == 0 and len(fake_kernel) == kernels
+    assert batch.main([*asked, "--force"]) == 0 and len(fake_kernel) == kernels + 1
 
 
 def test_weights_that_arrive_in_a_folder_make_a_run_run_again(repo, fake_kernel, monkeypatch):

@@ -103,6 +103,9 @@ def test_submission_joins_what_runs_before_it_train_and_takes_its_speed_from_the
     alone = planned(measured, "06_submission", backbones=["c"], max_minutes=0.0)
     table = plan.plan([sweep, alone])
     assert table.embedding.iloc[1] == pytest.approx(2 * 3 * 1500 * 0.3 / 60)  # c and a
+    heads = planned(measured, "04_pretrained_sweep", backbones=["a", "b"], most_tuned=1)
+    table = plan.plan([heads, alone])
+    assert table.embedding.iloc[1] == pytest.approx(3 * 3 * 1500 * 0.3 / 60)  # b has a head
 
 
 def test_only_the_networks_that_are_tuned_are_trained(measured):

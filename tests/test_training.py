@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -406,7 +407,9 @@ LOSSES = ["contrastive", "arcface"]
 
 def one_of_two(rank, toy_data, folder):
     store = training.distributed.FileStore(str(folder / "store"), 2)
-    training.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    training.distributed.init_process_group(  # a minute: the other may have failed
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=1)
+    )
     for loss in LOSSES:
         one_step(toy_data, folder, loss, 2)
 

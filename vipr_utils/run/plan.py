@@ -265,13 +265,13 @@ def _row(run: Run, stores: set, learned: list[str]) -> dict:
     """stores and learned: what the runs before it leave; they get what it leaves."""
     values = DEFAULTS | run.values
     root, _ = toy.data_root_or_toy(values["data_root"], values["cache_dir"])
-    photos, _ = photos_of(root)
-    data = catalog.describe_data(photos)
+    data = catalog.describe_data(photos_of(root)[0])
     px = values["image_size"] or 224
     setting = Setting(values, px, root, data, working_device(values["device"]))
     work = work_of(values, px, learned)
     tuned = work.networks[: values.get("most_tuned") or None] if work.trainings else []
-    learned += tuned
+    if tuned:
+        learned += work.networks  # those not tuned have a head
 
     row = _packing(setting, stores)
     for name in work.networks:
